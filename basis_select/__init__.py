@@ -1,0 +1,47 @@
+"""Make a pretrained language model as small and fast as one target application allows, by basis selection.
+
+    import basis_select as bs
+
+    parent, tokenizer = bs.load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32")
+    task = bs.load_task("gsm8k", tokenizer)
+    model = copy.deepcopy(parent)
+    bs.decompose(model, task)
+    bs.learn(model, task, teacher=parent, keep=0.25)
+    bs.prune(model, keep=0.25)
+    bs.heal(model, task, teacher=parent)
+    bs.save(model, tokenizer, "smol-gsm8k", dtype="bfloat16")
+
+Importing it registers the checkpoint format, so `AutoModelForCausalLM.from_pretrained` reads such a folder too.
+"""
+
+from .bases import LowRankLinear
+from .checkpoint.files import save, verify
+from .decompose import decompose
+from .evaluation.accuracy import compare, evaluate
+from .extend import extend
+from .heal import heal
+from .learn import learn
+from .models import load
+from .prune import prune
+from .sizes import sizes
+from .tasks import Task, load_task
+from .tune import tune
+
+__version__ = "0.1.0"
+__all__ = [
+    "LowRankLinear",
+    "Task",
+    "compare",
+    "decompose",
+    "evaluate",
+    "extend",
+    "heal",
+    "learn",
+    "load",
+    "load_task",
+    "prune",
+    "save",
+    "sizes",
+    "tune",
+    "verify",
+]

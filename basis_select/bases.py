@@ -1,0 +1,186 @@
+"""The one data structure: a linear layer written as a weighted sum of rank-one bases.
+
+    y = u((v x) * s) + b        u: (out, r)   s: (r,)   v: (r, in)
+
+`v` and `u` are plain nn.Linear children, so PEFT, torchao, FSDP and exporters need no special case.
+While the weights are learned, `s = scale * weight`: `scale` is the decomposed singular value (frozen, it
+carries the metric), `weight` starts at 1 and is what trains. `fold` merges `s` into the factors; a folded
+layer is `u(v(x))` and is what gets deployed.
+
+Layers that read the same tensor (q/k/v, gate/up) can share one `v` and one `s`: the first of them, the
+leader, owns both; the others hold only their `u`. The product `(v x) * s` is then computed once per input.
+"""
+
+import weakref
+
+import torch
+from torch import nn
+
+
+class LowRankLinear(nn.Module):
+    """`in_features -> rank -> out_features`; drop-in for nn.Linear.
+
+    `weighted` layers carry `scale` and `weight`; `leader` is the layer whose `v` (and `s`) this one shares.
+    """
+
+    def __init__(
+        self, in_features, out_features, rank, bias, weighted=False, leader=None, device=None, dtype=None
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        if leader is None:
+            self.v = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+            if weighted:
+                self.register_buffer("scale", torch.ones(rank, device=device, dtype=dtype))
+                self.weight = nn.Parameter(torch.ones(rank, device=device, dtype=dtype))
+                # Which bases of the full decomposition these are, so that an interrupted learn can be replayed.
+                self.register_buffer("kept", torch.arange(rank), persistent=False)
+        self.u = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self._leader = (leader or self,)  # a tuple, so that nn.Module does not register it as a child
+        self._readers = 1  # how many layers use this leader's latent
+        self._latent = None
+        if leader is not None:
+            leader._readers += 1
+
+    leader = property(lambda self: self._leader[0])
+    rank = property(lambda self: self.u.in_features)
+    weighted = property(lambda self: hasattr(self.leader, "weight"))
+    s = property(lambda self: self.leader.scale * self.leader.weight)
+
+    @classmethod
+    def like(cls, linear, rank, **kwargs):
+        """A layer of the shape, bias, device and dtype of an nn.Linear, weights uninitialised."""
+        weight = linear.weight
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            linear.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+            **kwargs,
+        )
+
+    def forward(self, x):  # x: (..., in)
+        return self.u(self.leader.latent(x))
+
+    def latent(self, x):
+        """`(v x) * s`: (..., r), computed once when several layers read the same `x`."""
+        if self._readers == 1 or torch.compiler.is_compiling():  # a compiler finds the common product itself
+            return self._project(x)
+        # The key holds x weakly and pins its version, so a freed or overwritten input can never match.
+        key = (x._version if not x.is_inference() else None, torch.is_grad_enabled())
+        if self._latent is None or self._latent[0]() is not x or self._latent[1] != key:
+            self._latent = [weakref.ref(x), key, self._project(x), self._readers]
+        z = self._latent[2]
+        self._latent[3] -= 1
+        if self._latent[3] == 0:  # the last reader has it: do not keep activations or their graph alive
+            self._latent = None
+        return z
+
+    def _project(self, x):
+        z = self.v(x)
+        return z * self.s.to(z.dtype) if self.weighted else z
+
+    def __getstate__(self):  # deepcopy must not meet the graph of a half-used latent
+        return {**self.__dict__, "_latent": None}
+
+    def extra_repr(self):
+        shared = "" if self.leader is self else ", shared v"
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}{shared}"
+
+    @torch.no_grad()
+    def dense_weight(self):
+        """`u diag(s) v`: (out, in), multiplied in fp32 or better."""
+        wide = torch.promote_types(self.u.weight.dtype, torch.float32)
+        u = self.u.weight.to(wide)
+        if self.weighted:
+            u = u * self.s.to(wide)
+        return (u @ self.leader.v.weight.to(wide)).to(self.u.weight.dtype)
+
+    def to_linear(self):
+        """The equivalent nn.Linear (no smaller, any tool reads it)."""
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.u.bias is not None,
+            device=self.u.weight.device,
+            dtype=self.u.weight.dtype,
+        )
+        linear.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
+        if self.u.bias is not None:
+            linear.bias = nn.Parameter(self.u.bias.detach().clone(), requires_grad=False)
+        return linear
+
+
+def groups(model):
+    """`[[(name, layer), ...], ...]`: every factored layer, in model order, with those that share its `v`."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            found.setdefault(module.leader, []).append((name, module))
+    # A leader is not always first in model order.
+    return [sorted(members, key=lambda nm: nm[1] is not leader) for leader, members in found.items()]
+
+
+def basis_cost(members):
+    """Parameters that one basis of this group costs: `in + sum(out)`."""
+    return members[0][1].in_features + sum(layer.out_features for _, layer in members)
+
+
+def dense_cost(members):
+    """Parameters of the dense weights that this group replaces: `in * sum(out)`."""
+    return members[0][1].in_features * sum(layer.out_features for _, layer in members)
+
+
+@torch.no_grad()
+def take(members, index):
+    """Keep only the bases `index` (1-D, long) of a group, in place; parameters keep their identity."""
+    leader = members[0][1].leader
+    for _, layer in members:
+        resize(layer.u, layer.u.weight[:, index])
+    resize(leader.v, leader.v.weight[index])
+    if leader.weighted:
+        leader.scale, leader.kept = leader.scale[index], leader.kept[index.to(leader.kept.device)]
+        leader.weight.data = leader.weight.data[index]
+
+
+def resize(linear, weight):
+    linear.weight.data = weight.contiguous()
+    linear.weight.grad = None
+    linear.out_features, linear.in_features = weight.shape
+
+
+@torch.no_grad()
+def fold(members):
+    """Merge `s` into the factors and balance them: `u <- U sqrt(S)`, `v <- sqrt(S) V` of the product's SVD.
+
+    The function does not change. Balanced factors have `u^T u = v v^T`, which suits one learning rate and
+    survives bf16 best. Cost: two QRs and an (r, r) SVD.
+    """
+    leader = members[0][1].leader
+    dtype = leader.v.weight.dtype
+    u = torch.cat([layer.u.weight for _, layer in members]).double()  # (sum out, r)
+    if leader.weighted:
+        u = u * leader.s.double()
+    # Columns are normalised before the QR: an unbalanced metric can spread their norms over many decades.
+    v = leader.v.weight.double()  # (r, in)
+    norm = v.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    q_u, r_u = torch.linalg.qr(u * norm)
+    q_v, r_v = torch.linalg.qr((v / norm[:, None]).T)
+    a, s, b = torch.linalg.svd(r_u @ r_v.T, full_matrices=False)
+    root = s.sqrt()
+    leader.v.weight.data = (root[:, None] * (b @ q_v.T)).to(dtype)
+    for (_, layer), block in zip(
+        members, (q_u @ (a * root)).split([layer.out_features for _, layer in members]), strict=True
+    ):
+        layer.u.weight.data = block.to(dtype).contiguous()
+    if leader.weighted:
+        del leader.scale, leader.weight, leader.kept
+
+
+def to_dense(model, members):
+    """Replace a group's layers by the equivalent nn.Linear."""
+    dense = [(name, layer.to_linear()) for name, layer in members]
+    for name, linear in dense:
+        model.set_submodule(name, linear)

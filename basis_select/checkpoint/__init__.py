@@ -1,0 +1,1 @@
+"""The checkpoint format, saving, loading and checking it."""

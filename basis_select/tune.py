@@ -1,0 +1,19 @@
+"""Fine-tune the dense model on the task: the parent is a model that the task already runs well on."""
+
+from .training.engine import train
+
+
+def tune(
+    model, task, folder=None, seed=0, *, steps: int = 0, batch_size: int = 16, lr: float = 1e-4
+):
+    """Train everything but the embeddings on response tokens with cross-entropy, in place; returns the model."""
+    trainable(model)
+    train(model, task, steps=steps, batch_size=batch_size, lr=lr, seed=seed, folder=folder)
+    return model
+
+
+def trainable(model):
+    """What tune and heal train: every parameter except the input embedding and the output head."""
+    model.requires_grad_(True)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.requires_grad_(False)

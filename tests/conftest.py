@@ -1,0 +1,78 @@
+"""Tiny random models and tokenizers, made here: nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from basis_select.tasks import Example, Task, exact
+
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+KINDS = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "gpt_neox")
+VOCABULARY = 128
+
+
+def tiny(kind="llama", tied=False, dtype="float32", seed=0, **overrides):
+    """A random two-layer decoder of the given architecture."""
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if kind not in ("gpt_neox", "gpt2"):
+        options["num_key_value_heads"] = 2
+    if kind in ("qwen3", "gemma3_text", "qwen3_moe"):
+        options["head_dim"] = 16
+    if kind == "qwen3_moe":
+        options |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **{**options, **overrides})
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    for name, p in model.named_parameters():  # biases start at zero, which would hide a dropped one
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def tokenizer():
+    """One token per ASCII character."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(c): c for c in range(3, VOCABULARY)}
+    fast = Tokenizer(models.BPE(vocabulary, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture
+def task():
+    """Random token sequences of varying lengths: enough to run every stage."""
+    generator = torch.Generator().manual_seed(0)
+
+    def example(i):
+        length = 8 + i % 20
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        return Example(f"p{i}", f"r{i}", f"r{i}", tuple(ids), length - 4 - i % 3)
+
+    examples = [example(i) for i in range(60)]
+    return Task("random", examples[:40], examples[40:50], examples[50:], exact, 0)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(1))
