@@ -23,9 +23,7 @@ class LowRankLinear(nn.Module):
     `weighted` layers carry `scale` and `weight`; `leader` is the layer whose `v` (and `s`) this one shares.
     """
 
-    def __init__(
-        self, in_features, out_features, rank, bias, weighted=False, leader=None, device=None, dtype=None
-    ):
+    def __init__(self, in_features, out_features, rank, bias, weighted=False, leader=None, device=None, dtype=None):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         if leader is None:
@@ -34,7 +32,7 @@ class LowRankLinear(nn.Module):
                 self.register_buffer("scale", torch.ones(rank, device=device, dtype=dtype))
                 self.weight = nn.Parameter(torch.ones(rank, device=device, dtype=dtype))
                 # Which bases of the full decomposition these are, so that an interrupted learn can be replayed.
-                self.register_buffer("kept", torch.arange(rank), persistent=False)
+                self.register_buffer("kept", torch.arange(rank, device=device))
         self.u = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self._leader = (leader or self,)  # a tuple, so that nn.Module does not register it as a child
         self._readers = 1  # how many layers use this leader's latent

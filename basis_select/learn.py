@@ -16,6 +16,7 @@ def learn(
     keep=None,
     budget="global",
     multiple_of=16,
+    reserve=0,
     *,
     steps: int = 60,
     batch_size: int = 16,
@@ -37,7 +38,7 @@ def learn(
     model.requires_grad_(False)
     for members in groups(model):
         members[0][1].leader.weight.requires_grad_(True)
-    callbacks = [] if keep is None else [_Prunings(model, steps, rounds, keep, budget, multiple_of)]
+    callbacks = [] if keep is None else [_Prunings(model, steps, rounds, keep, budget, multiple_of, reserve)]
     train(
         model,
         task,
@@ -55,16 +56,16 @@ def learn(
 
 
 class _Prunings(TrainerCallback):
-    def __init__(self, model, steps, rounds, keep, budget, multiple_of):
-        self.model, self.budget, self.multiple_of = model, budget, multiple_of
+    def __init__(self, model, steps, rounds, keep, *how):
+        self.model, self.how = model, how
         # Step (0-based) -> what is kept of the dense model then; by mass: what is kept of the current one.
-        factor = (lambda k: keep ** (1 / rounds)) if budget == "mass" else (lambda k: keep ** (k / rounds))
+        factor = (lambda k: keep ** (1 / rounds)) if how[0] == "mass" else (lambda k: keep ** (k / rounds))
         self.at = {steps * (k - 1) // rounds: factor(k) for k in range(1, rounds + 1)}
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step not in self.at:
             return
-        chosen = select(self.model, self.at[state.global_step], self.budget, self.multiple_of)
+        chosen = select(self.model, self.at[state.global_step], *self.how)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         for members, index in chosen:
             if index is not None:

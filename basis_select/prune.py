@@ -14,8 +14,8 @@ def prune(model, reserve=0, *, keep: float = 0.25, budget: str = "global", multi
 
     `keep` is the fraction of the parameters of the targeted layers that may remain; it is never exceeded.
     `budget` says how it is shared: "global" (largest s^2 per parameter over all layers; s^2 is the energy in the
-    metric, comparable across layers for "kronecker"), "uniform" (the same fraction of every layer), or "mass" (Basel: the
-    largest s of each layer that sum to `keep` of its total; the size is then an outcome). Ranks are
+    metric, comparable across layers for "kronecker"), "uniform" (the same fraction of every layer), or "mass" (Basel:
+    the largest s of each layer that sum to `keep` of its total; the size is then an outcome). Ranks are
     multiples of `multiple_of`; a layer whose rank would reach break-even, in*out/(in+out), stays dense. `reserve`
     bases per layer are left free for `extend`. Raises ValueError when the budget cannot be met.
     """
@@ -40,19 +40,20 @@ def select(model, keep, budget="global", multiple_of=16, reserve=0):
     if not found or not all(members[0][1].weighted for members in found):
         raise ValueError("there are no weighted bases to prune: call decompose first")
     costs, dense = [basis_cost(m) for m in found], [dense_cost(m) for m in found]
+    free = int(keep * sum(dense)) - reserve * sum(costs)
+    now = [min(m[0][1].rank * c, d) for m, c, d in zip(found, costs, dense, strict=True)]
+    if budget != "mass" and sum(now) <= free:  # learning has pruned already
+        return [(m, None if n == d else torch.arange(m[0][1].rank)) for m, n, d in zip(found, now, dense, strict=True)]
     energies = [members[0][1].s.detach().double().square() for members in found]
     orders = [e.argsort(descending=True, stable=True) for e in energies]
     if budget == "mass":
         kept = [by_mass(e.sqrt(), keep) for e in energies]
-        return [
-            (m, None if len(i) * c >= d else i) for m, i, c, d in zip(found, kept, costs, dense, strict=True)
-        ]
+        return [(m, None if len(i) * c >= d else i) for m, i, c, d in zip(found, kept, costs, dense, strict=True)]
     if budget == "uniform":
         scores = [uniform_scores(len(e), c, d) for e, c, d in zip(energies, costs, dense, strict=True)]
     else:
         scores = [e[o] for e, o in zip(energies, orders, strict=True)]
-    free = keep * sum(dense) - reserve * sum(costs)
-    ranks = allocate(scores, costs, dense, int(free), multiple_of)
+    ranks = allocate(scores, costs, dense, free, multiple_of)
     return [
         (m, None if rank is None else order[:rank].sort().values)
         for m, order, rank in zip(found, orders, ranks, strict=True)

@@ -4,6 +4,7 @@ The options of a stage are the keyword-only arguments of the verb that runs it: 
 where they, their types and their defaults are written.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -17,8 +18,9 @@ from .decompose import decompose
 from .extend import extend
 from .heal import heal
 from .learn import learn
-from .prune import prune
-from .tasks import load_task
+from .linalg.metrics import METRICS
+from .prune import BUDGETS, prune
+from .tasks import SCORES, load_task
 from .tune import tune
 
 
@@ -34,6 +36,10 @@ def _options(verb):
 
 Tune, Decompose, Learn, Prune, Extend, Heal = map(_options, (tune, decompose, learn, prune, extend, heal))
 Data = _options(load_task)
+
+
+RESULT = "result"  # the name of the recipe's own row among those it compares
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,27 @@ def read(path, overrides=()):
             raise ValueError(f"{text!r} should read key=value, for example prune.keep=0.25")
         changes[key] = yaml.safe_load(value)
     recipe = override(recipe, changes, "command line")
-    recipe.variants()  # a mistake in a compared row shows now, not after hours
+    for name, row in {"": recipe, **recipe.variants()}.items():  # mistakes show now, not after hours
+        try:
+            _check_values(row)
+        except ValueError as error:
+            raise ValueError(f"{path}{name and f', compare.{name}'}: {error}") from None
     return recipe
+
+
+def _check_values(r):
+    for name, value, known in (
+        ("decompose.metric", r.decompose.metric, METRICS),
+        ("prune.budget", r.prune.budget, BUDGETS),
+        ("dtype", r.dtype, DTYPES),
+        ("data.score", r.data.score, (None, *SCORES)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; known are {', '.join(map(str, known))}")
+    if not 0 < r.prune.keep <= 1:
+        raise ValueError(f"prune.keep is {r.prune.keep}, it should be a fraction above 0 and up to 1")
+    if r.learn.steps and r.learn.rounds > r.learn.steps:
+        raise ValueError(f"learn.rounds={r.learn.rounds} prunings do not fit into learn.steps={r.learn.steps}")
 
 
 def write(recipe):
@@ -129,21 +154,33 @@ def _checked(options, name, value, where, prefix):
     if name not in known:
         every = [*known, *(f"{s}.{f.name}" for s in SECTIONS for f in dataclasses.fields(SECTIONS[s]))]
         near = difflib.get_close_matches(name, every, 1)
-        hint = f"; did you mean {prefix if near[0] in known else ''}{near[0]}?" if near else f"; known are {', '.join(known)}"
+        hint = (
+            f"; did you mean {prefix if near[0] in known else ''}{near[0]}?"
+            if near
+            else f"; known are {', '.join(known)}"
+        )
         raise ValueError(f"{where} is not a recipe key{hint}")
     expected = known[name]
     kinds = expected.__args__ if isinstance(expected, types.UnionType) else (expected,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(value, str) and float in kinds:
-        try:  # YAML reads 1e-4 as text
+        with contextlib.suppress(ValueError):  # YAML reads 1e-4 as text
             value = float(value)
-        except ValueError:
-            pass
     if not any(type(value) is kind for kind in kinds):
         names = " or ".join("nothing" if k is types.NoneType else k.__name__ for k in kinds)
         raise ValueError(f"{where} is {value!r}, it should be {names}")
-    if name in ("steps", "batch_size", "examples", "train", "validation", "test", "max_length", "rank", "multiple_of"):
+    if name in (
+        "steps",
+        "batch_size",
+        "examples",
+        "train",
+        "validation",
+        "test",
+        "max_length",
+        "rank",
+        "multiple_of",
+    ):
         least = 0 if name in ("steps", "rank") else 1
         if value < least:
             raise ValueError(f"{where} is {value}, it should be at least {least}")

@@ -50,6 +50,9 @@ def number(generated, answer):
         return False
 
 
+SCORES = {"exact": exact, "number": number}
+
+
 @dataclass(frozen=True)
 class _Hub:
     path: str
@@ -84,7 +87,7 @@ HUB = {
     "mbpp": _Hub(
         "google-research-datasets/mbpp",
         "full",
-        'Question: {text}\nYour code should pass this test: {test_list[0]}\nAnswer:\n',
+        "Question: {text}\nYour code should pass this test: {test_list[0]}\nAnswer:\n",
         "{code}",
         None,  # running model-written code needs the sandbox: only the likelihood is scored
         {"train": "train", "validation": "validation", "test": "test"},
@@ -100,6 +103,7 @@ def load_task(
     *,
     options: dict | None = None,
     prompt: str | None = None,
+    score: str | None = None,
     train: int = 10000,
     validation: int = 200,
     test: int = 200,
@@ -109,18 +113,21 @@ def load_task(
 
     source: a name in HUB (`options: {data_dir: FOLDER}` reads `SPLIT.jsonl` files instead of the hub), the path of
     a JSON or JSONL file of `{prompt, response}` or `{messages}` rows (splits are drawn by `seed`), or
-    `reasoning_gym:FAMILY` with `options` for the family and `prompt` a template over its metadata. `train`,
-    `validation` and `test` cap the splits. No prompt occurs in two splits. Examples longer than `max_length` tokens
-    are cut at their end and counted, never silently. Raises ValueError or FileNotFoundError naming the source.
+    `reasoning_gym:FAMILY` with `options` for the family and `prompt` a template over its metadata. `score`,
+    "exact" or "number", replaces the source's own way. `train`, `validation` and `test` cap the splits. No prompt
+    occurs in two splits. Examples longer than `max_length` tokens are cut at their end and counted, never silently.
+    Raises ValueError or FileNotFoundError naming the source.
     """
     sizes = {"train": train, "validation": validation, "test": test}
     options = options or {}
     if source.startswith("reasoning_gym:"):
-        rows, score = _reasoning_gym(source.partition(":")[2], options, prompt, sizes, seed)
+        rows, default = _reasoning_gym(source.partition(":")[2], options, prompt, sizes, seed)
     elif source in HUB:
-        rows, score = _hub(source, options, sizes, seed)
+        rows, default = _hub(source, options, sizes, seed)
     else:
-        rows, score = _file(source, tokenizer, sizes, seed)
+        rows, default = _file(source, tokenizer, sizes, seed)
+    if score is not None and score not in SCORES:
+        raise ValueError(f"unknown score {score!r}; known are {', '.join(SCORES)}")
     rows, overlaps = _disjoint(rows, sizes)
     report = {"overlaps_dropped": overlaps, "truncated": 0, "dropped_too_long": 0}
     splits = {}
@@ -137,7 +144,7 @@ def load_task(
             max_length,
             report["dropped_too_long"],
         )
-    return Task(source, **splits, score=score, pad_id=tokenizer.pad_token_id, report=report)
+    return Task(source, **splits, score=SCORES.get(score, default), pad_id=tokenizer.pad_token_id, report=report)
 
 
 def _encode(row, tokenizer, max_length, report):
@@ -174,9 +181,7 @@ def _reasoning_gym(family, options, template, sizes, seed):
     try:
         import reasoning_gym
     except ImportError:
-        raise ValueError(
-            "generated tasks need the demo extra: pip install 'basis-select[demo]'"
-        ) from None
+        raise ValueError("generated tasks need the demo extra: pip install 'basis-select[demo]'") from None
     rows = {}
     for number_, split in enumerate(SPLITS):
         # Item i of a family is drawn from seed + i: the splits' seeds are kept further apart than any size.
@@ -236,7 +241,7 @@ def _file(source, tokenizer, sizes, seed):
     path = Path(source)
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(
-            f"unknown task {source!r}: it is none of {', '.join(HUB)}, no reasoning_gym:FAMILY and no .json or .jsonl file"
+            f"unknown task {source!r}: none of {', '.join(HUB)}, no reasoning_gym:FAMILY and no JSON or JSONL file"
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no data file at {path}")
@@ -252,7 +257,11 @@ def _file(source, tokenizer, sizes, seed):
 
 def _file_row(row, where, tokenizer):
     if isinstance(row, dict) and {"prompt", "response"} <= row.keys():
-        return {"prompt": row["prompt"], "response": row["response"], "answer": row.get("answer", row["response"])}
+        return {
+            "prompt": row["prompt"],
+            "response": row["response"],
+            "answer": row.get("answer", row["response"]),
+        }
     if isinstance(row, dict) and "messages" in row:
         messages = row["messages"]
         if not messages or messages[-1].get("role") != "assistant":

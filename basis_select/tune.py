@@ -3,9 +3,7 @@
 from .training.engine import train
 
 
-def tune(
-    model, task, folder=None, seed=0, *, steps: int = 0, batch_size: int = 16, lr: float = 1e-4
-):
+def tune(model, task, folder=None, seed=0, *, steps: int = 0, batch_size: int = 16, lr: float = 1e-4):
     """Train everything but the embeddings on response tokens with cross-entropy, in place; returns the model."""
     trainable(model)
     train(model, task, steps=steps, batch_size=batch_size, lr=lr, seed=seed, folder=folder)

@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from basis_select.tasks import Example, Task, exact
@@ -54,9 +54,8 @@ def tokenizer():
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(c): c for c in range(3, VOCABULARY)}
     fast = Tokenizer(models.BPE(vocabulary, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    fast.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 @pytest.fixture

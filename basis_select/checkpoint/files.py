@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .format import METHOD, describe
 from ..bases import groups
+from .format import METHOD, describe
 
 log = logging.getLogger(__name__)
 SIDECAR = "basis_select.json"  # sha256 of every weight file, and what was saved
@@ -30,17 +30,19 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: choose another folder or remove it first")
-    describe_if_factored(model)
+    if groups(model):
+        describe(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    kept = model.config.dtype
     try:
         state = None
         if dtype is not None:
             target = getattr(torch, dtype)
             state = {k: t.to(target) if t.is_floating_point() else t for k, t in model.state_dict().items()}
-            model.config.dtype = target
         model.save_pretrained(partial, state_dict=state, max_shard_size=max_shard_size)
+        if dtype is not None:  # save_pretrained writes the dtype of the model in memory
+            config = json.loads((partial / "config.json").read_text())
+            (partial / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         files = {p.name: sha256(p) for p in sorted(partial.glob("*.safetensors"))}
@@ -52,14 +54,7 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    finally:
-        model.config.dtype = kept
     return folder
-
-
-def describe_if_factored(model):
-    if groups(model):
-        describe(model)
 
 
 def check(folder):

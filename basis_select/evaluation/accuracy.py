@@ -7,13 +7,13 @@ import numpy as np
 from scipy import stats
 
 
-def evaluate(model, tokenizer, task, limit=None, batch_size=32):
+def evaluate(model, tokenizer, task, limit=None, batch_size=64):
     """Score `model` on the first `limit` test examples of `task`: greedy generation and response NLL.
 
     Returns `accuracy` (value and 95 % Wilson interval; None if the task does not score answers), `nll` (nats per
     response token over the pooled tokens, end token not counted, with a 95 % bootstrap interval over items)
-    and `items`, one dict per example, in test order, so that two results can be paired. Raises ValueError on a non-finite
-    likelihood; items are never skipped.
+    and `items`, one dict per example, in test order, so that two results can be paired. Raises ValueError on a
+    non-finite likelihood; items are never skipped.
     """
     try:
         import lm_eval
@@ -32,9 +32,7 @@ def evaluate(model, tokenizer, task, limit=None, batch_size=32):
         )
     finally:
         tokenizer.padding_side = side
-    by_doc = {
-        name: {sample["doc_id"]: sample for sample in samples} for name, samples in out["samples"].items()
-    }
+    by_doc = {name: {sample["doc_id"]: sample for sample in samples} for name, samples in out["samples"].items()}
     items = []
     for i, example in enumerate(examples):
         nll, tokens = by_doc["response_nll"][i]["nll"]
@@ -59,7 +57,12 @@ def _lm_eval_tasks(task, examples):
     import datasets
 
     rows = [
-        {"prompt": e.prompt, "response": e.response, "answer": e.answer or "", "tokens": len(e.input_ids) - e.start - 1}
+        {
+            "prompt": e.prompt,
+            "response": e.response,
+            "answer": e.answer or "",
+            "tokens": len(e.input_ids) - e.start - 1,
+        }
         for e in examples
     ]
     shared = {
@@ -92,7 +95,7 @@ def _lm_eval_tasks(task, examples):
         "generation_kwargs": {
             "until": ["\nQuestion:"],
             "do_sample": False,
-            "max_gen_toks": max(row["tokens"] for row in rows) + 16,
+            "max_gen_toks": max(row["tokens"] for row in rows) + 8,
         },
         "process_results": lambda doc, results: {"correct": int(task.score(results[0], doc["answer"]))},
         "metric_list": [{"metric": "correct", "aggregation": "mean", "higher_is_better": True}],
@@ -102,7 +105,7 @@ def _lm_eval_tasks(task, examples):
 
 def _wilson(correct):
     interval = stats.binomtest(sum(correct), len(correct)).proportion_ci(method="wilson")
-    return {"value": sum(correct) / len(correct), "low": interval.low, "high": interval.high}
+    return {"value": sum(correct) / len(correct), "low": float(interval.low), "high": float(interval.high)}
 
 
 def _pooled(nll, tokens):
@@ -115,7 +118,11 @@ def _pooled(nll, tokens):
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return {"value": float(nll.sum() / tokens.sum()), "low": float(interval.low), "high": float(interval.high)}
+    return {
+        "value": float(nll.sum() / tokens.sum()),
+        "low": float(interval.low),
+        "high": float(interval.high),
+    }
 
 
 def compare(parent, result):

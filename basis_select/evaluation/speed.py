@@ -18,8 +18,7 @@ def decode_speed(models, tokens=32, rounds=5):
         for name, model in models.items():
             rates[name].append(tokens / _decode_seconds(model, tokens))
     return {
-        name: {"median": statistics.median(r[1:]), "low": min(r[1:]), "high": max(r[1:])}
-        for name, r in rates.items()
+        name: {"median": statistics.median(r[1:]), "low": min(r[1:]), "high": max(r[1:])} for name, r in rates.items()
     }
 
 
@@ -28,9 +27,7 @@ def _decode_seconds(model, tokens):
     out = model(input_ids=ids, use_cache=True)
     began = time.perf_counter()
     for _ in range(tokens):
-        out = model(
-            input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True
-        )
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began

@@ -59,9 +59,7 @@ def decompose(weights, output_roots=None, input_root=None):
     one = torch.ones((), dtype=torch.float64)
     output_roots = [one if r is None else r for r in output_roots or [None] * len(weights)]
     input_root = one if input_root is None else input_root
-    m = torch.cat(
-        [r.T @ w.double() if r.dim() else r * w.double() for w, r in zip(weights, output_roots, strict=True)]
-    )
+    m = torch.cat([r.T @ w.double() if r.dim() else r * w.double() for w, r in zip(weights, output_roots, strict=True)])
     m = m @ input_root if input_root.dim() else m * input_root
     if not torch.isfinite(m).all():
         raise ValueError("the weight holds non-finite values")

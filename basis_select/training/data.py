@@ -47,9 +47,7 @@ class Batches(Dataset):
             order = rng.sample(range(len(self.examples)), len(self.examples))
             batches, size = [], self.batch_size
             for start in range(0, len(order), size * WINDOW):
-                window = sorted(
-                    order[start : start + size * WINDOW], key=lambda i: len(self.examples[i].input_ids)
-                )
+                window = sorted(order[start : start + size * WINDOW], key=lambda i: len(self.examples[i].input_ids))
                 batches += [window[i : i + size] for i in range(0, len(window), size)]
             rng.shuffle(batches)
             self._epoch = (epoch, batches)

@@ -20,9 +20,7 @@ from .loss import fast_bf16, task_loss
 SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
 
 
-def train(
-    model, task, *, steps, batch_size, lr, seed, folder=None, teacher=None, kl=1.0, warmup=0.05, callbacks=()
-):
+def train(model, task, *, steps, batch_size, lr, seed, folder=None, teacher=None, kl=1.0, warmup=0.05, callbacks=()):
     """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
 
     AdamW, cosine schedule, gradient clipping at 1. `folder` (default: a temporary one) receives

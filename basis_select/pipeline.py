@@ -1,0 +1,332 @@
+"""Runs a recipe stage by stage on disk.
+
+Every stage reads checkpoints and writes one folder, `stages/NAME-KEY`, where KEY is a digest of the stage's
+options and of everything upstream. A folder appears by rename when it is whole, so whatever is there is
+done: a killed run continues with the same command, a changed option repeats only what depends on it, and compared
+rows share the stages they have in common. State passes between stages only through disk, which makes a resumed run
+bit-identical to an undisturbed one.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import time
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, set_seed
+
+from . import recipe as recipes
+from .checkpoint.files import save, verify, weight_hash
+from .decompose import decompose
+from .evaluation.accuracy import compare, evaluate
+from .evaluation.report import table
+from .evaluation.speed import decode_speed
+from .extend import extend
+from .heal import heal
+from .learn import learn
+from .models import load
+from .plan import check_budget
+from .prune import prune
+from .sizes import sizes
+from .tasks import load_task
+from .tune import tune
+
+log = logging.getLogger(__name__)
+
+
+def run(recipe, folder):
+    """Run `recipe` in `folder`, continuing whatever is there; returns the results, also written to results.json.
+
+    The folder receives recipe.yaml (every default written out), manifest.json, metrics.jsonl, stages/, final/
+    (the checkpoint), results.json and results.md. Raises ValueError if another run is using the folder.
+    """
+    folder = Path(folder)
+    (folder / "stages").mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        _write(folder / "recipe.yaml", recipes.write(recipe))
+        stages = _Stages(recipe, folder)
+        rows = {recipes.RESULT: recipe, **recipe.variants()}
+        loaded = stages.loaded()
+        for row in rows.values():  # what cannot be met is said before hours are spent on tuning
+            check_budget(row, loaded / "model", stages.task)
+        parent = stages.parent()
+        _write(folder / "manifest.json", json.dumps(_manifest(recipe, parent, stages.task), indent=1))
+        finals = {"parent": stages.final(parent)}
+        for name, row in rows.items():
+            finals[name] = stages.final(stages.compressed(row))
+        evaluations = {name: stages.evaluated(final) for name, final in finals.items()}
+        speeds = stages.timed(finals)
+        results = {
+            name: _row(name, finals[name], evaluations[name], evaluations["parent"], speeds[name]) for name in finals
+        }
+        _publish(finals[recipes.RESULT], folder / "final")
+        _write(folder / "results.json", json.dumps(results, indent=1))
+        _write(folder / "results.md", table(results))
+    return results
+
+
+class _Stages:
+    """The chain of stages of one recipe and its rows; every method returns the folder of a finished stage."""
+
+    def __init__(self, recipe, folder):
+        self.recipe, self.folder = recipe, folder
+        data = json.dumps([recipe.task, recipe.seed, dataclasses.asdict(recipe.data)], sort_keys=True)
+        self.data_key = hashlib.sha256(data.encode()).hexdigest()
+
+    def loaded(self):
+        """The model as it came, in fp32."""
+        source = self.recipe.model
+        return self.stage("load", {"model": source}, [], lambda out: _save(load(source, "float32"), out))
+
+    def parent(self):
+        """The dense model that the task runs well on, in fp32."""
+        r, loaded = self.recipe, self.loaded()
+        if not r.tune.steps:
+            return loaded
+        return self.stage("tune", r.tune, [loaded], lambda out: self.train(tune, loaded, out, r.tune))
+
+    def compressed(self, r):
+        """The compressed model of one row, in fp32."""
+        parent = self.parent()
+        made = self.stage(
+            "decompose",
+            r.decompose,
+            [parent],
+            lambda out: self.change(decompose, parent, out, r.decompose, self.task),
+        )
+        cut, progressive = r.prune, bool(r.learn.steps and r.learn.rounds)
+        if r.learn.steps:
+            bases, room = made, {**dataclasses.asdict(cut), "reserve": r.extend.rank} if progressive else {}
+            made = self.stage(
+                "learn",
+                {**dataclasses.asdict(r.learn), **room},
+                [bases, parent],
+                lambda out: self.train(learn, bases, out, r.learn, load(parent / "model")[0], **room),
+            )
+            if progressive and cut.budget == "mass":  # its rounds have taken all there is to take
+                cut = dataclasses.replace(cut, keep=1.0)
+        for verb, options, argument in ((prune, cut, r.extend.rank), (extend, r.extend, r.seed)):
+            if verb is extend and not r.extend.rank:
+                continue
+            before = made
+            made = self.stage(
+                verb.__name__,
+                {**dataclasses.asdict(options), "argument": argument},
+                [before],
+                lambda out, verb=verb, options=options, argument=argument, before=before: self.change(
+                    verb, before, out, options, argument
+                ),
+            )
+        if not r.heal.steps:
+            return made
+        return self.stage(
+            "heal", r.heal, [made, parent], lambda out: self.train(heal, made, out, r.heal, load(parent / "model")[0])
+        )
+
+    def final(self, stage):
+        """The checkpoint of a stage in the dtype that is published and evaluated, reloaded and compared once."""
+
+        def work(out):
+            model, tokenizer = load(stage / "model")
+            save(model, tokenizer, out / "model", self.recipe.dtype)
+            model, _ = load(out / "model")
+            check = verify(out / "model", model)
+            if not check["bit_equal"]:
+                raise RuntimeError(f"{out} reloads with logits that differ by {check['max_difference']:g}")
+            return {"verified": check, "sizes": sizes(model, out / "model")}
+
+        return self.stage("save", {"dtype": self.recipe.dtype}, [stage], work)
+
+    def evaluated(self, final):
+        def work(out):
+            result = evaluate(*load(final / "model"), self.task)
+            _write(out / "evaluation.json", json.dumps(result, indent=1))
+
+        return _read(self.stage("evaluate", {}, [final], work) / "evaluation.json")
+
+    def timed(self, finals):
+        def work(out):
+            speeds = decode_speed({name: load(final / "model")[0] for name, final in finals.items()})
+            _write(out / "speed.json", json.dumps(speeds, indent=1))
+
+        return _read(self.stage("time", {}, list(finals.values()), work) / "speed.json")
+
+    def change(self, verb, source, out, options, argument):
+        """A verb without training: `verb(model, argument, **options)`."""
+        model, tokenizer = load(source / "model")
+        verb(model, argument, **dataclasses.asdict(options))
+        return _save((model, tokenizer), out)
+
+    def train(self, verb, source, out, options, *teacher, **more):
+        """A verb that trains: `verb(model, task, teacher, folder=, seed=, **options)`."""
+        model, tokenizer = load(source / "model")
+        verb(
+            model,
+            self.task,
+            *teacher,
+            folder=out,
+            seed=self.recipe.seed,
+            **dataclasses.asdict(options),
+            **more,
+        )
+        return _save((model, tokenizer), out)
+
+    @cached_property
+    def task(self):
+        tokenizer = AutoTokenizer.from_pretrained(self.loaded() / "model")
+        return load_task(self.recipe.task, tokenizer, self.recipe.seed, **dataclasses.asdict(self.recipe.data))
+
+    def stage(self, name, options, upstream, work):
+        """The folder `stages/name-key`; `work(partial_folder)` fills it, unless it is there already."""
+        options = options if isinstance(options, dict) else dataclasses.asdict(options)
+        given = [name, options, [u.name for u in upstream], self.data_key if upstream else None]
+        key = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:10]
+        target = self.folder / "stages" / f"{name}-{key}"
+        if target.exists():
+            return target
+        log.warning("%s", target.name)
+        _require_disk(target.parent, upstream)
+        partial = target.with_name(f".{target.name}")
+        partial.mkdir(exist_ok=True)
+        if (partial / "model").exists():  # killed between its last two writes
+            shutil.rmtree(partial / "model")
+        began = time.monotonic()
+        set_seed(self.recipe.seed)
+        facts = {
+            "stage": name,
+            "options": options,
+            "upstream": [u.name for u in upstream],
+            **(work(partial) or {}),
+        }
+        facts |= {"seconds": round(time.monotonic() - began, 2), "peak_memory_bytes": _peak_memory()}
+        if (partial / "model").exists():
+            facts["weights_sha256"] = weight_hash(partial / "model")
+        _write(partial / "stage.json", json.dumps(facts, indent=1))
+        shutil.rmtree(partial / "trainer", ignore_errors=True)
+        partial.rename(target)
+        _collect_metrics(self.folder)
+        return target
+
+
+def _save(loaded, out):
+    model, tokenizer = loaded
+    save(model, tokenizer, out / "model")
+    return {"sizes": sizes(model, out / "model")}
+
+
+def _row(name, final, evaluation, parent, speed):
+    facts = _read(final / "stage.json")
+    return {
+        "accuracy": evaluation["accuracy"],
+        "nll": evaluation["nll"],
+        "n": evaluation["n"],
+        "sizes": facts["sizes"],
+        "decode_tokens_per_second": speed,
+        "paired": compare(parent, evaluation) if name != "parent" and evaluation["accuracy"] else None,
+        "stages": _history(final),
+        "weights_sha256": facts["weights_sha256"],
+    }
+
+
+def _history(stage):
+    """`[{stage, seconds, peak_memory_bytes}, ...]` of everything a checkpoint came from, in order."""
+    seen = {}
+
+    def visit(path):
+        facts = _read(path / "stage.json")
+        for name in facts["upstream"]:
+            if name not in seen:
+                visit(path.parent / name)
+        seen[path.name] = {"stage": path.name, **{k: facts[k] for k in ("seconds", "peak_memory_bytes")}}
+
+    visit(stage)
+    return list(seen.values())
+
+
+def _publish(final, target):
+    partial = target.with_name(f".{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(final / "model", partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _collect_metrics(folder):
+    lines = []
+    for path in sorted(folder.glob("stages/*/metrics.jsonl"), key=lambda p: p.stat().st_mtime):
+        lines += [json.dumps({"stage": path.parent.name, **json.loads(row)}) for row in path.read_text().splitlines()]
+    _write(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
+
+
+def _manifest(recipe, parent, task):
+    packages = ("basis-select", "torch", "transformers", "accelerate", "datasets", "lm-eval", "reasoning-gym")
+    encoded = json.dumps([[e.input_ids for e in split] for split in (task.train, task.validation, task.test)])
+    return {
+        "versions": {name: version(name) for name in packages if _installed(name)},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "seed": recipe.seed,
+        "parent_weights_sha256": _read(parent / "stage.json")["weights_sha256"],
+        "data_sha256": hashlib.sha256(encoded.encode()).hexdigest(),
+        "data": {
+            "train": len(task.train),
+            "validation": len(task.validation),
+            "test": len(task.test),
+            **task.report,
+        },
+    }
+
+
+def _installed(name):
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+def _require_disk(folder, upstream):
+    """Stop before a stage whose checkpoint and training state would not fit."""
+    weights = [p.stat().st_size for u in upstream for p in u.glob("model/*.safetensors")]
+    need, free = 4 * max(weights, default=0), shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(
+            errno.ENOSPC,
+            f"the next stage may write {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            str(folder),
+        )
+
+
+def _peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+@contextlib.contextmanager
+def _alone(folder):
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is using {folder}: wait for it or name another folder") from None
+        yield
+
+
+def _read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path, text):
+    """Replace a file in one step: readers see the old text or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

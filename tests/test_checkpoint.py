@@ -1,0 +1,184 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import KINDS, tiny
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, pipeline
+
+import basis_select as bs
+from basis_select.bases import groups
+
+
+def compressed(task, kind="llama", **options):
+    model = tiny(kind, **options)
+    bs.decompose(model, task, examples=16)
+    return bs.prune(model, keep=0.5, multiple_of=1)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_reloaded_logits_are_bit_equal(kind, tied, dtype, task, ids, tmp_path):
+    model = compressed(task, kind, tied=tied, dtype=dtype)
+    bs.save(model, None, tmp_path / "a")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert torch.equal(logits(stock, ids), logits(model, ids))
+    stock.save_pretrained(tmp_path / "b")  # and again from a loaded model
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), ids), logits(model, ids))
+    out = stock.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(out, model.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def test_weighted_checkpoints_reload_bit_equal_and_can_be_pruned_later(task, ids, tokenizer, tmp_path):
+    model = bs.decompose(tiny("qwen2"), task, examples=16)
+    for members in groups(model):
+        members[0][1].weight.data.uniform_(0.5, 1.5)
+    bs.save(model, tokenizer, tmp_path / "a")
+    again, _ = bs.load(tmp_path / "a")
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    for m in (model, again):
+        bs.prune(m, keep=0.4, multiple_of=1)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_save_casts_without_touching_the_model(task, tokenizer, ids, tmp_path):
+    model = compressed(task)
+    before = logits(model, ids)
+    bs.save(model, tokenizer, tmp_path / "a", "bfloat16")
+    assert torch.equal(logits(model, ids), before)
+    assert model.config.dtype != torch.bfloat16
+    again, _ = bs.load(tmp_path / "a")
+    assert again.dtype == torch.bfloat16
+    assert bs.sizes(again, tmp_path / "a")["bytes"] == (tmp_path / "a" / "model.safetensors").stat().st_size
+    assert abs(bs.sizes(again, tmp_path / "a")["bytes"] - 2 * bs.sizes(again)["parameters"]) < 20_000
+
+
+def test_one_v_is_stored_per_group_and_shards_load(task, tokenizer, ids, tmp_path):
+    model = compressed(task)
+    bs.save(model, tokenizer, tmp_path / "a", max_shard_size="40KB")
+    shards = list((tmp_path / "a").glob("*.safetensors"))
+    names = [name for shard in shards for name in load_file(shard)]
+    assert len(shards) > 2
+    assert "model.layers.0.self_attn.q_proj.v.weight" in names
+    assert "model.layers.0.self_attn.k_proj.v.weight" not in names
+    assert torch.equal(logits(bs.load(tmp_path / "a")[0], ids), logits(model, ids))
+
+
+def test_save_writes_all_or_nothing(task, tokenizer, tmp_path, monkeypatch):
+    model = compressed(task)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        bs.save(model, tokenizer, tmp_path / "full")
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        bs.save(model, tokenizer, tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]
+
+
+def edit_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def rewrite(folder, change, keep_hash=False):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if keep_hash:
+        (folder / "basis_select.json").unlink()
+
+
+Q = "model.layers.0.self_attn.q_proj"
+DAMAGE = {
+    "truncated file": (lambda f: os.truncate(f / "model.safetensors", 9999), "not a whole"),
+    "one byte flipped": (lambda f: flip(f / "model.safetensors"), "sha256 differs"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no .safetensors"),
+    "another file added": (lambda f: shutil.copy(f / "model.safetensors", f / "extra.safetensors"), "was not part"),
+    "future format": (lambda f: edit_config(f, lambda c: c.update(format_version=2)), "format version 2"),
+    "wrong rank": (lambda f: edit_config(f, lambda c: c["ranks"].update({Q: 3})), "rank|size|shape"),
+    "rank missing": (lambda f: edit_config(f, lambda c: c["ranks"].pop("model.layers.0.mlp.down_proj")), "keys"),
+    "unknown layer": (lambda f: edit_config(f, lambda c: c["ranks"].update({"model.nothing": 3})), "model.nothing"),
+    "groups lost": (lambda f: edit_config(f, lambda c: c.update(groups=[])), "keys"),
+    "tensor missing": (lambda f: rewrite(f, lambda t: t.pop(f"{Q}.u.weight"), True), "missing keys"),
+    "foreign tensor": (lambda f: rewrite(f, lambda t: t.update(alien=torch.ones(2)), True), "unexpected keys"),
+    "another shape": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.u.weight": torch.ones(2)}), True), "size|shape"),
+}  # fmt: skip
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused(damage, task, tokenizer, tmp_path):
+    folder = bs.save(compressed(task, tied=True), tokenizer, tmp_path / "a")
+    bs.load(folder)
+    do, message = DAMAGE[damage]
+    do(folder)
+    with pytest.raises(ValueError, match=message):
+        bs.load(folder)
+
+
+def test_verify_compares_with_a_fresh_process(task, tokenizer, tmp_path):
+    model = compressed(task)
+    folder = bs.save(model, tokenizer, tmp_path / "a")
+    assert bs.verify(folder, model) == {"bit_equal": True, "max_difference": 0.0}
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    assert not bs.verify(folder, model)["bit_equal"]
+    flip(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="sha256 differs"):
+        bs.verify(folder, model)
+
+
+def test_the_import_is_what_makes_transformers_read_it(task, tokenizer, ids, tmp_path):
+    model = compressed(task)
+    folder = bs.save(model, tokenizer, tmp_path / "a")
+    code = (
+        "import sys, torch, basis_select; from transformers import AutoModelForCausalLM;"
+        f"m = AutoModelForCausalLM.from_pretrained({str(folder)!r});"
+        "print(m(torch.tensor(eval(sys.argv[1]))).logits.double().sum().item())"
+    )
+    out = subprocess.run([sys.executable, "-c", code, str(ids.tolist())], capture_output=True, text=True)
+    assert float(out.stdout) == pytest.approx(logits(model, ids).double().sum().item(), abs=1e-9)
+
+
+def test_users_tools_work_on_the_factors(task, tokenizer, ids, tmp_path):
+    model = compressed(task)
+    folder = bs.save(model, tokenizer, tmp_path / "a")
+    loaded, _ = bs.load(folder)
+    lora = get_peft_model(loaded, LoraConfig(r=2, target_modules=r".*\.(u|v)", init_lora_weights=False))
+    with torch.no_grad():
+        adapted = lora(ids).logits
+    lora.save_pretrained(tmp_path / "adapter")
+    merged, _ = bs.load(tmp_path / "adapter")  # the adapter names the compressed folder as its base
+    assert torch.allclose(logits(merged, ids), adapted, atol=1e-5)
+    text = pipeline("text-generation", model=str(folder), max_new_tokens=3)("abc")
+    assert text[0]["generated_text"].startswith("abc")
+    compiled = torch.compile(bs.load(folder)[0], backend="eager", fullgraph=True)
+    assert torch.allclose(logits(compiled, ids), logits(model, ids), atol=1e-6)
+    dense = bs.load(folder)[0].dequantize()
+    dense.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert torch.allclose(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), ids), logits(model, ids), atol=1e-5
+    )

@@ -1,0 +1,241 @@
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import basis_select as bs
+from basis_select import recipe as recipes
+from basis_select.cli import app
+from basis_select.training import engine
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def recipe(tokenizer, tmp_path):
+    """A whole run on a tiny random model: addition of digits, seconds long."""
+    bs.save(tiny(tied=True), tokenizer, tmp_path / "model")
+    rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(12) for b in range(12)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "model": str(tmp_path / "model"),
+        "task": str(tmp_path / "data.jsonl"),
+        "data": {"test": 20, "validation": 10},
+        "tune": {"steps": 6, "batch_size": 8},
+        "decompose": {"examples": 16},
+        "learn": {"steps": 6, "batch_size": 8, "rounds": 3},
+        "prune": {"keep": 0.4, "multiple_of": 2},
+        "extend": {"rank": 2},
+        "heal": {"steps": 6, "batch_size": 8},
+        "compare": {"plain": {"decompose.metric": "plain", "learn.steps": 0, "prune.budget": "uniform"}},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_one_command_does_it_all(recipe, tmp_path):
+    out = tmp_path / "run"
+    result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["parent", "result", "plain"]
+    for name, row in results.items():
+        assert row["n"] == 20
+        assert row["nll"]["low"] <= row["nll"]["value"] <= row["nll"]["high"]
+        if name != "parent":
+            assert row["sizes"]["targeted"] <= 0.4 * row["sizes"]["targeted_dense"]
+            assert sum(row["paired"][k] for k in ("both", "gained", "lost", "neither")) == 20
+    stages = sorted(p.name.rpartition("-")[0] for p in (out / "stages").iterdir())
+    assert stages.count("tune") == 1  # rows share what they have in common
+    assert stages.count("decompose") == stages.count("heal") == 2
+    final, _ = bs.load(out / "final")
+    assert bs.sizes(final, out / "final") == results["result"]["sizes"]
+    stock = AutoModelForCausalLM.from_pretrained(out / "final")
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(stock(ids).logits, final(ids).logits)
+    for stage in (out / "stages").iterdir():
+        if (stage / "model").exists():
+            bs.load(stage / "model")
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["heal"]["lr"] == 3e-4
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["versions"]["torch"].startswith(torch.__version__)
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 6 + 6 + 2 * 6
+    assert f"| result | {results['result']['accuracy']['value']:.1%}" in result.output
+
+    written = {p: p.stat().st_mtime_ns for p in (out / "stages").rglob("*")}
+    again = CliRunner().invoke(app, ["run", str(recipe), "--out", str(out)])
+    assert again.exit_code == 0
+    assert written == {p: p.stat().st_mtime_ns for p in (out / "stages").rglob("*")}
+    changed = CliRunner().invoke(app, ["run", str(recipe), "heal.steps=7", "compare={}", "--out", str(out)])
+    assert changed.exit_code == 0
+    new = {p.name.rpartition("-")[0] for p in (out / "stages").iterdir()} - set(stages)
+    assert not new
+    assert len(list((out / "stages").glob("heal-*"))) == 3
+    assert len(list((out / "stages").glob("learn-*"))) == 1
+
+
+def test_inspect_verify_and_plan(recipe, tmp_path):
+    out = tmp_path / "run"
+    runner = CliRunner()
+    text = runner.invoke(app, ["plan", str(recipe)]).output
+    assert re.search(r"result: 0.0\d M targeted parameters \(2.50x fewer\)", text)
+    assert not out.exists()
+    assert runner.invoke(app, ["run", str(recipe), "compare={}", "--out", str(out)]).exit_code == 0
+    text = runner.invoke(app, ["inspect", str(out / "final")]).output
+    assert re.search(
+        r"layers.0.self_attn.k_proj +64 -> 32 +rank \d+  shares v of model.layers.0.self_attn.q_proj", text
+    )
+    assert f"{(out / 'final' / 'model.safetensors').stat().st_size:,}" in text
+    assert "bit-equal" in runner.invoke(app, ["verify", str(out / "final")]).output
+
+
+KILLABLE = (
+    "from basis_select.training import engine; engine.SAVE_EVERY = 0.0; from basis_select.cli import main; main()"
+)
+
+
+def hashes(out):
+    return {p.parent.name: json.loads(p.read_text()).get("weights_sha256") for p in out.glob("stages/*/stage.json")}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_weights(recipe, tmp_path):
+    command = [sys.executable, "-c", KILLABLE, "run", str(recipe), "--out"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    began = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "calm")], check=True, **quiet)
+    length = time.monotonic() - began
+    rng = random.Random(0)
+    for _ in range(5):
+        process = subprocess.Popen([*command, str(tmp_path / "killed")], start_new_session=True, **quiet)
+        try:
+            process.wait(rng.uniform(0.3, 0.8) * length)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, **quiet)
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "calm")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["tune", "learn", "heal"])
+def test_a_stage_stopped_in_its_middle_continues_bit_for_bit(stage, recipe, tmp_path, monkeypatch):
+    read = recipes.read(recipe, ["compare={}"])
+    bs_run = __import__("basis_select.pipeline").pipeline.run
+    bs_run(read, tmp_path / "calm")
+    monkeypatch.setattr(engine, "SAVE_EVERY", 0.0)
+    loss, calls = engine.task_loss, []
+
+    def dies(model, batch, teacher=None, kl=1.0):
+        calls.append(1)
+        if len(calls) == {"tune": 4, "learn": 10, "heal": 16}[stage]:
+            raise Killed
+        return loss(model, batch, teacher, kl)
+
+    monkeypatch.setattr(engine, "task_loss", dies)
+    with pytest.raises(Killed):
+        bs_run(read, tmp_path / "killed")
+    partial = next((tmp_path / "killed" / "stages").glob(f".{stage}-*"))
+    assert list(partial.glob("trainer/checkpoint-3"))
+    bs_run(read, tmp_path / "killed")
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "calm")
+    a, b = ((tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("calm", "killed"))
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in (a, b)]
+    assert losses[0] == losses[1]
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "SAVE_EVERY", 0.0)
+    loss, calls = engine.task_loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        parts = loss(*args)
+        return [p * (float("nan") if len(calls) == 4 else 1) for p in parts]
+
+    monkeypatch.setattr(engine, "task_loss", poisoned)
+    result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert "error: the loss became nan at step 4" in result.output
+    assert (next((tmp_path / "run" / "stages").glob(".tune-*")) / "trainer" / "checkpoint-3" / "complete").exists()
+    monkeypatch.setattr(engine, "task_loss", loss)
+    assert CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone.yaml"], "there is no recipe at gone.yaml"),
+        (["heal.step=3"], "command line: heal.step is not a recipe key; did you mean heal.steps?"),
+        (["healing.steps=3"], "command line: healing.steps is not a recipe key"),
+        (["prune.keep"], "'prune.keep' should read key=value, for example prune.keep=0.25"),
+        (["prune.keep=lots"], "command line: prune.keep is 'lots', it should be float"),
+        (["heal.steps=-1"], "command line: heal.steps is -1, it should be at least 0"),
+        (["heal.lr=0"], "command line: heal.lr is 0.0, it should be above 0"),
+        (["prune.keep=0.001"], "the smallest possible is"),
+        (["prune.keep=1.5"], "prune.keep is 1.5, it should be a fraction"),
+        (["learn.rounds=99"], "learn.rounds=99 prunings do not fit into learn.steps=6"),
+        (["decompose.metric=cubic"], "decompose.metric is 'cubic'; known are plain, kronecker"),
+        (["prune.budget=best"], "prune.budget is 'best'; known are global, uniform, mass"),
+        (["dtype=int9"], "dtype is 'int9'; known are"),
+        (["task=gone.jsonl"], "there is no data file at gone.jsonl"),
+        (["model=./gone"], "there is no model folder at ./gone"),
+        (["compare={a: {heal.stepz: 1}}"], "compare.a: heal.stepz is not a recipe key; did you mean heal.steps?"),
+    ],
+)
+def test_bad_input_gets_one_sentence(arguments, message, recipe, tmp_path):
+    if arguments[0] != "gone.yaml":
+        arguments = [str(recipe), *arguments]
+    result = CliRunner().invoke(app, ["run", *arguments, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    error = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_checkpoint(recipe, tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert "No space" in result.output or "GB are free" in result.output
+    assert [p.name.split("-")[0] for p in (tmp_path / "run" / "stages").iterdir()] == ["load"]
+
+
+def test_two_runs_do_not_share_a_folder(recipe, tmp_path):
+    import fcntl
+
+    (tmp_path / "run" / "stages").mkdir(parents=True)
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
+    assert "another run is using" in result.output
+
+
+def test_every_recipe_is_valid_and_survives_writing():
+    for path in sorted((REPO / "recipes").glob("*.yaml")):
+        read = recipes.read(path)
+        assert (
+            recipes.override(recipes.Recipe("a", "b"), recipes._flat(yaml.safe_load(recipes.write(read)), path), "x")
+            == read
+        )
