@@ -71,6 +71,7 @@ def run(recipe, folder):
             name: _row(name, finals[name], evaluations[name], evaluations["parent"], speeds[name]) for name in finals
         }
         _publish(finals[recipes.RESULT], folder / "final")
+        results[recipes.RESULT]["reloaded"] = verify(folder / "final")
         _write(folder / "results.json", json.dumps(results, indent=1))
         _write(folder / "results.md", table(results))
     return results
@@ -135,16 +136,12 @@ class _Stages:
         )
 
     def final(self, stage):
-        """The checkpoint of a stage in the dtype that is published and evaluated, reloaded and compared once."""
+        """The checkpoint of a stage in the dtype that is published and evaluated."""
 
         def work(out):
             model, tokenizer = load(stage / "model")
             save(model, tokenizer, out / "model", self.recipe.dtype)
-            model, _ = load(out / "model")
-            check = verify(out / "model", model)
-            if not check["bit_equal"]:
-                raise RuntimeError(f"{out} reloads with logits that differ by {check['max_difference']:g}")
-            return {"verified": check, "sizes": sizes(model, out / "model")}
+            return {"sizes": sizes(model, out / "model")}
 
         return self.stage("save", {"dtype": self.recipe.dtype}, [stage], work)
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basis_select.linalg.budget import allocate, by_mass, uniform_scores
-from basis_select.linalg.metrics import SHRINKAGE, decompose, root
+from basis_select.linalg.metrics import SHRINKAGE, decompose, root, svd
 
 
 def moment(n, seed, tokens=None):
@@ -67,6 +67,20 @@ def test_a_triangular_root_gives_the_same_bases_as_an_eigenvector_root():
     assert torch.allclose(mine[1], s, rtol=1e-9)
     for i in range(9):  # bases are equal up to a common sign
         assert torch.allclose(torch.outer(mine[0][:, i], mine[2][i]), torch.outer(u[:, i], v[i]), atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (20, 20)])
+def test_svd_agrees_with_the_bidiagonal_one_and_survives_rank_deficiency(shape):
+    g = torch.Generator().manual_seed(0)
+    m = torch.randn(*shape, generator=g, dtype=torch.float64)
+    u, s, v = svd(m)
+    assert torch.allclose(s, torch.linalg.svdvals(m), rtol=1e-10)
+    assert torch.allclose(u.T @ u, torch.eye(20, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(v @ v.T, torch.eye(20, dtype=torch.float64), atol=1e-10)
+    m[:, 5:] = m[:, :1]  # rank 5
+    u, s, v = svd(m)
+    assert torch.allclose(u @ s.diag() @ v, m, atol=1e-12)
+    assert s[5:].max() < 1e-6 * s[0]
 
 
 def test_decompose_refuses_non_finite_weights():

@@ -7,7 +7,7 @@ import torch
 
 
 @torch.no_grad()
-def decode_speed(models, tokens=32, rounds=5):
+def decode_speed(models, tokens=16, rounds=5):
     """Median tokens per second of greedy decoding at batch 1 after a 16-token prompt, for `{name: model}`.
 
     Each round times every model once, in turn; the first round warms up and is not counted. Returns

@@ -48,6 +48,24 @@ def root(moment, shrinkage=SHRINKAGE):
     return torch.linalg.cholesky(shifted) * mean.sqrt()
 
 
+def svd(m):
+    """`u: (M, r)`, `s: (r,)` descending, `v: (r, N)` with `m = u diag(s) v`; m: (M, N) in float64, r = min(M, N).
+
+    Eigenvectors of the smaller Gram matrix give one side exactly orthonormal; the other is m times them. So the
+    product is m to rounding, and the energy of what is dropped is exactly what is lost, whatever the
+    conditioning; only directions with s below 1e-8 of the largest are resolved less finely than by a
+    bidiagonal SVD, which takes 3 to 6 times as long.
+    """
+    if m.shape[0] < m.shape[1]:
+        u, s, v = svd(m.T)
+        return v.T, s, u.T
+    v = torch.linalg.eigh(m.T @ m).eigenvectors
+    u = m @ v
+    s, order = u.norm(dim=0).sort(descending=True)
+    u = u[:, order] / s.clamp_min(torch.finfo(m.dtype).tiny)
+    return u, s, v[:, order].T
+
+
 def decompose(weights, output_roots=None, input_root=None):
     """Full SVD of stacked weights in a metric.
 
@@ -63,7 +81,7 @@ def decompose(weights, output_roots=None, input_root=None):
     m = m @ input_root if input_root.dim() else m * input_root
     if not torch.isfinite(m).all():
         raise ValueError("the weight holds non-finite values")
-    u, s, v = torch.linalg.svd(m, full_matrices=False)
+    u, s, v = svd(m)
     blocks = zip(u.split([len(w) for w in weights]), output_roots, strict=True)
     u = torch.cat([torch.linalg.solve_triangular(r.T, b, upper=True) if r.dim() else b / r for b, r in blocks])
     if input_root.dim():

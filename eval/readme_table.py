@@ -1,0 +1,25 @@
+"""Writes the table of a result file into README.md, between `<!-- table: FILE -->` and `<!-- end -->`.
+
+python eval/readme_table.py
+"""
+
+import json
+import re
+from pathlib import Path
+
+from basis_select.evaluation.report import table
+
+REPO = Path(__file__).parents[1]
+
+
+def fill(text):
+    def block(match):
+        results = json.loads((REPO / match[1]).read_text())
+        return f"<!-- table: {match[1]} -->\n{table(results)}<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    readme = REPO / "README.md"
+    readme.write_text(fill(readme.read_text()))
