@@ -198,6 +198,7 @@ class _Stages:
         partial.mkdir(exist_ok=True)
         if (partial / "model").exists():  # killed between its last two writes
             shutil.rmtree(partial / "model")
+        _forget_peak_memory()
         began = time.monotonic()
         set_seed(self.recipe.seed)
         facts = {
@@ -304,7 +305,17 @@ def _require_disk(folder, upstream):
         )
 
 
+def _forget_peak_memory():
+    """Start counting anew where the kernel can (Linux); elsewhere the peak is that of the process so far."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_memory():
+    """Bytes resident at the worst moment since `_forget_peak_memory`."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
