@@ -24,9 +24,11 @@ def _command(function):
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         from safetensors import SafetensorError
+        from transformers.utils.logging import disable_progress_bar
 
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning)
+        disable_progress_bar()  # of loading and saving; stages keep theirs
         try:
             function(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError, SafetensorError) as error:

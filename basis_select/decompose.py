@@ -1,6 +1,7 @@
 """Every targeted nn.Linear becomes a LowRankLinear with all its bases: the function does not change yet."""
 
 import logging
+import random
 
 import torch
 from torch import nn
@@ -52,10 +53,10 @@ def decompose(model, task=None, *, metric: str = "kronecker", share: bool = True
     """Write every targeted layer of `model` as a weighted sum of all its bases, in place; returns the model.
 
     `metric` is one of METRICS. `share`: layers that read the same tensor get one input basis. The second
-    moments of metrics that use them come from the first `examples` training examples of `task`, whose tokens
+    moments of metrics that use them come from `examples` training examples of `task`, drawn at random, whose tokens
     all count except padding. Raises ValueError for an unknown metric, a missing task, a model that is already
-    decomposed, and, with the layer's name, for non-finite weights or moments. Source: FIELD notes on FWSVD,
-    SVD-LLM and generalised Fisher SVD; the formulas stand in linalg/metrics.py.
+    decomposed, and, with the layer's name, for non-finite weights or moments. The Fisher
+    information as a product of A and G is K-FAC's (arXiv 1503.05671); the formulas stand in linalg/metrics.py.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
@@ -171,7 +172,7 @@ def second_moments(model, members, task, examples, uses):
     # With every parameter frozen the graph starts at the embedding's output: no gradient of a weight is formed.
     handles.append(embedding.register_forward_hook(lambda m, a, y: y.requires_grad_()))
     size = 8
-    rows = task.train[:examples]
+    rows = random.Random(0).sample(task.train, min(examples, len(task.train)))
     try:
         batches = Batches(rows, batch_size=size, steps=-(-len(rows) // size), seed=0)
         for batch in tqdm(batches, desc="second moments", unit="batch"):

@@ -19,7 +19,7 @@ def heal(
 ):
     """Train factors, norms, biases and layers left dense on response tokens, in place; returns the model.
 
-    Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Embeddings and head stay as they are.
+    Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Embedding and dense head stay as they are.
     """
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")

@@ -40,6 +40,7 @@ from .plan import check_budget
 from .prune import prune
 from .sizes import sizes
 from .tasks import load_task
+from .training.loss import response_nll
 from .tune import tune
 
 log = logging.getLogger(__name__)
@@ -82,13 +83,20 @@ class _Stages:
 
     def __init__(self, recipe, folder):
         self.recipe, self.folder = recipe, folder
-        data = json.dumps([recipe.task, recipe.seed, dataclasses.asdict(recipe.data)], sort_keys=True)
-        self.data_key = hashlib.sha256(data.encode()).hexdigest()
+        local = (recipe.data.options or {}).get("data_dir", recipe.task)
+        data = [recipe.task, recipe.seed, dataclasses.asdict(recipe.data), _fingerprint(local)]
+        self.data_key = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def loaded(self):
         """The model as it came, in fp32."""
         source = self.recipe.model
-        return self.stage("load", {"model": source}, [], lambda out: _save(load(source, "float32"), out))
+
+        def work(out):
+            model, tokenizer = load(source, "float32")
+            save(model, tokenizer, out / "model")
+            return {"sizes": sizes(model, out / "model")}
+
+        return self.stage("load", {"model": source, "files": _fingerprint(source)}, [], work)
 
     def parent(self):
         """The dense model that the task runs well on, in fp32."""
@@ -108,27 +116,23 @@ class _Stages:
         )
         cut, progressive = r.prune, bool(r.learn.steps and r.learn.rounds)
         if r.learn.steps:
-            bases, room = made, {**dataclasses.asdict(cut), "reserve": r.extend.rank} if progressive else {}
+            room = {**dataclasses.asdict(cut), "reserve": r.extend.rank} if progressive else {}
             made = self.stage(
                 "learn",
                 {**dataclasses.asdict(r.learn), **room},
-                [bases, parent],
-                lambda out: self.train(learn, bases, out, r.learn, load(parent / "model")[0], **room),
+                [made, parent],
+                lambda out: self.train(learn, made, out, r.learn, load(parent / "model")[0], **room),
             )
             if progressive and cut.budget == "mass":  # its rounds have taken all there is to take
                 cut = dataclasses.replace(cut, keep=1.0)
-        for verb, options, argument in ((prune, cut, r.extend.rank), (extend, r.extend, r.seed)):
-            if verb is extend and not r.extend.rank:
-                continue
-            before = made
-            made = self.stage(
-                verb.__name__,
-                {**dataclasses.asdict(options), "argument": argument},
-                [before],
-                lambda out, verb=verb, options=options, argument=argument, before=before: self.change(
-                    verb, before, out, options, argument
-                ),
-            )
+        made = self.stage(
+            "prune",
+            {**dataclasses.asdict(cut), "reserve": r.extend.rank},
+            [made],
+            lambda out: self.change(prune, made, out, cut, r.extend.rank),
+        )
+        if r.extend.rank:
+            made = self.stage("extend", r.extend, [made], lambda out: self.change(extend, made, out, r.extend, r.seed))
         if not r.heal.steps:
             return made
         return self.stage(
@@ -163,7 +167,7 @@ class _Stages:
         """A verb without training: `verb(model, argument, **options)`."""
         model, tokenizer = load(source / "model")
         verb(model, argument, **dataclasses.asdict(options))
-        return _save((model, tokenizer), out)
+        return self.done(model, tokenizer, out)
 
     def train(self, verb, source, out, options, *teacher, **more):
         """A verb that trains: `verb(model, task, teacher, folder=, seed=, **options)`."""
@@ -177,7 +181,12 @@ class _Stages:
             **dataclasses.asdict(options),
             **more,
         )
-        return _save((model, tokenizer), out)
+        return self.done(model, tokenizer, out)
+
+    def done(self, model, tokenizer, out):
+        save(model, tokenizer, out / "model")
+        nll = response_nll(model, self.task.validation, self.task.pad_id)
+        return {"validation_nll": nll, "sizes": sizes(model, out / "model")}
 
     @cached_property
     def task(self):
@@ -217,10 +226,11 @@ class _Stages:
         return target
 
 
-def _save(loaded, out):
-    model, tokenizer = loaded
-    save(model, tokenizer, out / "model")
-    return {"sizes": sizes(model, out / "model")}
+def _fingerprint(source):
+    """What tells one state of a local file or folder from another; empty for what is not on disk."""
+    path = Path(source)
+    found = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in found]
 
 
 def _row(name, final, evaluation, parent, speed):
@@ -238,7 +248,7 @@ def _row(name, final, evaluation, parent, speed):
 
 
 def _history(stage):
-    """`[{stage, seconds, peak_memory_bytes}, ...]` of everything a checkpoint came from, in order."""
+    """`[{stage, seconds, peak_memory_bytes, validation_nll}, ...]` of everything a checkpoint came from, in order."""
     seen = {}
 
     def visit(path):
@@ -246,7 +256,10 @@ def _history(stage):
         for name in facts["upstream"]:
             if name not in seen:
                 visit(path.parent / name)
-        seen[path.name] = {"stage": path.name, **{k: facts[k] for k in ("seconds", "peak_memory_bytes")}}
+        seen[path.name] = {
+            "stage": path.name,
+            **{k: facts.get(k) for k in ("seconds", "peak_memory_bytes", "validation_nll")},
+        }
 
     visit(stage)
     return list(seen.values())

@@ -1,5 +1,6 @@
 """Fine-tune the dense model on the task: the parent is a model that the task already runs well on."""
 
+from .bases import LowRankLinear
 from .training.engine import train
 
 
@@ -11,7 +12,8 @@ def tune(model, task, folder=None, seed=0, *, steps: int = 0, batch_size: int = 
 
 
 def trainable(model):
-    """What tune and heal train: every parameter except the input embedding and the output head."""
+    """What tune and heal train: every parameter except the input embedding and a dense output head."""
     model.requires_grad_(True)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        module.requires_grad_(False)
+        if not isinstance(module, LowRankLinear):
+            module.requires_grad_(False)

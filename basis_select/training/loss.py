@@ -5,6 +5,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from .data import Batches
+
 
 def fast_bf16(device):
     """Whether bf16 matmuls are native on this device; emulated ones are slower than fp32."""
@@ -58,3 +60,14 @@ def task_loss(model, batch, teacher=None, kl=1.0):
         log_p = response_logits(teacher, batch)[real].float().log_softmax(-1)
     divergence = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     return ce + kl * divergence, ce, divergence
+
+
+@torch.no_grad()
+def response_nll(model, examples, pad_id=0, batch_size=16):
+    """Mean negative log-likelihood of the response tokens of `examples`, end token counted, in nats."""
+    total, count = 0.0, 0
+    for batch in Batches(examples, batch_size, -(-len(examples) // batch_size), 0, pad_id):
+        tokens = int((batch["targets"] >= 0).sum())
+        total += task_loss(model, batch)[1].item() * tokens
+        count += tokens
+    return total / count
