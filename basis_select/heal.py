@@ -14,12 +14,14 @@ def heal(
     *,
     steps: int = 100,
     batch_size: int = 16,
-    lr: float = 3e-4,
+    lr: float = 3e-5,
     kl: float = 1.0,
 ):
     """Train factors, norms, biases and layers left dense on response tokens, in place; returns the model.
 
-    Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Embedding and dense head stay as they are.
+    A good start (the kronecker metric, learned weights) needs a gentle `lr`, a broken one (plain) about ten times as
+    much. Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Embedding and dense head stay as they
+    are.
     """
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")

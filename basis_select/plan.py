@@ -16,7 +16,7 @@ from .training.data import Batches
 from .training.loss import fast_bf16
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-EFFICIENCY = 0.5  # of the matmul rate measured here that a whole training step reaches, as seen in eval/results
+EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores
 GENERATED_PER_ITEM = 2.0  # an evaluated item costs about this many plain forwards of its tokens: likelihood, generation
 
 
@@ -117,11 +117,11 @@ def _stages(r, task, model, layers, members, total, targeted, rates):
     squares = 2 * sum(
         uses.inputs * g[0].in_features ** 2 + uses.outputs * sum(m.out_features**2 for m in g) for g in shapes
     )
-    svd = sum(
-        20 * d * min(g[0].in_features, sum(m.out_features for m in g)) for g, d in zip(shapes, dense, strict=True)
-    )
+    # A Gram matrix, its eigenvectors and one product per layer, in float64.
+    svd = sum(6 * d * min(g[0].in_features, sum(m.out_features for m in g)) for g, d in zip(shapes, dense, strict=True))
     moments = tokens * (squares + (4 * targeted if squares else 0))
-    add("decompose", r.decompose, None, tokens if squares else None, moments + svd, rates["decompose"])
+    seconds = moments / rates["train"] + svd / rates["float64"]
+    add("decompose", r.decompose, None, tokens if squares else None, moments + svd, (moments + svd) / seconds)
     if r.learn.steps:
         bases = sum(
             c * min(g[0].in_features, sum(m.out_features for m in g)) for c, g in zip(costs, shapes, strict=True)
@@ -145,7 +145,7 @@ def _stages(r, task, model, layers, members, total, targeted, rates):
         )
     test = sum(len(e.input_ids) for e in task.test)
     flops = GENERATED_PER_ITEM * test * 2 * (after + head)
-    add("evaluate", (r.decompose, r.learn, r.prune, r.heal), None, test, flops, rates["train"] / 4)
+    add("evaluate", (r.decompose, r.learn, r.prune, r.heal), None, test, flops, rates["train"] / 3)
     return stages, after
 
 
@@ -164,7 +164,7 @@ def _rates():
     dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
     return {
         "train": EFFICIENCY * _matmul_rate(1024, dtype, device),
-        "decompose": EFFICIENCY * _matmul_rate(512, torch.float64, device),
+        "float64": EFFICIENCY * _matmul_rate(512, torch.float64, device),
     }
 
 
