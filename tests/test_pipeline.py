@@ -105,7 +105,7 @@ def test_inspect_verify_and_plan(recipe, tmp_path):
 def test_killed_at_random_moments_it_ends_with_the_same_weights(recipe, tmp_path):
     script = [sys.executable, str(REPO / "eval" / "kill_resume.py"), str(recipe)]
     done = subprocess.run(
-        [*script, "--kills", "3", "--save-every", "0", "--out", str(tmp_path)], capture_output=True, text=True
+        [*script, "--kills", "5", "--save-every", "0", "--out", str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)

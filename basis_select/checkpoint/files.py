@@ -35,14 +35,9 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        state = None
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
         if dtype is not None:
-            target = getattr(torch, dtype)
-            state = {k: t.to(target) if t.is_floating_point() else t for k, t in model.state_dict().items()}
-        model.save_pretrained(partial, state_dict=state, max_shard_size=max_shard_size)
-        if dtype is not None:  # save_pretrained writes the dtype of the model in memory
-            config = json.loads((partial / "config.json").read_text())
-            (partial / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
+            _cast(partial, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         files = {p.name: sha256(p) for p in sorted(partial.glob("*.safetensors"))}
@@ -55,6 +50,26 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
+
+
+def _cast(folder, dtype):
+    """Cast a saved checkpoint shard by shard. (save_pretrained takes a state dict, but neither sees tied tensors in
+    a cast one nor uses it for a model that was loaded with a quantizer, ours included.)
+    """
+    size = 0
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensors[name] = tensor.to(getattr(torch, dtype))
+            size += tensors[name].nbytes
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
+    for path in folder.glob("*.index.json"):
+        index = json.loads(path.read_text())
+        index["metadata"]["total_size"] = size
+        path.write_text(json.dumps(index, indent=2))
 
 
 def check(folder):
