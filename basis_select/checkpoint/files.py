@@ -44,7 +44,9 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
         (partial / SIDECAR).write_text(json.dumps({"sha256": files}, indent=1))
         if folder.exists():
             folder.rmdir()
-        os.chmod(partial, 0o755)
+        os.chmod(partial, 0o755)  # temporary files and folders are made for their owner alone
+        for path in partial.iterdir():
+            path.chmod(0o644)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
