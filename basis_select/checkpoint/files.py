@@ -45,8 +45,8 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
         if folder.exists():
             folder.rmdir()
         os.chmod(partial, 0o755)  # temporary files and folders are made for their owner alone
-        for path in partial.iterdir():
-            path.chmod(0o644)
+        for path in partial.glob("*.*"):
+            path.chmod(0o644 if path.is_file() else 0o755)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
