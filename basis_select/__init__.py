@@ -17,12 +17,14 @@ Importing it registers the checkpoint format, so `AutoModelForCausalLM.from_pret
 from .bases import LowRankLinear
 from .checkpoint.files import save, verify
 from .decompose import decompose
+from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
 from .extend import extend
 from .heal import heal
 from .learn import learn
 from .models import load
 from .prune import prune
+from .refine import refine
 from .sizes import sizes
 from .tasks import Task, load_task
 from .tune import tune
@@ -33,6 +35,7 @@ __all__ = [
     "Task",
     "compare",
     "decompose",
+    "derivatives",
     "evaluate",
     "extend",
     "heal",
@@ -40,6 +43,7 @@ __all__ = [
     "load",
     "load_task",
     "prune",
+    "refine",
     "save",
     "sizes",
     "tune",

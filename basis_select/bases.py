@@ -3,9 +3,10 @@
     y = u((v x) * s) + b        u: (out, r)   s: (r,)   v: (r, in)
 
 `v` and `u` are plain nn.Linear children, so PEFT, torchao, FSDP and exporters need no special case.
-While the weights are learned, `s = scale * weight`: `scale` is the decomposed singular value (frozen, it
-carries the metric), `weight` starts at 1 and is what trains. `fold` merges `s` into the factors; a folded
-layer is `u(v(x))` and is what gets deployed.
+While the weights are learned, `s = scale * weight^power`: with power 1 `scale` is the decomposed singular value
+(frozen, it carries the metric) and `weight` starts at 1; with power 2 (Basel) `scale` is 1 and `weight` the root of the
+singular value. `weight` is what trains; `new`, if there, is a second layer of new bases that train beside them.
+`fold` merges all of it into the factors; a folded layer is `u(v(x))` and is what gets deployed.
 
 Layers that read the same tensor (q/k/v, gate/up) can share one `v` and one `s`: the first of them, the
 leader, owns both; the others hold only their `u`. The product `(v x) * s` is then computed once per input.
@@ -31,8 +32,11 @@ class LowRankLinear(nn.Module):
             if weighted:
                 self.register_buffer("scale", torch.ones(rank, device=device, dtype=dtype))
                 self.weight = nn.Parameter(torch.ones(rank, device=device, dtype=dtype))
-                # Which bases of the full decomposition these are, so that an interrupted learn can be replayed.
-                self.register_buffer("kept", torch.arange(rank, device=device))
+                self.power = 1
+                # How many prunings of `learn` each basis survived: the order in which `prune` removes them.
+                self.register_buffer("survived", torch.zeros(rank, dtype=torch.int16, device=device))
+        self.new = None
+        self.is_table = False  # whether it is the token embedding, which has its own budget: embedding.py
         self.u = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self._leader = (leader or self,)  # a tuple, so that nn.Module does not register it as a child
         self._readers = 1  # how many layers use this leader's latent
@@ -43,7 +47,7 @@ class LowRankLinear(nn.Module):
     leader = property(lambda self: self._leader[0])
     rank = property(lambda self: self.u.in_features)
     weighted = property(lambda self: hasattr(self.leader, "weight"))
-    s = property(lambda self: self.leader.scale * self.leader.weight)
+    s = property(lambda self: self.leader.scale * self.leader.weight**self.leader.power)
 
     @classmethod
     def like(cls, linear, rank, **kwargs):
@@ -60,7 +64,8 @@ class LowRankLinear(nn.Module):
         )
 
     def forward(self, x):  # x: (..., in)
-        return self.u(self.leader.latent(x))
+        y = self.u(self.leader.latent(x))
+        return y if self.new is None else y + self.new(x)
 
     def latent(self, x):
         """`(v x) * s`: (..., r), computed once when several layers read the same `x`."""
@@ -94,7 +99,10 @@ class LowRankLinear(nn.Module):
         u = self.u.weight.to(wide)
         if self.weighted:
             u = u * self.s.to(wide)
-        return (u @ self.leader.v.weight.to(wide)).to(self.u.weight.dtype)
+        weight = u @ self.leader.v.weight.to(wide)
+        if self.new is not None:
+            weight += self.new.dense_weight().to(wide)
+        return weight.to(self.u.weight.dtype)
 
     def to_linear(self):
         """The equivalent nn.Linear (no smaller, any tool reads it)."""
@@ -112,10 +120,14 @@ class LowRankLinear(nn.Module):
 
 
 def groups(model):
-    """`[[(name, layer), ...], ...]`: every factored layer, in model order, with those that share its `v`."""
-    found = {}
+    """`[[(name, layer), ...], ...]`: every factored layer, in model order, with those that share its `v`.
+
+    Neither the new bases that `learn` trains nor the token embedding's are among them.
+    """
+    found, new = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankLinear) and not module.is_table and module not in new:
+            new.add(module.new)
             found.setdefault(module.leader, []).append((name, module))
     # A leader is not always first in model order.
     return [sorted(members, key=lambda nm: nm[1] is not leader) for leader, members in found.items()]
@@ -139,8 +151,20 @@ def take(members, index):
         resize(layer.u, layer.u.weight[:, index])
     resize(leader.v, leader.v.weight[index])
     if leader.weighted:
-        leader.scale, leader.kept = leader.scale[index], leader.kept[index.to(leader.kept.device)]
+        leader.scale, leader.survived = leader.scale[index], leader.survived[index]
         leader.weight.data = leader.weight.data[index]
+
+
+def add_new(members, rank, generator=None):
+    """Give every layer of a weighted group `rank` new trainable bases: `u~ = 0`, `v~` random (Basel)."""
+    leader = members[0][1].leader
+    for _, layer in members:
+        more = {"device": layer.u.weight.device, "dtype": layer.u.weight.dtype}
+        shares = None if layer is leader else leader.new
+        layer.new = LowRankLinear(layer.in_features, layer.out_features, rank, bias=False, leader=shares, **more)
+        nn.init.zeros_(layer.new.u.weight)
+    v = leader.new.v.weight
+    v.data.copy_(torch.randn(v.shape, generator=generator) / rank**0.5)
 
 
 def resize(linear, weight):
@@ -151,7 +175,7 @@ def resize(linear, weight):
 
 @torch.no_grad()
 def fold(members):
-    """Merge `s` into the factors and balance them: `u <- U sqrt(S)`, `v <- sqrt(S) V` of the product's SVD.
+    """Merge `s` and new bases into the factors and balance them: `u <- U sqrt(S)`, `v <- sqrt(S) V` of the SVD.
 
     The function does not change. Balanced factors have `u^T u = v v^T`, which suits one learning rate and
     survives bf16 best. Cost: two QRs and an (r, r) SVD.
@@ -163,18 +187,23 @@ def fold(members):
         u = u * leader.s.double()
     # Columns are normalised before the QR: an unbalanced metric can spread their norms over many decades.
     v = leader.v.weight.double()  # (r, in)
+    if leader.new is not None:
+        u = torch.cat([u, torch.cat([layer.new.u.weight for _, layer in members]).double()], dim=1)
+        v = torch.cat([v, leader.new.v.weight.double()])
+        for _, layer in members:
+            layer.new = None
     norm = v.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     q_u, r_u = torch.linalg.qr(u * norm)
     q_v, r_v = torch.linalg.qr((v / norm[:, None]).T)
     a, s, b = torch.linalg.svd(r_u @ r_v.T, full_matrices=False)
     root = s.sqrt()
-    leader.v.weight.data = (root[:, None] * (b @ q_v.T)).to(dtype)
+    resize(leader.v, (root[:, None] * (b @ q_v.T)).to(dtype))
     for (_, layer), block in zip(
         members, (q_u @ (a * root)).split([layer.out_features for _, layer in members]), strict=True
     ):
-        layer.u.weight.data = block.to(dtype).contiguous()
+        resize(layer.u, block.to(dtype))
     if leader.weighted:
-        del leader.scale, leader.weight, leader.kept
+        del leader.scale, leader.weight, leader.survived, leader.power
 
 
 def to_dense(model, members):

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .bases import LowRankLinear
+from .embedding import decompose_embedding
 from .linalg import metrics
 from .linalg.metrics import METRICS
 from .training.data import Batches
@@ -49,13 +50,16 @@ def targets(model, required=True):
 
 
 @torch.no_grad()
-def decompose(model, task=None, *, metric: str = "kronecker", share: bool = True, examples: int = 256):
+def decompose(
+    model, task=None, *, metric: str = "kronecker", share: bool = True, examples: int = 256, embedding: bool = False
+):
     """Write every targeted layer of `model` as a weighted sum of all its bases, in place; returns the model.
 
     `metric` is one of METRICS. `share`: layers that read the same tensor get one input basis. The second
     moments of metrics that use them come from `examples` training examples of `task`, drawn at random, whose tokens
-    all count except padding. Raises ValueError for an unknown metric, a missing task, a model that is already
-    decomposed, and, with the layer's name, for non-finite weights or moments. The Fisher
+    all count except padding. `embedding`: the token embedding, and the head if tied to it, become bases too. Raises
+    ValueError for an unknown metric, a missing task, a model that is already decomposed, and, with the
+    layer's name, for non-finite weights or moments. The Fisher
     information as a product of A and G is K-FAC's (arXiv 1503.05671); the formulas stand in linalg/metrics.py.
     """
     if metric not in METRICS:
@@ -63,7 +67,7 @@ def decompose(model, task=None, *, metric: str = "kronecker", share: bool = True
     if any(isinstance(m, LowRankLinear) for m in model.modules()):
         raise ValueError("this model is decomposed already")
     uses = METRICS[metric]
-    if task is None and (share or uses.inputs or uses.outputs):
+    if task is None and (share or embedding or uses.inputs or uses.outputs):
         raise ValueError(f"metric {metric!r} with share={share} looks at task data: pass a task")
     layers = targets(model)
     members = same_input(model, layers, task) if share else [[name] for name in layers]
@@ -78,13 +82,13 @@ def decompose(model, task=None, *, metric: str = "kronecker", share: bool = True
         try:  # moments are dropped as they are used: at most one layer's float64 work exists at a time
             u, s, v = metrics.decompose(
                 [linear.weight for linear in linears],
-                [metrics.root(outputs.pop(name)) for name in names] if uses.outputs else None,
-                metrics.root(inputs.pop(names[0])) if uses.inputs else None,
+                [uses.outputs(outputs.pop(name)) for name in names] if uses.outputs else None,
+                uses.inputs(inputs.pop(names[0])) if uses.inputs else None,
             )
         except ValueError as error:
             raise ValueError(f"{' + '.join(names)}: {error}") from error
         _install(model, names, linears, u, s, v)
-    return model
+    return decompose_embedding(model, task) if embedding else model
 
 
 def _install(model, names, linears, u, s, v):
@@ -145,10 +149,10 @@ def second_moments(model, members, task, examples, uses):
         x = x.detach().flatten(0, -2)[mask["head" if name == head else "body"]].float()
         if x.shape[1] > MAX_MOMENT:
             store[name] = store.get(name, 0) + x.square().mean(1).sum()
-        elif name in store:
-            store[name].addmm_(x.T, x)
         else:
-            store[name] = x.T @ x
+            if name not in store:
+                store[name] = x.new_zeros(x.shape[1], x.shape[1])
+            _add_gram(store[name], x)
 
     def on_forward(name, leads):
         def hook(module, args, output):
@@ -198,4 +202,20 @@ def second_moments(model, members, task, examples, uses):
         moment /= count["head" if name == head else "body"]
     for moment in outputs.values():
         moment /= count["body"]
+    for moment in (*inputs.values(), *outputs.values()):
+        if moment.dim():
+            moment.copy_(moment.tril() + moment.tril(-1).T)
     return inputs, outputs
+
+
+def _add_gram(total, x):
+    """Add `x^T x` to the lower triangle of `total: (n, n)` with little more than half the work of a full product."""
+    n = x.shape[1]
+    if n <= 256:
+        total.addmm_(x.T, x)
+        return
+    half = n // 2
+    first, last = x[:, :half], x[:, half:]
+    total[half:, :half].addmm_(last.T, first)
+    _add_gram(total[:half, :half], first)
+    _add_gram(total[half:, half:], last)

@@ -4,29 +4,95 @@ import torch
 
 from .bases import groups, resize
 from .checkpoint.format import describe
+from .training.data import Batches
+from .training.loss import task_loss
+
+INITS = ("random", "residual", "gradient")
 
 
-@torch.no_grad()
-def extend(model, seed=0, *, rank: int = 16):
+def extend(model, task=None, parent=None, seed=0, *, rank: int = 16, init: str = "random", examples: int = 64):
     """Append `rank` new bases to every factored layer, in place; returns the model.
 
-    `u~ = 0` and `v~` random with the mean row norm of the kept `v`, so the function does not change and the first
-    gradient reaches u~ at the scale of the others. Layers that share a `v` share the new rows too. The
-    bases count against the size: `prune(reserve=rank)` leaves room for them. Source: Basel.
+    `u~ = 0`, so the function does not change; the rows of `v~` have the mean norm of the kept `v`, so that the first
+    gradient reaches u~ at the scale of the others. Their directions: "random" (Basel), "residual" (the leading right
+    singular vectors of what `parent` had and the layer lost), or "gradient" (those of the task loss's gradient with
+    respect to the layer's product, summed over `examples` training examples of `task`). Layers that share a `v` share
+    the new rows too. The bases count against the size: `prune(reserve=rank)` leaves room for them.
     """
+    if init not in INITS:
+        raise ValueError(f"unknown init {init!r}; known are {', '.join(INITS)}")
     found = groups(model)
     if rank and not found:
         raise ValueError("there are no factored layers to extend: call decompose and prune first")
     if rank and found[0][0][1].weighted:
         raise ValueError("these bases are still weighted: call prune before extend")
+    if (init == "residual" and parent is None) or (init == "gradient" and task is None):
+        raise ValueError(f"init={init!r} needs {'the dense parent' if init == 'residual' else 'a task'}")
     generator = torch.Generator().manual_seed(seed)
-    for members in found if rank else []:
+    gradients = _gradients(model, task, examples, seed) if rank and init == "gradient" else None
+    for i, members in enumerate(found if rank else []):
         v = members[0][1].leader.v
-        new = torch.randn(rank, v.in_features, generator=generator).to(v.weight)
-        new *= v.weight.float().norm(dim=1).mean() / v.in_features**0.5
-        resize(v, torch.cat([v.weight, new]))
-        for _, layer in members:
-            u = layer.u.weight
-            resize(layer.u, torch.cat([u, u.new_zeros(len(u), rank)], dim=1))
+        if init == "random":
+            new = torch.randn(rank, v.in_features, generator=generator).to(v.weight) / v.in_features**0.5
+        elif init == "residual":
+            lost = [parent.get_submodule(name).weight - layer.dense_weight() for name, layer in members]
+            new = _leading(torch.cat(lost), rank)
+        else:
+            new = _leading(gradients[i], rank)
+        new = new * v.weight.detach().float().norm(dim=1).mean()
+        _append(members, new.to(v.weight))
     describe(model)
     return model
+
+
+@torch.no_grad()
+def _append(members, new):
+    v = members[0][1].leader.v
+    resize(v, torch.cat([v.weight, new]))
+    for _, layer in members:
+        u = layer.u.weight
+        resize(layer.u, torch.cat([u, u.new_zeros(len(u), len(new))], dim=1))
+
+
+@torch.no_grad()
+def _leading(m, rank):
+    """The `rank` leading right singular vectors of m, as rows; random ones where m has fewer."""
+    m = m.double()
+    vectors = torch.linalg.eigh(m.T @ m).eigenvectors
+    return vectors[:, -rank:].T
+
+
+def _gradients(model, task, examples, seed):
+    """dL/dW of every group's stacked product W, (sum out, in) in fp32."""
+    found = groups(model)
+    total = [torch.zeros(sum(m.out_features for _, m in g), g[0][1].in_features) for g in found]
+    handles = []
+
+    def watch(into):
+        def hook(module, args, output):
+            x = args[0].detach()
+
+            @torch.autocast(x.device.type, enabled=False)
+            def add(g):
+                into.add_((g.flatten(0, -2).float().T @ x.flatten(0, -2).float()).cpu())
+
+            output.register_hook(add)
+
+        return hook
+
+    for members, whole in zip(found, total, strict=True):
+        parts = whole.split([m.out_features for _, m in members])
+        handles += [m.register_forward_hook(watch(part)) for (_, m), part in zip(members, parts, strict=True)]
+    flags = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    handles.append(model.get_input_embeddings().register_forward_hook(lambda m, a, y: y.requires_grad_()))
+    try:
+        size = 8
+        for batch in Batches(task.train, size, -(-examples // size), seed, task.pad_id):
+            task_loss(model, batch)[0].backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+    return total

@@ -16,16 +16,18 @@ def heal(
     batch_size: int = 16,
     lr: float = 3e-5,
     kl: float = 1.0,
+    states: float = 0.0,
+    embeddings: bool = False,
 ):
     """Train factors, norms, biases and layers left dense on response tokens, in place; returns the model.
 
     A good start (the kronecker metric, learned weights) needs a gentle `lr`, a broken one (plain) about ten times as
     much. Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Embedding and dense head stay as they
-    are.
+    are unless `embeddings`.
     """
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")
-    trainable(model)
+    trainable(model, embeddings)
     train(
         model,
         task,
@@ -36,6 +38,7 @@ def heal(
         folder=folder,
         teacher=teacher,
         kl=kl,
+        states=states,
     )
     model.requires_grad_(False)
     return model

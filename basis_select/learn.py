@@ -1,8 +1,11 @@
 """Learn on task data which bases matter: only the weights s train, u and v are frozen."""
 
+import torch
 from transformers import TrainerCallback
 
-from .bases import groups
+from .bases import add_new, groups, resize
+from .derivatives import derivatives
+from .linalg.scores import SCORES
 from .prune import select, shrink
 from .training.engine import train
 
@@ -14,7 +17,9 @@ def learn(
     folder=None,
     seed=0,
     keep=None,
+    mass=None,
     budget="global",
+    score="energy",
     multiple_of=16,
     reserve=0,
     *,
@@ -22,23 +27,45 @@ def learn(
     batch_size: int = 16,
     lr: float = 2e-2,
     kl: float = 1.0,
+    states: float = 0.0,
     rounds: int = 4,
+    dense_rounds: float = 0.0,
+    square: bool = False,
+    new: int = 0,
+    rest: bool = False,
 ):
     """Train the weight of every basis, `y = u((v x) * s) + b`, in place; returns the model.
 
-    `s = scale * weight` with `weight` starting at 1, so `lr` is a relative step for every basis alike. With
-    `keep` (as in `prune`) bases are removed while learning: `rounds` times, evenly spread and the first before
-    step 1, each round cutting by the same factor, so that the weights left adapt to every cut and each
-    step only costs what is still alive. Loss: CE + `kl` * KL(teacher || model).
+    `s = scale * weight` with `weight` starting at 1, so `lr` is a relative step for every basis alike; `square` is
+    Basel's `s = weight^2`. With `keep` or `mass` (these and the next four as in `prune`) bases are set aside while
+    learning: `rounds` times, evenly spread over what is left after the share `dense_rounds` of the
+    steps, each cutting by the same factor, so that the weights left adapt to every cut and each step only costs
+    what is alive. In the end all bases are there again, with the weight they last had and, in `survived`, how many
+    cuts they outlived: `prune` gives any size from that. `new` adds new bases that train from the first step and
+    are never pruned (Basel), `rest` trains everything that is not a basis as well: embeddings, norms, biases.
+    Loss: CE + `kl` * KL(teacher || model).
     """
-    if not groups(model):
+    found = groups(model)
+    if not found:
         raise ValueError("there are no bases to learn the weights of: call decompose first")
-    if keep is not None and not 1 <= rounds <= max(steps, 1):
+    cut = {"keep": keep, "mass": mass, "budget": budget, "score": score, "multiple_of": multiple_of, "reserve": reserve}
+    cuts = keep is not None or mass is not None
+    if cuts and not 1 <= rounds <= max(steps, 1):
         raise ValueError(f"rounds={rounds} prunings do not fit into steps={steps}")
-    model.requires_grad_(False)
-    for members in groups(model):
-        members[0][1].leader.weight.requires_grad_(True)
-    callbacks = [] if keep is None else [_Prunings(model, steps, rounds, keep, budget, multiple_of, reserve)]
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(rest)
+    for members in found:
+        leader = members[0][1].leader
+        if square and leader.power == 1:
+            leader.weight.data, leader.power = leader.s.detach().sqrt(), 2
+            leader.scale = torch.ones_like(leader.scale)
+        if new:
+            add_new(members, new, generator)
+        for _, layer in members:
+            layer.u.weight.requires_grad_(False)
+        leader.v.weight.requires_grad_(False)
+        leader.weight.requires_grad_(True)
+    prunings = _Prunings(model, task, seed, steps, rounds, dense_rounds, cut) if cuts else None
     train(
         model,
         task,
@@ -49,29 +76,66 @@ def learn(
         folder=folder,
         teacher=teacher,
         kl=kl,
-        callbacks=callbacks,
+        states=states,
+        callbacks=[prunings] if prunings else [],
     )
+    if prunings:
+        prunings.restore()
     model.requires_grad_(False)
     return model
 
 
 class _Prunings(TrainerCallback):
-    def __init__(self, model, steps, rounds, keep, *how):
-        self.model, self.how = model, how
-        # Step (0-based) -> what is kept of the dense model then; by mass: what is kept of the current one.
-        factor = (lambda k: keep ** (1 / rounds)) if how[0] == "mass" else (lambda k: keep ** (k / rounds))
-        self.at = {steps * (k - 1) // rounds: factor(k) for k in range(1, rounds + 1)}
+    """Sets bases aside while training, and brings them back afterwards.
+
+    Leaders carry `kept`, which bases of the full set are alive, and of the full set `last`, the weight with which a
+    basis was set aside, and `rounds`, the cuts it survived: what an interrupted learn needs to continue.
+    """
+
+    def __init__(self, model, task, seed, steps, rounds, dense_rounds, cut):
+        self.model, self.task, self.seed, self.cut = model, task, seed, cut
+        self.full = []  # views of all bases; `take` copies what stays, so these are not touched
+        for members in groups(model):
+            leader = members[0][1].leader
+            self.full.append(([layer.u.weight.data for _, layer in members], leader.v.weight.data, leader.scale))
+            leader.kept = torch.arange(leader.rank, device=leader.scale.device)
+            leader.last = leader.weight.detach().clone()
+            leader.rounds = torch.zeros_like(leader.kept, dtype=torch.int16)
+        first = int(dense_rounds * steps)
+        self.at = {first + (steps - first) * (k - 1) // rounds: k / rounds for k in range(1, rounds + 1)}
+        self.share = 1 / rounds
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step not in self.at:
             return
-        chosen = select(self.model, self.at[state.global_step], *self.how)
+        cut = dict(self.cut)
+        if cut["keep"] is not None:
+            cut["keep"] **= self.at[state.global_step]  # of the dense model
+        else:
+            cut["mass"] **= self.share  # of what is there now
+        if SCORES[cut["score"]].derivatives:
+            cut["derivatives"] = derivatives(self.model, self.task, self.seed + state.global_step)
+        chosen = select(self.model, **cut)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         for members, index in chosen:
-            if index is not None:
-                weight = members[0][1].leader.weight
-                shrink(members, index)
-                moments = optimizer.state.get(weight, {})
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if name in moments:
-                        moments[name] = moments[name][index]
+            leader = members[0][1].leader
+            index = torch.arange(leader.rank) if index is None else index
+            index = index.to(leader.kept.device)
+            leader.last[leader.kept] = leader.weight.detach()
+            leader.kept = leader.kept[index]
+            leader.rounds[leader.kept] += 1
+            shrink(members, index)
+            moments = optimizer.state.get(leader.weight, {})
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in moments:
+                    moments[name] = moments[name][index]
+
+    def restore(self):
+        for members, (u, v, scale) in zip(groups(self.model), self.full, strict=True):
+            leader = members[0][1].leader
+            leader.last[leader.kept] = leader.weight.detach()
+            leader.weight.data, leader.survived, leader.scale = leader.last, leader.rounds, scale
+            resize(leader.v, v)
+            for (_, layer), weight in zip(members, u, strict=True):
+                resize(layer.u, weight)
+            del leader.kept, leader.last, leader.rounds

@@ -24,23 +24,27 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, set_seed
 
 from . import recipe as recipes
 from .checkpoint.files import save, verify, weight_hash
 from .decompose import decompose
+from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
 from .evaluation.report import table
 from .evaluation.speed import decode_speed
 from .extend import extend
 from .heal import heal
 from .learn import learn
-from .models import load
-from .plan import check_budget
+from .linalg.scores import SCORES
+from .models import config_and_tokenizer, load
+from .plan import check_budget, dense_on_meta, keep_of
 from .prune import prune
+from .refine import refine
 from .sizes import sizes
 from .tasks import load_task
-from .training.loss import response_nll
+from .training.loss import fast_bf16, response_nll
 from .tune import tune
 
 log = logging.getLogger(__name__)
@@ -56,8 +60,8 @@ def run(recipe, folder):
     (folder / "stages").mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         _write(folder / "recipe.yaml", recipes.write(recipe))
-        stages = _Stages(recipe, folder)
-        rows = {recipes.RESULT: recipe, **recipe.variants()}
+        stages = Stages(recipe, folder)
+        rows = {recipes.RESULT: recipe, **recipe.family(), **recipe.variants()}
         loaded = stages.loaded()
         for row in rows.values():  # what cannot be met is said before hours are spent on tuning
             check_budget(row, loaded / "model", stages.task)
@@ -78,7 +82,7 @@ def run(recipe, folder):
     return results
 
 
-class _Stages:
+class Stages:
     """The chain of stages of one recipe and its rows; every method returns the folder of a finished stage."""
 
     def __init__(self, recipe, folder):
@@ -105,39 +109,83 @@ class _Stages:
             return loaded
         return self.stage("tune", r.tune, [loaded], lambda out: self.train(tune, loaded, out, r.tune))
 
+    def decomposed(self, r):
+        parent = self.parent()
+        return self.stage(
+            "decompose", r.decompose, [parent], lambda out: self.change(decompose, parent, out, r.decompose, self.task)
+        )
+
     def compressed(self, r):
         """The compressed model of one row, in fp32."""
-        parent = self.parent()
-        made = self.stage(
-            "decompose",
-            r.decompose,
-            [parent],
-            lambda out: self.change(decompose, parent, out, r.decompose, self.task),
-        )
-        cut, progressive = r.prune, bool(r.learn.steps and r.learn.rounds)
+        parent, made = self.parent(), self.decomposed(r)
         if r.learn.steps:
-            room = {**dataclasses.asdict(cut), "reserve": r.extend.rank} if progressive else {}
-            made = self.stage(
-                "learn",
-                {**dataclasses.asdict(r.learn), **room},
-                [made, parent],
-                lambda out: self.train(learn, made, out, r.learn, load(parent / "model")[0], **room),
-            )
-            if progressive and cut.budget == "mass":  # its rounds have taken all there is to take
-                cut = dataclasses.replace(cut, keep=1.0)
-        made = self.stage(
-            "prune",
-            {**dataclasses.asdict(cut), "reserve": r.extend.rank},
-            [made],
-            lambda out: self.change(prune, made, out, cut, r.extend.rank),
-        )
+            made = self.learned(r, made)
+        made = self.pruned(r, made)
         if r.extend.rank:
-            made = self.stage("extend", r.extend, [made], lambda out: self.change(extend, made, out, r.extend, r.seed))
+            pruned = made
+            made = self.stage(
+                "extend",
+                r.extend,
+                [pruned, parent],
+                lambda out: self.change(extend, pruned, out, r.extend, self.task, load(parent / "model")[0], r.seed),
+            )
+        if r.refine.steps:
+            rough = made
+            made = self.stage(
+                "refine",
+                r.refine,
+                [rough, parent],
+                lambda out: self.change(refine, rough, out, r.refine, self.task, load(parent / "model")[0], r.seed),
+            )
         if not r.heal.steps:
             return made
         return self.stage(
             "heal", r.heal, [made, parent], lambda out: self.train(heal, made, out, r.heal, load(parent / "model")[0])
         )
+
+    def learned(self, r, decomposed):
+        parent = self.parent()
+        cuts = self.cuts(r)
+        return self.stage(
+            "learn",
+            {**dataclasses.asdict(r.learn), **cuts},
+            [decomposed, parent],
+            lambda out: self.train(learn, decomposed, out, r.learn, load(parent / "model")[0], **cuts),
+        )
+
+    def pruned(self, r, source):
+        arguments = self.task, self.derivatives(r, source), r.extend.rank, r.dtype, r.seed
+        return self.stage(
+            "prune",
+            {**dataclasses.asdict(r.prune), "reserve": r.extend.rank, "dtype": r.dtype},
+            [source],
+            lambda out: self.change(prune, source, out, r.prune, *arguments),
+        )
+
+    def derivatives(self, r, source):
+        """What `prune` needs of the loss at `source`: computed once for all sizes. None if its score needs nothing."""
+        if not SCORES[r.prune.score].derivatives or (r.learn.steps and r.learn.rounds):
+            return None
+
+        def work(out):
+            model, _ = load(source / "model")
+            found = derivatives(model, self.task, r.seed)
+            tensors = {f"{i:04}.{name}": d for i, pair in enumerate(found) for name, d in zip("gh", pair, strict=True)}
+            save_file(tensors, out / "derivatives.safetensors")
+
+        tensors = load_file(self.stage("derivatives", {}, [source], work) / "derivatives.safetensors")
+        return [(tensors[f"{i:04}.g"], tensors[f"{i:04}.h"]) for i in range(len(tensors) // 2)]
+
+    def cuts(self, r):
+        """How far `learn` prunes: to the smallest of the recipe's sizes. Nothing where the size is yet to be found."""
+        if not r.learn.rounds or r.prune.max_drop is not None:
+            return {}
+        how = {k: getattr(r.prune, k) for k in ("budget", "score", "multiple_of")} | {"reserve": r.extend.rank}
+        if r.prune.mass is not None:
+            return {"mass": r.prune.mass, **how}
+        dense = dense_on_meta(config_and_tokenizer(self.loaded() / "model")[0])
+        targeted = _read(self.loaded() / "stage.json")["sizes"]["targeted"]
+        return {"keep": min(keep_of(row, dense, targeted) for row in (r, *r.family().values())), **how}
 
     def final(self, stage):
         """The checkpoint of a stage in the dtype that is published and evaluated."""
@@ -149,24 +197,29 @@ class _Stages:
 
         return self.stage("save", {"dtype": self.recipe.dtype}, [stage], work)
 
+    def load_final(self, final):
+        """A published checkpoint, in fp32 where the processor would only emulate its dtype: the values are the same."""
+        native = self.recipe.dtype == "bfloat16" and fast_bf16(torch.device("cpu"))
+        return load(final / "model", None if native else "float32")
+
     def evaluated(self, final):
         def work(out):
-            result = evaluate(*load(final / "model"), self.task)
+            result = evaluate(*self.load_final(final), self.task)
             _write(out / "evaluation.json", json.dumps(result, indent=1))
 
         return _read(self.stage("evaluate", {}, [final], work) / "evaluation.json")
 
     def timed(self, finals):
         def work(out):
-            speeds = decode_speed({name: load(final / "model")[0] for name, final in finals.items()})
+            speeds = decode_speed({name: self.load_final(final)[0] for name, final in finals.items()})
             _write(out / "speed.json", json.dumps(speeds, indent=1))
 
         return _read(self.stage("time", {}, list(finals.values()), work) / "speed.json")
 
-    def change(self, verb, source, out, options, argument):
-        """A verb without training: `verb(model, argument, **options)`."""
+    def change(self, verb, source, out, options, *arguments):
+        """A verb without training: `verb(model, *arguments, **options)`."""
         model, tokenizer = load(source / "model")
-        verb(model, argument, **dataclasses.asdict(options))
+        verb(model, *arguments, **dataclasses.asdict(options))
         return self.done(model, tokenizer, out)
 
     def train(self, verb, source, out, options, *teacher, **more):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .decompose import same_input, targets
-from .linalg.budget import allocate, uniform_scores
+from .linalg.budget import BYTES, allocate, keep_for, table_rank, uniform_scores
 from .linalg.metrics import METRICS
 from .models import config_and_tokenizer
 from .recipe import RESULT
@@ -15,7 +15,6 @@ from .tasks import load_task
 from .training.data import Batches
 from .training.loss import fast_bf16
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores
 GENERATED_PER_ITEM = 2.0  # an evaluated item costs about this many plain forwards of its tokens: likelihood, generation
 
@@ -23,8 +22,7 @@ GENERATED_PER_ITEM = 2.0  # an evaluated item costs about this many plain forwar
 def plan(recipe):
     """The text of `basis-select plan`. Raises ValueError, like `run`, for data or budgets that cannot work."""
     config, tokenizer = config_and_tokenizer(recipe.model)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = dense_on_meta(config)
     task = load_task(recipe.task, tokenizer, recipe.seed, **dataclasses.asdict(recipe.data))
     layers = targets(model)
     rates = _rates()
@@ -39,11 +37,14 @@ def plan(recipe):
     ]
     rows, disk = {}, 4 * total
     for name, row in {RESULT: recipe, **recipe.variants()}.items():
-        members = same_input(model, layers, task) if row.decompose.share else [[n] for n in layers]
-        _allocate(row, layers, members)
-        stages, after = _stages(row, task, model, layers, members, total, targeted, rates)
+        shapes = _shapes(row, model, layers, task)
+        keep = _fraction(row, model, shapes)
+        stages, after = _stages(row, task, model, shapes, keep, rates)
         rows[name] = stages
-        kept = total - targeted + after
+        embedding = row.prune.keep_embedding
+        table = model.get_input_embeddings().weight
+        saved = 0 if embedding is None else table_rank(embedding, *table.shape, row.prune.multiple_of)[1]
+        kept = total - targeted + after - saved
         lines.append(
             f"{name}: {after / 1e6:.2f} M targeted parameters ({targeted / after:.2f}x fewer), "
             f"{kept / 1e6:.2f} M in all, {kept * BYTES[row.dtype] / 1e6:.0f} MB in {row.dtype}"
@@ -71,36 +72,61 @@ def plan(recipe):
 
 def check_budget(recipe, source, task):
     """Raise ValueError if no choice of ranks for the model at `source` meets the recipe's size."""
-    config, _ = config_and_tokenizer(source)
+    model = dense_on_meta(config_and_tokenizer(source)[0])
+    shapes = _shapes(recipe, model, targets(model), task)
+    _fraction(recipe, model, shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Layers that will share one input basis."""
+
+    reads: int
+    writes: tuple
+
+    rank = property(lambda self: min(self.reads, sum(self.writes)))
+    basis_cost = property(lambda self: self.reads + sum(self.writes))
+    dense_cost = property(lambda self: self.reads * sum(self.writes))
+
+
+def _shapes(r, model, layers, task):
+    members = same_input(model, layers, task) if r.decompose.share else [[n] for n in layers]
+    return [_Shape(layers[g[0]].in_features, tuple(layers[n].out_features for n in g)) for g in members]
+
+
+def dense_on_meta(config):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layers = targets(model)
-    _allocate(recipe, layers, same_input(model, layers, task) if recipe.decompose.share else [[n] for n in layers])
+        return AutoModelForCausalLM.from_config(config)
 
 
-def _allocate(r, layers, members):
-    if r.prune.budget == "mass":
-        return
-    shapes = [[layers[n] for n in names] for names in members]
-    costs = [g[0].in_features + sum(m.out_features for m in g) for g in shapes]
-    dense = [sum(m.weight.numel() for m in g) for g in shapes]
-    scores = [
-        uniform_scores(min(g[0].in_features, sum(m.out_features for m in g)), c, d)
-        for g, c, d in zip(shapes, costs, dense, strict=True)
-    ]
-    room = int(r.prune.keep * sum(dense)) - r.extend.rank * sum(costs)
+def keep_of(r, model, targeted):
+    """The fraction of the `targeted` parameters of a dense model, on any device, that a row of a recipe keeps."""
+    total, table = sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight
+    embedding = r.prune.keep_embedding
+    saved = table_rank(embedding, *table.shape, r.prune.multiple_of)[1] if embedding is not None else 0
+    return keep_for(total, targeted, r.dtype, r.prune.keep, r.prune.size, saved)
+
+
+def _fraction(r, model, shapes):
+    """The fraction of the targeted parameters that stays; 1 where it is an outcome. ValueError if it cannot be met."""
+    if r.prune.mass is not None or r.prune.max_drop is not None:
+        return 1.0
+    costs, dense = [g.basis_cost for g in shapes], [g.dense_cost for g in shapes]
+    keep = keep_of(r, model, sum(dense))
+    scores = [uniform_scores(g.rank, g.basis_cost, g.dense_cost) for g in shapes]
+    room = int(keep * sum(dense)) - (r.extend.rank + r.learn.new) * sum(costs)
     try:
         allocate(scores, costs, dense, room, r.prune.multiple_of)
     except ValueError as error:
-        raise ValueError(f"prune.keep={r.prune.keep} with extend.rank={r.extend.rank}: {error}") from None
+        how = f"prune.keep={r.prune.keep}" if r.prune.size is None else f"prune.size={r.prune.size}"
+        raise ValueError(f"{how} with extend.rank={r.extend.rank}: {error}") from None
+    return keep
 
 
-def _stages(r, task, model, layers, members, total, targeted, rates):
+def _stages(r, task, model, shapes, keep, rates):
     """`[(name, options, steps, tokens, flops, seconds), ...]` of one row, and its targeted parameters."""
-    shapes = [[layers[n] for n in names] for names in members]
-    costs = [g[0].in_features + sum(m.out_features for m in g) for g in shapes]
-    dense = [sum(m.weight.numel() for m in g) for g in shapes]
-    after = targeted if r.prune.budget == "mass" else r.prune.keep * targeted  # by mass the size is an outcome
+    targeted = sum(g.dense_cost for g in shapes)
+    after = keep * targeted
     head = model.get_output_embeddings().weight.numel()
     per_step, responses = _tokens(task, r.tune.batch_size)
     forward = 2 * targeted * per_step + 2 * head * responses
@@ -115,19 +141,17 @@ def _stages(r, task, model, layers, members, total, targeted, rates):
     examples = min(r.decompose.examples, len(task.train))
     tokens = examples * per_step // r.tune.batch_size
     squares = 2 * sum(
-        uses.inputs * g[0].in_features ** 2 + uses.outputs * sum(m.out_features**2 for m in g) for g in shapes
+        bool(uses.inputs) * g.reads**2 + bool(uses.outputs) * sum(w * w for w in g.writes) for g in shapes
     )
     # A Gram matrix, its eigenvectors and one product per layer, in float64.
-    svd = sum(6 * d * min(g[0].in_features, sum(m.out_features for m in g)) for g, d in zip(shapes, dense, strict=True))
+    svd = sum(6 * g.dense_cost * g.rank for g in shapes)
     moments = tokens * (squares + (4 * targeted if squares else 0))
     seconds = moments / rates["train"] + svd / rates["float64"]
     add("decompose", r.decompose, None, tokens if squares else None, moments + svd, (moments + svd) / seconds)
     if r.learn.steps:
-        bases = sum(
-            c * min(g[0].in_features, sum(m.out_features for m in g)) for c, g in zip(costs, shapes, strict=True)
-        )
+        bases = sum(g.basis_cost * g.rank for g in shapes)
         rounds = r.learn.rounds
-        alive = sum(max(after, min(bases, r.prune.keep ** (k / rounds) * targeted)) for k in range(1, rounds + 1))
+        alive = sum(max(after, min(bases, keep ** (k / rounds) * targeted)) for k in range(1, rounds + 1))
         alive = alive / rounds if rounds else bases
         teacher = forward if r.learn.kl else 0
         flops = r.learn.steps * (teacher + 4 * alive * per_step + 4 * head * responses)

@@ -4,23 +4,60 @@ import torch
 
 from .bases import basis_cost, dense_cost, fold, groups, take, to_dense
 from .checkpoint.format import describe
-from .linalg.budget import allocate, by_mass, uniform_scores
+from .derivatives import derivatives as differentiate
+from .embedding import table_of
+from .linalg.budget import allocate, by_mass, keep_for, table_rank, uniform_scores
+from .linalg.scores import SCORES
+from .sizes import sizes
+from .training.loss import response_nll
 
 BUDGETS = ("global", "uniform", "mass")
 
 
-def prune(model, reserve=0, *, keep: float = 0.25, budget: str = "global", multiple_of: int = 16):
+def prune(
+    model,
+    task=None,
+    derivatives=None,
+    reserve=0,
+    dtype="bfloat16",
+    seed=0,
+    *,
+    keep: float | None = None,
+    size: str | None = None,
+    max_drop: float | None = None,
+    mass: float | None = None,
+    budget: str = "global",
+    score: str = "energy",
+    multiple_of: int = 16,
+    keep_embedding: float | None = None,
+):
     """Keep the best bases, fold their weights into the factors, in place; returns the model.
 
-    `keep` is the fraction of the parameters of the targeted layers that may remain; it is never exceeded.
-    `budget` says how it is shared: "global" (largest s^2 per parameter over all layers; s^2 is the energy in the
-    metric, comparable across layers for "kronecker"), "uniform" (the same fraction of every layer), or "mass" (Basel:
-    the largest s of each layer that sum to `keep` of its total; the size is then an outcome). Ranks are
-    multiples of `multiple_of`; a layer whose rank would reach break-even, in*out/(in+out), stays dense. `reserve`
-    bases per layer are left free for `extend`. Raises ValueError when the budget cannot be met.
+    How much stays is said in one of four ways. `keep`: the fraction of the targeted layers' parameters. `size`: of
+    the whole model, "4x" fewer parameters, "90M" parameters or "120MB" in `dtype`. Neither is ever exceeded.
+    `max_drop`: the smallest model whose response NLL on the validation split of `task` rises by at most so many nats
+    per token, before healing. `mass`: Basel's KeepRatio, the share of each layer's sum of scores; size is an outcome.
+
+    `score` is one of SCORES; those that need derivatives take `derivatives` or compute them on `task`. `budget` says
+    how the size is shared: "global" (highest score per parameter over all layers), "uniform" (the same
+    fraction of every layer), or "mass" (Basel: the same share of each layer's sum of scores). Ranks are multiples of
+    `multiple_of`, with `mass` given alone they are not rounded; a layer whose rank would reach break-even,
+    in*out/(in+out), stays dense. `reserve` bases per layer are left free for `extend`. `keep_embedding` is the fraction
+    of the embedding's parameters that may stay, where `decompose` wrote it as bases; it is not part of the targeted
+    layers, but of `size`. Raises ValueError when the budget cannot be met.
     """
-    chosen = select(model, keep, budget, multiple_of, reserve)
-    for members, index in chosen:
+    how = {"budget": budget, "score": score, "multiple_of": multiple_of, "reserve": reserve, "seed": seed}
+    if SCORES.get(score) and SCORES[score].derivatives:
+        if task is None and derivatives is None:
+            raise ValueError(f"score {score!r} looks at the loss: pass a task or its derivatives")
+        how["derivatives"] = derivatives or differentiate(model, task, seed)
+    saved = prune_table(model, keep_embedding, multiple_of)
+    if max_drop is not None:
+        keep = smallest(model, task, max_drop, **how)
+    elif mass is None:
+        now = sizes(model)
+        keep = keep_for(now["parameters_dense"], now["targeted_dense"], dtype, keep, size, saved)
+    for members, index in select(model, keep, mass, **how):
         if index is None:
             to_dense(model, members)
         else:
@@ -30,34 +67,144 @@ def prune(model, reserve=0, *, keep: float = 0.25, budget: str = "global", multi
     return model
 
 
-def select(model, keep, budget="global", multiple_of=16, reserve=0):
-    """`[(members, index), ...]`: for every group the indices of the bases to keep, or None if it stays dense."""
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep={keep} is not a fraction above 0 and up to 1 of the targeted parameters")
+def prune_table(model, keep, multiple_of):
+    """Keep the bases of the token embedding with the largest s; returns how many parameters fewer it has than dense."""
+    table = table_of(model)
+    if (table is None) != (keep is None):
+        raise ValueError("keep_embedding goes with decompose(embedding=True): give both or neither")
+    if table is None:
+        return 0
+    rank, saved = table_rank(keep, table.out_features, table.in_features, multiple_of)
+    take([("", table)], table.s.argsort(descending=True, stable=True)[:rank])
+    fold([("", table)])
+    return saved
+
+
+def select(
+    model,
+    keep=None,
+    mass=None,
+    budget="global",
+    score="energy",
+    multiple_of=16,
+    reserve=0,
+    seed=0,
+    derivatives=None,
+):
+    """`[(members, index), ...]`: for every group the indices of the bases to keep, or None if it stays dense.
+
+    Bases that `learn` removed come back only when its later, smaller sets leave room.
+    """
+    for name, value in (("keep", keep), ("mass", mass)):
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{name}={value} is not a fraction above 0 and up to 1")
     if budget not in BUDGETS:
         raise ValueError(f"unknown budget {budget!r}; known are {', '.join(BUDGETS)}")
+    if score not in SCORES:
+        raise ValueError(f"unknown score {score!r}; known are {', '.join(SCORES)}")
     found = groups(model)
     if not found or not all(members[0][1].weighted for members in found):
         raise ValueError("there are no weighted bases to prune: call decompose first")
     costs, dense = [basis_cost(m) for m in found], [dense_cost(m) for m in found]
-    free = int(keep * sum(dense)) - reserve * sum(costs)
-    now = [min(m[0][1].rank * c, d) for m, c, d in zip(found, costs, dense, strict=True)]
-    if budget != "mass" and sum(now) <= free:  # learning has pruned already
-        return [(m, None if n == d else torch.arange(m[0][1].rank)) for m, n, d in zip(found, now, dense, strict=True)]
-    energies = [members[0][1].s.detach().double().square() for members in found]
-    orders = [e.argsort(descending=True, stable=True) for e in energies]
-    if budget == "mass":
-        kept = [by_mass(e.sqrt(), keep) for e in energies]
-        return [(m, None if len(i) * c >= d else i) for m, i, c, d in zip(found, kept, costs, dense, strict=True)]
-    if budget == "uniform":
-        scores = [uniform_scores(len(e), c, d) for e, c, d in zip(energies, costs, dense, strict=True)]
+    new = sum(m[0][1].leader.new.rank * c for m, c in zip(found, costs, strict=True) if m[0][1].leader.new)
+    free = None if keep is None else int(keep * sum(dense)) - reserve * sum(costs) - new
+    alive, done = _survivors(found, costs, dense, free, multiple_of)
+    if done:
+        return [(m, None if len(i) * c >= d else i) for m, i, c, d in zip(found, alive, costs, dense, strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    scores = []
+    for members, index, (g, h) in zip(found, alive, derivatives or [(None, None)] * len(found), strict=True):
+        s = members[0][1].s.detach().double().cpu()
+        g, h = (d if d is None else d.cpu() for d in (g, h))
+        scores.append(SCORES[score].of(s, g, h, generator)[index])
+    if mass is not None:
+        kept = [by_mass(x, mass) for x in scores]
+    elif budget == "mass":
+        kept = _by_mass_within(scores, costs, dense, free, multiple_of)
     else:
-        scores = [e[o] for e, o in zip(energies, orders, strict=True)]
-    ranks = allocate(scores, costs, dense, free, multiple_of)
+        orders = [x.argsort(descending=True, stable=True) for x in scores]
+        worth = [x[o] for x, o in zip(scores, orders, strict=True)]
+        if budget == "uniform":
+            worth = [uniform_scores(len(x), c, d) for x, c, d in zip(worth, costs, dense, strict=True)]
+        ranks = allocate(worth, costs, dense, free, multiple_of)
+        kept = [None if r is None else o[:r].sort().values for r, o in zip(ranks, orders, strict=True)]
     return [
-        (m, None if rank is None else order[:rank].sort().values)
-        for m, order, rank in zip(found, orders, ranks, strict=True)
+        (m, None if k is None or len(k) * c >= d else i[k])
+        for m, i, k, c, d in zip(found, alive, kept, costs, dense, strict=True)
     ]
+
+
+def _survivors(found, costs, dense, free, multiple_of):
+    """Indices of the bases to choose from, per group, and whether they are the choice already.
+
+    Of the nested sets that the prunings of `learn` left, the smallest that fills what is `free`, or the one that
+    meets it as closely as one step of one layer allows. Without learning it is all bases.
+    """
+    rounds = max(int(m[0][1].leader.survived.max()) for m in found)
+    for least in range(rounds, -1, -1):
+        alive = [(m[0][1].leader.survived >= least).nonzero()[:, 0].cpu() for m in found]
+        size = sum(min(len(i) * c, d) for i, c, d in zip(alive, costs, dense, strict=True))
+        if free is None or size > free:
+            return alive, free is None and rounds > 0
+        if least == 0 or free - size < multiple_of * max(costs):
+            break
+    return alive, True
+
+
+def _by_mass_within(scores, costs, dense, free, multiple_of):
+    """Basel's rule with the largest share whose ranks, rounded up to `multiple_of`, fit into `free` parameters."""
+
+    def kept(share):
+        found = []
+        for x in scores:
+            rank = min(len(x), -(-len(by_mass(x, share)) // multiple_of) * multiple_of)
+            found.append(x.argsort(descending=True, stable=True)[:rank].sort().values)
+        return found
+
+    def fits(indices):
+        return sum(min(len(i) * c, d) for i, c, d in zip(indices, costs, dense, strict=True)) <= free
+
+    low, high = 0.0, 1.0
+    if fits(kept(high)):
+        return kept(high)
+    if not fits(kept(low)):
+        raise ValueError(f"{multiple_of} bases in every layer are more than the {free:,} parameters that are allowed")
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(kept(middle)) else (low, middle)
+    return kept(low)
+
+
+@torch.no_grad()
+def smallest(model, task, max_drop, **how):
+    """The smallest `keep`, to about 1 %, at which the validation NLL rises by at most `max_drop` nats per token.
+
+    Found by bisection over nested selections; bases are only masked, so that nothing has to be rebuilt.
+    """
+    if task is None:
+        raise ValueError("max_drop is measured on a validation split: pass a task")
+    if not max_drop >= 0:
+        raise ValueError(f"max_drop={max_drop} should be a number of nats, 0 or more")
+    allowed = response_nll(model, task.validation, task.pad_id) + max_drop
+    weights = {members[0][1].leader: members[0][1].leader.weight.detach().clone() for members in groups(model)}
+    low, high = 0.0, 1.0
+    while high - low > 0.01 * high:
+        middle = (low * high) ** 0.5 if low else high / 2
+        try:
+            chosen = select(model, middle, **how)
+        except ValueError:  # less than the smallest possible
+            low = middle
+            continue
+        for members, index in chosen:
+            if index is not None:
+                mask = torch.zeros_like(members[0][1].leader.weight)
+                mask[index.to(mask.device)] = 1
+                members[0][1].leader.weight.mul_(mask)
+        drop = response_nll(model, task.validation, task.pad_id)
+        for leader, weight in weights.items():
+            leader.weight.copy_(weight)
+        low, high = (low, middle) if drop <= allowed else (middle, high)
+    return high
 
 
 def shrink(members, index):

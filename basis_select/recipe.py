@@ -15,12 +15,16 @@ from pathlib import Path
 import yaml
 
 from .decompose import decompose
-from .extend import extend
+from .extend import INITS, extend
 from .heal import heal
 from .learn import learn
+from .linalg.budget import BYTES, keep_for
 from .linalg.metrics import METRICS
+from .linalg.scores import SCORES
 from .prune import BUDGETS, prune
-from .tasks import SCORES, load_task
+from .refine import refine
+from .tasks import SCORES as ANSWER_SCORES
+from .tasks import load_task
 from .tune import tune
 
 
@@ -34,12 +38,14 @@ def _options(verb):
     return dataclasses.make_dataclass(verb.__name__.title(), fields, frozen=True)
 
 
-Tune, Decompose, Learn, Prune, Extend, Heal = map(_options, (tune, decompose, learn, prune, extend, heal))
+Tune, Decompose, Learn, Prune, Extend, Refine, Heal = map(
+    _options, (tune, decompose, learn, prune, extend, refine, heal)
+)
 Data = _options(load_task)
 
 
 RESULT = "result"  # the name of the recipe's own row among those it compares
-DTYPES = ("float32", "bfloat16", "float16")
+TARGETS = ("keep", "size", "max_drop", "mass")  # of prune: how much stays
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,24 @@ class Recipe:
     learn: Learn = Learn()
     prune: Prune = Prune()
     extend: Extend = dataclasses.field(default_factory=lambda: Extend(rank=0))
+    refine: Refine = Refine()
     heal: Heal = Heal()
     dtype: str = "bfloat16"  # of the final checkpoint and of all evaluation
+    sizes: list = field(default_factory=list)  # further sizes, 0.5 (to keep) or "2x": a family from one learning
     compare: dict = field(default_factory=dict)  # row name -> {"section.key": value} that differ from this recipe
 
     def variants(self):
         """`{name: Recipe}` of the rows in `compare`."""
         return {name: override(self, changes, f"compare.{name}") for name, changes in self.compare.items()}
+
+    def family(self):
+        """`{name: Recipe}` of the further `sizes`."""
+        return {f"{RESULT} at {size}": self.at(size) for size in self.sizes}
+
+    def at(self, size):
+        """This recipe at another size: a fraction to keep of the targeted parameters, or one of the whole model."""
+        targets = dict.fromkeys(TARGETS) | ({"size": size} if isinstance(size, str) else {"keep": size})
+        return override(self, {f"prune.{k}": v for k, v in targets.items()}, "sizes")
 
 
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.type)}
@@ -87,11 +104,11 @@ def read(path, overrides=()):
             raise ValueError(f"{text!r} should read key=value, for example prune.keep=0.25")
         changes[key] = yaml.safe_load(value)
     recipe = override(recipe, changes, "command line")
-    for name, row in {"": recipe, **recipe.variants()}.items():  # mistakes show now, not after hours
+    for name, row in {"": recipe, **recipe.family(), **recipe.variants()}.items():  # mistakes show now, not after hours
         try:
             _check_values(row)
         except ValueError as error:
-            raise ValueError(f"{path}{name and f', compare.{name}'}: {error}") from None
+            raise ValueError(f"{path}{name and f', {name}'}: {error}") from None
     return recipe
 
 
@@ -99,13 +116,25 @@ def _check_values(r):
     for name, value, known in (
         ("decompose.metric", r.decompose.metric, METRICS),
         ("prune.budget", r.prune.budget, BUDGETS),
-        ("dtype", r.dtype, DTYPES),
-        ("data.score", r.data.score, (None, *SCORES)),
+        ("prune.score", r.prune.score, SCORES),
+        ("extend.init", r.extend.init, INITS),
+        ("dtype", r.dtype, BYTES),
+        ("data.score", r.data.score, (None, *ANSWER_SCORES)),
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; known are {', '.join(map(str, known))}")
-    if not 0 < r.prune.keep <= 1:
-        raise ValueError(f"prune.keep is {r.prune.keep}, it should be a fraction above 0 and up to 1")
+    targets = {k: getattr(r.prune, k) for k in TARGETS if getattr(r.prune, k) is not None}
+    if len(targets) != 1:
+        raise ValueError(f"prune names {' and '.join(targets) or 'no size'}: give exactly one of {', '.join(TARGETS)}")
+    for key, value in targets.items():
+        if key in ("keep", "mass") and not 0 < value <= 1:
+            raise ValueError(f"prune.{key} is {value}, it should be a fraction above 0 and up to 1")
+        if key == "size":
+            keep_for(2**80, 2**80, r.dtype, size=value)  # only its form: the model is not known yet
+    if r.decompose.embedding != (r.prune.keep_embedding is not None):
+        raise ValueError("decompose.embedding and prune.keep_embedding go together: give both or neither")
+    if r.prune.budget != "mass" and "mass" in targets:
+        raise ValueError("prune.mass is a share of every layer's scores: it goes with prune.budget=mass")
     if r.learn.steps and r.learn.rounds > r.learn.steps:
         raise ValueError(f"learn.rounds={r.learn.rounds} prunings do not fit into learn.steps={r.learn.steps}")
 

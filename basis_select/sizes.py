@@ -4,6 +4,7 @@ from pathlib import Path
 
 from .bases import LowRankLinear, basis_cost, dense_cost, groups
 from .decompose import targets
+from .embedding import table_of
 
 
 def sizes(model, folder=None):
@@ -16,14 +17,19 @@ def sizes(model, folder=None):
     dense = list(targets(model, required=False).values())
     total = sum(p.numel() for p in model.parameters())
     targeted = sum(m.weight.numel() for m in dense) + sum(m[0][1].rank * basis_cost(m) for m in factored)
+    targeted += sum(p.numel() for m in factored for _, layer in m if layer.new for p in layer.new.parameters())
     targeted_dense = sum(m.weight.numel() for m in dense) + sum(map(dense_cost, factored))
     weights = sum(m[0][1].rank for m in factored if m[0][1].weighted)
+    table = table_of(model)
+    saved = 0 if table is None else dense_cost([("", table)]) - table.rank * basis_cost([("", table)])
+    if table is not None and table.weighted:
+        weights += table.rank
     return {
         "bases": sum(min(m.weight.shape) for m in dense) + sum(m[0][1].rank for m in factored),
         "targeted": targeted,
         "targeted_dense": targeted_dense,
         "parameters": total - weights,
-        "parameters_dense": total - weights - targeted + targeted_dense,
+        "parameters_dense": total - weights - targeted + targeted_dense + saved,
         "bytes": sum(p.stat().st_size for p in Path(folder).glob("*.safetensors")) if folder else None,
     }
 

@@ -112,7 +112,8 @@ def load_task(
     """Build a task for a tokenizer: prompts masked, every response closed by the end token.
 
     source: a name in HUB (`options: {data_dir: FOLDER}` reads `SPLIT.jsonl` files instead of the hub), the path of
-    a JSON or JSONL file of `{prompt, response}` or `{messages}` rows (splits are drawn by `seed`), or
+    a JSON or JSONL file of `{prompt, response}` or `{messages}` rows (splits are drawn by `seed`), a folder that holds
+    `train.jsonl`, `test.jsonl` and perhaps `validation.jsonl` of such rows, or
     `reasoning_gym:FAMILY` with `options` for the family and `prompt` a template over its metadata. `score`,
     "exact" or "number", replaces the source's own way. `train`, `validation` and `test` cap the splits. No prompt
     occurs in two splits. Examples longer than `max_length` tokens are cut at their end and counted, never silently.
@@ -124,6 +125,8 @@ def load_task(
         rows, default = _reasoning_gym(source.partition(":")[2], options, prompt, sizes, seed)
     elif source in HUB:
         rows, default = _hub(source, options, sizes, seed)
+    elif Path(source).is_dir():
+        rows, default = _folder(Path(source), tokenizer, sizes, seed)
     else:
         rows, default = _file(source, tokenizer, sizes, seed)
     if score is not None and score not in SCORES:
@@ -232,9 +235,26 @@ def _hub(name, options, sizes, seed):
             }
             for row in data
         ]
-    if "validation" not in rows:  # held out of the training split
+    return _hold_out(rows, sizes, seed), spec.score
+
+
+def _hold_out(rows, sizes, seed):
+    if "validation" not in rows:
         rows["train"], rows["validation"] = _draw(rows["train"], sizes["validation"], seed)
-    return rows, spec.score
+    return rows
+
+
+def _folder(path, tokenizer, sizes, seed):
+    files = {split: path / f"{split}.jsonl" for split in SPLITS}
+    missing = [split for split in ("train", "test") if not files[split].is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path} has no {' and no '.join(f'{m}.jsonl' for m in missing)}")
+    rows = {
+        split: [_file_row(row, f"{file}, row {i + 1}", tokenizer) for i, row in enumerate(_read(file))]
+        for split, file in files.items()
+        if file.is_file()
+    }
+    return _hold_out(rows, sizes, seed), _exact_where_answered(rows)
 
 
 def _file(source, tokenizer, sizes, seed):
@@ -251,8 +271,12 @@ def _file(source, tokenizer, sizes, seed):
     held = min(sizes["test"], len(rows) // 5 or 1), min(sizes["validation"], len(rows) // 5 or 1)
     rest, test = _draw(rows, held[0], seed)
     train, validation = _draw(rest, held[1], seed + 1)
-    score = exact if all(row["answer"] is not None for row in test) else None
-    return {"train": train, "validation": validation, "test": test}, score
+    rows = {"train": train, "validation": validation, "test": test}
+    return rows, _exact_where_answered(rows)
+
+
+def _exact_where_answered(rows):
+    return exact if all(row["answer"] is not None for row in rows["test"]) else None
 
 
 def _file_row(row, where, tokenizer):

@@ -1,6 +1,7 @@
 """Fine-tune the dense model on the task: the parent is a model that the task already runs well on."""
 
 from .bases import LowRankLinear
+from .embedding import LowRankEmbedding
 from .training.engine import train
 
 
@@ -11,9 +12,11 @@ def tune(model, task, folder=None, seed=0, *, steps: int = 0, batch_size: int = 
     return model
 
 
-def trainable(model):
-    """What tune and heal train: every parameter except the input embedding and a dense output head."""
+def trainable(model, embeddings=False):
+    """What tune and heal train: every parameter except, unless `embeddings`, the embedding and a dense output head."""
     model.requires_grad_(True)
+    if embeddings:
+        return
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if not isinstance(module, LowRankLinear):
+        if not isinstance(module, LowRankLinear | LowRankEmbedding):
             module.requires_grad_(False)

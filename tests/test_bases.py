@@ -5,12 +5,18 @@ import json
 import pytest
 import torch
 from conftest import KINDS, tiny
+from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from basis_select import decompose, extend, heal, learn, prune, sizes, tune
+from basis_select import decompose, derivatives, extend, heal, learn, load, prune, refine, save, sizes, tune
 from basis_select.bases import LowRankLinear, basis_cost, dense_cost, fold, groups, take
 from basis_select.decompose import same_input, second_moments, targets
+from basis_select.extend import INITS
 from basis_select.linalg.metrics import METRICS
+from basis_select.linalg.scores import taylor
+from basis_select.prune import select
+from basis_select.training.data import Batches
+from basis_select.training.loss import response_nll, task_loss
 
 
 def logits(model, ids):
@@ -153,13 +159,25 @@ def test_prune_says_what_is_impossible(task):
     with pytest.raises(ValueError, match="keep=4"):
         prune(model, keep=4)
     with pytest.raises(ValueError, match="unknown budget"):
-        prune(model, budget="best")
+        prune(model, keep=0.5, budget="best")
+    with pytest.raises(ValueError, match="unknown score"):
+        prune(model, keep=0.5, score="best")
+    with pytest.raises(ValueError, match="exactly one of keep, size"):
+        prune(model)
+    with pytest.raises(ValueError, match="looks at the loss"):
+        prune(model, keep=0.5, score="taylor")
+    with pytest.raises(ValueError, match="pass a task"):
+        prune(model, max_drop=0.1)
+    with pytest.raises(ValueError, match="the rest of the model alone is"):
+        prune(model, size="40x")
+    with pytest.raises(ValueError, match="should read like 4x, 90M or 120MB"):
+        prune(model, size="four times")
 
 
 def test_mass_keeps_the_largest_of_each_layer(task):
     model = decompose(tiny(), task, examples=16)
     before = {m[0][0]: m[0][1].s.clone() for m in groups(model)}
-    prune(model, keep=0.3, budget="mass")
+    prune(model, mass=0.3, budget="mass", score="magnitude")
     for members in groups(model):
         s, r = before[members[0][0]], members[0][1].rank
         assert s[:r].sum() >= 0.3 * s.sum() > s[: r - 1].sum()
@@ -168,20 +186,133 @@ def test_mass_keeps_the_largest_of_each_layer(task):
 def test_learning_trains_the_weights_only_and_prunes_on_the_way(task):
     parent = tiny()
     model = decompose(copy.deepcopy(parent), task, examples=16)
-    factors = {n: p.clone() for n, p in model.named_parameters() if not n.endswith(".weight") or ".u." in n}
-    ranks = []
     q = groups(model)[0][0][1]
-    q.register_forward_hook(lambda m, a, y: ranks.append(m.rank))
+    factors = q.u.weight.clone(), q.v.weight.clone()
+    ranks = []
+    handle = q.register_forward_hook(lambda m, a, y: ranks.append(m.rank))
     learn(model, task, parent, keep=0.25, multiple_of=2, steps=8, batch_size=4, rounds=4)
+    handle.remove()
     assert (q.weight != 1).any()
-    assert sizes(model)["targeted"] <= 0.25 * sizes(model)["targeted_dense"]
+    assert torch.equal(q.u.weight, factors[0])
+    assert torch.equal(q.v.weight, factors[1])
     assert ranks == sorted(ranks, reverse=True)
     assert len(set(ranks)) > 1
-    u = model.get_submodule("model.layers.0.self_attn.q_proj").u.weight
-    assert torch.equal(u, factors["model.layers.0.self_attn.q_proj.u.weight"][:, q.kept])
-    size = sizes(model)["targeted"]
-    prune(model, keep=0.25, multiple_of=2)  # nothing is left to cut
-    assert sizes(model)["targeted"] == size
+    assert ranks[-1] == (q.survived == 4).sum()
+    prune(model, keep=0.25, multiple_of=2)  # exactly what learning left
+    assert {m[0][1].rank for m in groups(model) if m[0][1] is q} == {ranks[-1]}
+
+
+def test_one_learning_gives_nested_sizes(task, tmp_path, tokenizer):
+    model = decompose(tiny(), task, examples=16)
+    learn(model, task, keep=0.125, multiple_of=1, steps=6, batch_size=4, rounds=3)
+    save(model, tokenizer, tmp_path / "learned")
+    previous = None
+    for keep in (0.7, 0.5, 0.4, 0.25, 0.125):
+        again, _ = load(tmp_path / "learned")
+        chosen = {
+            members[0][0]: set(range(members[0][1].rank) if index is None else index.tolist())
+            for members, index in select(again, keep, multiple_of=1)
+        }
+        assert previous is None or all(chosen[name] <= previous[name] for name in chosen)
+        previous = chosen
+        s = sizes(prune(again, keep=keep, multiple_of=1))
+        slack = max(basis_cost(m) for m in groups(model))
+        assert keep * s["targeted_dense"] - slack < s["targeted"] <= keep * s["targeted_dense"]
+
+
+def test_basel_learns_squares_beside_new_bases_that_are_never_pruned(task, ids):
+    model = decompose(tiny(), task, metric="plain", share=False)
+    before = logits(model, ids)
+    embedding = model.get_input_embeddings().weight.clone()
+    steps = {"steps": 4, "batch_size": 4, "rounds": 2, "lr": 1e-2}
+    learn(model, task, keep=0.5, budget="mass", multiple_of=1, square=True, new=3, rest=True, **steps)
+    layer = groups(model)[0][0][1]
+    assert layer.power == 2
+    assert layer.new.u.weight.abs().max() > 0
+    assert not torch.equal(model.get_input_embeddings().weight, embedding)
+    assert not torch.allclose(logits(model, ids), before, atol=1e-3)
+    learned = copy.deepcopy(model)
+    prune(model, keep=0.5, budget="mass", multiple_of=1)
+    assert sizes(model)["targeted"] <= 0.5 * sizes(model)["targeted_dense"]
+    kept = int((layer.survived == 2).sum())
+    assert groups(model)[0][0][1].rank == kept + 3
+    for members in groups(learned):
+        take(members, (members[0][1].survived == 2).nonzero()[:, 0])
+    assert torch.allclose(logits(model, ids), logits(learned, ids), atol=1e-5)
+
+
+def test_max_drop_finds_the_smallest_size_that_stays_within_it(task):
+    parent = tiny()
+    tune(parent, task, steps=40, batch_size=8, lr=1e-2)
+    base = response_nll(parent, task.validation)
+    found = {}
+    for drop in (0.02, 0.3):
+        model = prune(decompose(copy.deepcopy(parent), task), task, max_drop=drop, multiple_of=1)
+        assert response_nll(model, task.validation) <= base + drop + 1e-3
+        found[drop] = sizes(model)["targeted"]
+    assert found[0.3] < found[0.02] < sizes(parent)["targeted_dense"]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [("1.5x", "bfloat16"), ("50K", "bfloat16"), ("150KB", "float32")])
+def test_size_is_of_the_whole_model(size, dtype, task, tmp_path, tokenizer):
+    model = decompose(tiny(), task, examples=16)
+    dense = sizes(model)["parameters_dense"]
+    prune(model, size=size, dtype=dtype, multiple_of=1)
+    allowed = {"1.5x": dense / 1.5, "50K": 50e3, "150KB": 150e3 / 4}[size]
+    assert 0.97 * allowed < sizes(model)["parameters"] <= allowed
+
+
+def test_taylor_scores_rank_bases_like_the_true_loss_change(task):
+    parent = tiny()
+    tune(parent, task, steps=20, batch_size=8, lr=1e-2)
+    one = dataclasses.replace(task, train=task.train[:8])
+    model = decompose(parent, one, examples=8)
+    batch = next(iter(Batches(one.train, 8, 1, 0)))
+    found = derivatives(model, one, probes=400, batch_size=8)
+    loss = task_loss(model, batch)[0].item()
+    predicted, actual = [], []
+    for members, (g, h) in list(zip(groups(model), found, strict=True))[:3]:
+        leader = members[0][1].leader
+        estimate = taylor(leader.s.detach().double(), g, h, None)
+        for i in range(0, leader.rank, 4):
+            with torch.no_grad():
+                kept = leader.weight[i].item()
+                losses = []
+                for weight in (0.0, kept * 1.01, kept * 0.99):
+                    leader.weight[i] = weight
+                    losses.append(task_loss(model, batch)[0].double().item())
+                leader.weight[i] = kept
+            predicted.append(estimate[i].item())
+            actual.append(losses[0] - loss)
+    assert stats.spearmanr(predicted, actual).statistic > 0.9
+
+
+def test_hutchinson_approaches_the_exact_diagonal(task):
+    one = dataclasses.replace(task, train=task.train[:8])
+    model = decompose(tiny().double(), one, examples=8)
+    batch = next(iter(Batches(one.train, 8, 1, 0)))
+    leader = groups(model)[0][0][1].leader
+    leader.weight.requires_grad_(True)
+    gradient = torch.autograd.grad(task_loss(model, batch)[0], leader.weight, create_graph=True)[0]
+    rows = [torch.autograd.grad(gradient[i], leader.weight, retain_graph=True)[0][i] for i in range(leader.rank)]
+    exact = torch.stack(rows)
+    g, h = derivatives(model, one, probes=600, batch_size=8, step=1e-4)[0]
+    s = leader.s.detach()
+    assert torch.allclose(g * s, gradient.detach(), atol=1e-6)
+    noise = (h * s**2 - exact).square().mean() / exact.square().mean()
+    few = derivatives(model, one, probes=20, batch_size=8, step=1e-4)[0][1]
+    assert noise < 0.15 * (few * s**2 - exact).square().mean() / exact.square().mean()
+
+
+def test_random_scores_are_the_floor(task):
+    """The energy in the kronecker metric predicts the loss; chance does not."""
+    parent = tiny()
+    tune(parent, task, steps=40, batch_size=8, lr=1e-2)
+    nll = {}
+    for score in ("energy", "random"):
+        model = prune(decompose(copy.deepcopy(parent), task), keep=0.4, score=score, multiple_of=1)
+        nll[score] = response_nll(model, task.train)
+    assert nll["energy"] < nll["random"]
 
 
 def test_the_forward_while_learning_is_the_formula(task):
@@ -194,12 +325,13 @@ def test_the_forward_while_learning_is_the_formula(task):
     assert torch.allclose(layer.to_linear()(x), expected, atol=1e-5)
 
 
-def test_new_bases_start_silent_and_heal_fills_them(task, ids):
+@pytest.mark.parametrize("init", INITS)
+def test_new_bases_start_silent_and_heal_fills_them(init, task, ids):
     parent = tiny()
     model = decompose(copy.deepcopy(parent), task, examples=16)
-    prune(model, 4, keep=0.4, multiple_of=2)
+    prune(model, reserve=4, keep=0.4, multiple_of=2)
     before, size = logits(model, ids), sizes(model)
-    extend(model, rank=4)
+    extend(model, task, parent, rank=4, init=init)
     assert torch.allclose(logits(model, ids), before, atol=1e-6)
     assert size["targeted"] < sizes(model)["targeted"] <= 0.4 * size["targeted_dense"]
     new = model.get_submodule("model.layers.0.self_attn.q_proj").u.weight[:, -4:]
@@ -207,6 +339,33 @@ def test_new_bases_start_silent_and_heal_fills_them(task, ids):
     heal(model, task, parent, steps=4, batch_size=4)
     assert new.abs().max() > 0
     assert torch.equal(model.get_input_embeddings().weight, embedding)
+
+
+def test_new_bases_point_where_they_are_told(task):
+    parent = tiny()
+    model = prune(decompose(copy.deepcopy(parent), task, metric="plain", share=False), keep=0.4, multiple_of=1)
+    name, layer = groups(model)[0][0]
+    lost = parent.get_submodule(name).weight.detach() - layer.dense_weight()
+    extend(model, parent=parent, rank=2, init="residual")
+    expected = torch.linalg.svd(lost.double()).Vh[:2].float()
+    new = torch.nn.functional.normalize(layer.v.weight[-2:].detach())
+    assert torch.allclose((new @ expected.T).square().sum(), torch.tensor(2.0), atol=1e-3)
+    with pytest.raises(ValueError, match="needs the dense parent"):
+        extend(model, init="residual")
+    with pytest.raises(ValueError, match="needs a task"):
+        extend(model, init="gradient")
+    with pytest.raises(ValueError, match="unknown init"):
+        extend(model, init="magic")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refining_brings_every_block_closer_to_its_original(kind, task, ids):
+    parent = tiny(kind)
+    model = prune(decompose(copy.deepcopy(parent), task, metric="plain"), keep=0.3, multiple_of=1)
+    hidden = lambda m: m(ids, output_hidden_states=True).hidden_states[-1].detach()  # noqa: E731
+    before = (hidden(model) - hidden(parent)).square().mean()
+    refine(model, task, parent, steps=60, batch_size=8, lr=3e-3)
+    assert (hidden(model) - hidden(parent)).square().mean() < before
 
 
 def test_healing_brings_the_loss_down(task, ids, tmp_path):
@@ -222,7 +381,7 @@ def test_verbs_in_the_wrong_order_say_which_comes_first(task):
     with pytest.raises(ValueError, match="call decompose first"):
         learn(tiny(), task)
     with pytest.raises(ValueError, match="call decompose first"):
-        prune(tiny())
+        prune(tiny(), keep=0.5)
     with pytest.raises(ValueError, match="call decompose and prune first"):
         extend(tiny())
     model = decompose(tiny(), task, examples=16)

@@ -123,7 +123,7 @@ def test_a_stage_stopped_in_its_middle_continues_bit_for_bit(stage, recipe, tmp_
 
     def compress(read, folder):
         (folder / "stages").mkdir(parents=True, exist_ok=True)
-        pipeline._Stages(read, folder).compressed(read)
+        pipeline.Stages(read, folder).compressed(read)
 
     compress(read, tmp_path / "calm")
     monkeypatch.setattr(engine, "SAVE_EVERY", 0.0)

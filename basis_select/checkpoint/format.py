@@ -1,17 +1,20 @@
 """The format: a normal Hugging Face folder whose config.json lists the factored layers.
 
     "quantization_config": {"quant_method": "basis_select", "format_version": 1,
-                            "ranks": {module: r}, "groups": [[leader, follower, ...]], "weighted": false}
+                            "ranks": {module: r}, "groups": [[leader, follower, ...]], "weighted": 0, "new": 0}
 
 Registered with transformers as a quantizer, so that after `import basis_select` from_pretrained builds the
 factored layers before the weights are read. `groups` lists layers that share one `v`, stored under the first.
-`weighted` checkpoints still carry `scale` and `weight` of every basis: they come from decompose and learn.
+Where `weighted` is not 0 the bases still carry `scale` and `weight`, and it is the `power` of the weight; `new` is the
+number of new bases beside them: such checkpoints come from decompose and learn. `embedding` says how the token
+embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}.
 """
 
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..bases import LowRankLinear, groups, to_dense
+from ..bases import LowRankLinear, add_new, groups, to_dense
+from ..embedding import install, module_name, table_of, table_to_dense
 
 METHOD = "basis_select"
 VERSION = 1
@@ -19,7 +22,7 @@ VERSION = 1
 
 @register_quantization_config(METHOD)
 class BasisSelectConfig(QuantizationConfigMixin):
-    def __init__(self, ranks=None, groups=None, weighted=False, format_version=VERSION, **kwargs):
+    def __init__(self, ranks=None, groups=None, weighted=0, new=0, embedding=None, format_version=VERSION, **kwargs):
         if format_version != VERSION:
             raise ValueError(
                 f"this checkpoint has format version {format_version}; this basis_select reads version {VERSION}: "
@@ -29,18 +32,31 @@ class BasisSelectConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.ranks = dict(ranks or {})
         self.groups = [list(g) for g in groups or []]
-        self.weighted = weighted
+        self.weighted = int(weighted)
+        self.new = new
+        self.embedding = embedding
 
 
 def describe(model):
     """Write what the model now is into its config, so that `save_pretrained` makes a loadable checkpoint."""
     found = groups(model)
+    first = found[0][0][1].leader if found else None
     ranks = {name: layer.rank for members in found for name, layer in members}
     model.config.quantization_config = BasisSelectConfig(
         ranks=ranks,
         groups=[[name for name, _ in members] for members in found if len(members) > 1],
-        weighted=bool(found) and found[0][0][1].weighted,
+        weighted=first.power if first and first.weighted else 0,
+        new=first.new.rank if first and first.new else 0,
+        embedding=_describe_embedding(model),
     )
+
+
+def _describe_embedding(model):
+    table, embedding = table_of(model), model.get_input_embeddings()
+    if table is None:
+        return None
+    name = module_name(model, embedding)
+    return {"name": name, "rank": table.rank, "tied": embedding.tied, "scale": embedding.scale}
 
 
 def build(model, config):
@@ -53,8 +69,15 @@ def build(model, config):
         except AttributeError:
             raise ValueError(f"config.json lists the layer {name}, which {type(model).__name__} lacks") from None
         leader = built.get(leaders.get(name))
-        built[name] = LowRankLinear.like(linear, rank, weighted=config.weighted, leader=leader)
+        built[name] = LowRankLinear.like(linear, rank, weighted=bool(config.weighted), leader=leader)
         model.set_submodule(name, built[name])
+    for members in groups(model):
+        if config.weighted:
+            members[0][1].leader.power = config.weighted
+        if config.new:
+            add_new(members, config.new)
+    if config.embedding:
+        install(model, **config.embedding, weighted=bool(config.weighted))
 
 
 @register_quantizer(METHOD)
@@ -74,6 +97,8 @@ class BasisSelectQuantizer(HfQuantizer):
     def _dequantize(self, model, dtype=None):
         for members in groups(model):
             to_dense(model, members)
+        if table_of(model) is not None:
+            table_to_dense(model)
         return model
 
     def is_serializable(self):

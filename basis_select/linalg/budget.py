@@ -1,8 +1,51 @@
 """Which bases stay: scores and a budget in, ranks out. Maths on plain tensors and ints."""
 
 import math
+import re
 
 import torch
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def table_rank(keep, rows, columns, multiple_of=16):
+    """The rank of a (rows, columns) embedding of which the fraction `keep` may stay, and the parameters that saves."""
+    rank = int(keep * rows * columns / (rows + columns)) // multiple_of * multiple_of
+    if not 0 < rank <= columns:
+        raise ValueError(f"keep_embedding={keep} makes a rank of {rank}, not one from {multiple_of} to {columns}")
+    return rank, rows * columns - rank * (rows + columns)
+
+
+def keep_for(total, targeted, dtype, keep=None, size=None, saved=0):
+    """The fraction of `targeted` parameters that may stay so that a model of `total` meets `keep` or `size`.
+
+    saved: parameters by which the rest of the model shrinks.
+
+    size: "4x" fewer parameters in all, "90M" (K, M, B) parameters in all, or "120MB" (KB, MB, GB; 10^3 steps) of
+    weights in `dtype`. Raises ValueError, with the smallest size there is, for one that cannot be met.
+    """
+    if (keep is None) == (size is None):
+        raise ValueError("say how much to keep: exactly one of keep, size, max_drop, mass")
+    if keep is not None:
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep={keep} is not a fraction above 0 and up to 1 of the targeted parameters")
+        return keep
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(x|[KMB]|[KMG]B)", str(size))
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"size={size!r} should read like 4x, 90M or 120MB")
+    number, unit = float(match[1]), match[2]
+    if unit == "x":
+        allowed = total / number
+    else:
+        allowed = number * {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}[unit[0]] / (BYTES[dtype] if len(unit) == 2 else 1)
+    rest = total - targeted - saved
+    fraction = (allowed - rest) / targeted
+    if fraction <= 0:
+        raise ValueError(
+            f"size={size} leaves nothing for the targeted layers: the rest of the model alone is {rest / 1e6:.1f} M "
+            f"parameters, {rest * BYTES[dtype] / 1e6:.0f} MB in {dtype}"
+        )
+    return min(fraction, 1.0)
 
 
 def by_mass(s, keep):

@@ -6,25 +6,12 @@ With roots `R R^T = G = E[g g^T]` and `L L^T = A = E[x x^T]`, the SVD of `R^T W 
 the SVD absorbs. That allows the triangular root, about 20 times cheaper than one by eigenvectors.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 SHRINKAGE = 1e-2  # of the mean eigenvalue, added to the diagonal
-
-
-@dataclass(frozen=True)
-class Metric:
-    """Which second moments a metric uses: those of the layer's inputs (A), of its output gradients (G)."""
-
-    inputs: bool
-    outputs: bool
-
-
-METRICS = {
-    "plain": Metric(inputs=False, outputs=False),  # Basel: weight error
-    "kronecker": Metric(inputs=True, outputs=True),  # KFAC: second-order estimate of the loss increase
-}
 
 
 def root(moment, shrinkage=SHRINKAGE):
@@ -35,17 +22,45 @@ def root(moment, shrinkage=SHRINKAGE):
     A moment of shape () stands for that multiple of the identity; so does its root. Raises ValueError on
     a non-finite moment and on one that is zero.
     """
-    if not torch.isfinite(moment).all():
-        raise ValueError("the second moment holds non-finite values")
-    moment = moment.double()
-    mean = moment.diagonal().mean() if moment.dim() else moment
-    if mean <= 0:
-        raise ValueError("the second moment is zero: no task token reaches this layer")
+    moment, mean = _checked(moment)
     if not moment.dim():
         return mean.sqrt()
     shifted = moment / mean
     shifted.diagonal().add_(shrinkage)
     return torch.linalg.cholesky(shifted) * mean.sqrt()
+
+
+def diagonal_root(moment, shrinkage=SHRINKAGE):
+    """Square roots (n,) of the diagonal, shrunk like `root`; moment: (n, n), its diagonal (n,), or () as in `root`."""
+    moment, mean = _checked(moment.diagonal() if moment.dim() == 2 else moment)
+    return (moment + shrinkage * mean).sqrt() if moment.dim() else mean.sqrt()
+
+
+def _checked(moment):
+    """A moment in float64 and the mean of its eigenvalues."""
+    if not torch.isfinite(moment).all():
+        raise ValueError("the second moment holds non-finite values")
+    moment = moment.double()
+    mean = (moment.diagonal() if moment.dim() == 2 else moment).mean()
+    if mean <= 0:
+        raise ValueError("the second moment is zero: no task token reaches this layer")
+    return moment, mean
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric takes the root of A (`inputs`) and of G (`outputs`); None where it uses the identity instead."""
+
+    inputs: Callable | None = None
+    outputs: Callable | None = None
+
+
+METRICS = {
+    "plain": Metric(),  # Basel: weight error
+    "fisher": Metric(outputs=diagonal_root),  # FWSVD: weight error, rows weighted by their Fisher information
+    "whitened": Metric(inputs=root),  # SVD-LLM: output error on task data
+    "kronecker": Metric(inputs=root, outputs=root),  # KFAC: second-order estimate of the loss increase
+}
 
 
 def svd(m):
@@ -69,21 +84,31 @@ def svd(m):
 def decompose(weights, output_roots=None, input_root=None):
     """Full SVD of stacked weights in a metric.
 
-    weights: list of (out_i, in), the layers that share one input basis. output_roots: one (out_i, out_i) root
-    or None for each; input_root: (in, in) or None; a root of shape () is that multiple of the identity.
+    weights: list of (out_i, in), the layers that share one input basis. output_roots: a root for each, or None;
+    input_root: one root or None. A root is (n, n) lower triangular, (n,) a diagonal, or () a multiple of the identity.
     Returns `u: (sum out_i, r)`, `s: (r,)` descending, `v: (r, in)` in float64 with
     `cat(weights) = u diag(s) v`, r = min(sum out_i, in). Raises ValueError on non-finite weights.
     """
-    one = torch.ones((), dtype=torch.float64)
-    output_roots = [one if r is None else r for r in output_roots or [None] * len(weights)]
-    input_root = one if input_root is None else input_root
-    m = torch.cat([r.T @ w.double() if r.dim() else r * w.double() for w, r in zip(weights, output_roots, strict=True)])
-    m = m @ input_root if input_root.dim() else m * input_root
+    output_roots, input_root = [_column(r) for r in output_roots or [None] * len(weights)], _column(input_root)
+    m = torch.cat([_times(r, w.double()) for w, r in zip(weights, output_roots, strict=True)])
+    m = _times(input_root, m.T).T
     if not torch.isfinite(m).all():
         raise ValueError("the weight holds non-finite values")
     u, s, v = svd(m)
     blocks = zip(u.split([len(w) for w in weights]), output_roots, strict=True)
-    u = torch.cat([torch.linalg.solve_triangular(r.T, b, upper=True) if r.dim() else b / r for b, r in blocks])
-    if input_root.dim():
-        return u, s, torch.linalg.solve_triangular(input_root, v, upper=False, left=False)
-    return u, s, v / input_root
+    return torch.cat([_solve(r, block) for block, r in blocks]), s, _solve(input_root, v.T).T
+
+
+def _column(r):
+    """A root as `_times` and `_solve` take it: triangular, or something that multiplies rows."""
+    return torch.ones(1, 1, dtype=torch.float64) if r is None else r if r.dim() == 2 else r.reshape(-1, 1)
+
+
+def _times(r, m):
+    """`r^T m`."""
+    return r.T @ m if r.shape[1] > 1 else r * m
+
+
+def _solve(r, m):
+    """`r^-T m`."""
+    return torch.linalg.solve_triangular(r.T, m, upper=True) if r.shape[1] > 1 else m / r

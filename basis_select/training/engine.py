@@ -11,16 +11,32 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..bases import LowRankLinear, groups, take
 from .data import Batches
 from .loss import fast_bf16, task_loss
 
+LEARNED = ("kept", "last", "rounds")  # what `learn` keeps beside the weights, see there
 SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
 
 
-def train(model, task, *, steps, batch_size, lr, seed, folder=None, teacher=None, kl=1.0, warmup=0.05, callbacks=()):
+def train(
+    model,
+    task,
+    *,
+    steps,
+    batch_size,
+    lr,
+    seed,
+    folder=None,
+    teacher=None,
+    kl=1.0,
+    states=0.0,
+    warmup=0.05,
+    callbacks=(),
+):
     """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
 
     AdamW, cosine schedule, gradient clipping at 1. `folder` (default: a temporary one) receives
@@ -41,10 +57,13 @@ def train(model, task, *, steps, batch_size, lr, seed, folder=None, teacher=None
                 folder=folder,
                 teacher=teacher,
                 kl=kl,
+                states=states,
                 warmup=warmup,
                 callbacks=callbacks,
             )
     folder = Path(folder)
+    if isinstance(teacher, nn.Module):
+        teacher.eval().requires_grad_(False)
     args = TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=steps,
@@ -75,25 +94,24 @@ def train(model, task, *, steps, batch_size, lr, seed, folder=None, teacher=None
         train_dataset=Batches(task.train, batch_size, steps, seed, task.pad_id),
         data_collator=lambda items: items[0],
         callbacks=[*callbacks, record, Clock()],
-        teacher=teacher.eval() if teacher else None,
+        teacher=teacher,
         kl=kl,
+        states=states,
         record=record,
     )
-    if teacher:
-        teacher.requires_grad_(False)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     model.eval()
     return record.rows
 
 
 class _Trainer(Trainer):
-    def __init__(self, *args, teacher, kl, record, **kwargs):
+    def __init__(self, *args, teacher, kl, states, record, **kwargs):
         super().__init__(*args, **kwargs)
-        self.teacher, self.kl, self.record = teacher, kl, record
+        self.teacher, self.kl, self.states, self.record = teacher, kl, states, record
         self.loss_is_scaled_for_ga = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, ce, kl = task_loss(model, inputs, self.teacher, self.kl)
+        loss, ce, kl = task_loss(model, inputs, self.teacher, self.kl, self.states)
         values = {"loss": loss.item(), "ce": ce.item(), "kl": kl.item()}
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
@@ -115,17 +133,21 @@ def _state(model):
     """What training changes: parameters with gradients, and which bases are still alive."""
     state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear) and module.leader is module and module.weighted:
-            state[f"{name}.kept"] = module.kept.clone()
+        for buffer in LEARNED:
+            if isinstance(module, LowRankLinear) and hasattr(module, buffer):
+                state[f"{name}.{buffer}"] = getattr(module, buffer).clone()
     return state
 
 
 @torch.no_grad()
 def _restore(model, state):
     for members in groups(model):
-        kept = state.pop(f"{members[0][0]}.kept", None)
-        if kept is not None and len(kept) < members[0][1].rank:
-            take(members, torch.searchsorted(members[0][1].kept, kept.to(model.device)))
+        name, leader = members[0]
+        for buffer in LEARNED:
+            if hasattr(leader, buffer):
+                setattr(leader, buffer, state.pop(f"{name}.{buffer}").to(model.device))
+        if hasattr(leader, "kept") and len(leader.kept) < leader.rank:
+            take(members, leader.kept)
     parameters = dict(model.named_parameters())
     for name, value in state.items():
         parameters[name].copy_(value)

@@ -1,0 +1,51 @@
+"""First and second derivatives of the task loss with respect to the weights of the bases."""
+
+import torch
+
+from .bases import groups
+from .training.data import Batches
+from .training.loss import task_loss
+
+
+def derivatives(model, task, seed=0, *, probes: int = 16, batch_size: int = 8, step: float = 1e-2):
+    """`[(g, h), ...]`, (r,) each in float64 and one pair per group: dL/ds and the diagonal of d2L/ds2.
+
+    L is the cross-entropy on response tokens. h is Hutchinson's estimate with symmetric perturbations,
+    `h = mean_z z * (dL(s + step |s| z) - dL(s - step |s| z)) / (2 step |s|)`, z of independent signs for all layers at
+    once; every one of the `probes` draws its own batch of the training split, over which g is averaged too. In
+    fp32 throughout: in bf16 rounding would drown the difference. Source: BSI (arXiv 2605.01627), reconstructed
+    from its abstract.
+    """
+    leaders = [members[0][1].leader for members in groups(model)]
+    if not leaders or not all(leader.weighted for leader in leaders):
+        raise ValueError("there are no weighted bases to differentiate by: call decompose first")
+    generator = torch.Generator().manual_seed(seed)
+    flags = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    weights = [leader.weight.requires_grad_(True) for leader in leaders]
+    scales = [leader.scale for leader in leaders]
+    # t_i stands for s_i (1 + t_i): its derivatives are s dL/ds and s^2 d2L/ds2, finite whatever the scale of s.
+    first = [torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in weights]
+    second = [torch.zeros_like(f) for f in first]
+    try:
+        for batch in Batches(task.train, batch_size, probes, seed, task.pad_id):
+            signs = [torch.randint(2, w.shape, generator=generator).mul(2).sub(1).to(w) for w in weights]
+            for side in (1, -1):
+                shifts = [1 + side * step * z for z in signs]
+                for leader, scale, shift in zip(leaders, scales, shifts, strict=True):
+                    leader.scale = scale * shift
+                loss = task_loss(model, batch, mixed=False)[0]
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss.item()} when the bases are perturbed by {step:g}")
+                grads = torch.autograd.grad(loss, weights)
+                for i, (grad, w, shift) in enumerate(zip(grads, weights, shifts, strict=True)):
+                    along = (grad * w.detach() / leaders[i].power / shift).double()
+                    first[i] += along / (2 * probes)
+                    second[i] += side * signs[i] * along / (2 * step * probes)
+    finally:
+        for leader, scale in zip(leaders, scales, strict=True):
+            leader.scale = scale
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+    sizes = [leader.s.detach().double().clamp_min(torch.finfo(torch.float64).tiny) for leader in leaders]
+    return [(g / s, h / s**2) for g, h, s in zip(first, second, sizes, strict=True)]

@@ -1,0 +1,102 @@
+"""The token embedding, and the head tied to it, as bases: `E = u diag(s) v`, u: (vocabulary, r), v: (r, d).
+
+The table is one LowRankLinear, d -> r -> vocabulary. A tied head is that layer; the embedding looks up rows of its `u`
+and multiplies by its `v`, so both stay one set of weights.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .bases import LowRankLinear
+from .linalg import metrics
+
+
+class LowRankEmbedding(nn.Module):
+    """Drop-in for nn.Embedding over a `table`, registered here unless it is `tied`: then the head owns it.
+
+    `scale` multiplies what is looked up, for models whose embedding module does so (Gemma); 1 for all others.
+    """
+
+    def __init__(self, table, tied, scale=1.0):
+        super().__init__()
+        if tied:
+            self._table = (table,)  # a tuple, so that nn.Module does not register it as a child
+        else:
+            self.table = table
+        self.scale = scale
+        self.num_embeddings, self.embedding_dim = table.out_features, table.in_features
+
+    tied = property(lambda self: not hasattr(self, "table"))
+    bases = property(lambda self: self._table[0] if self.tied else self.table)
+    weight = property(lambda self: self.bases.dense_weight(), doc="The dense table (vocabulary, d), made on demand.")
+
+    def forward(self, ids):
+        bases = self.bases
+        z = F.embedding(ids, bases.u.weight)
+        y = F.linear(z * bases.s if bases.weighted else z, bases.v.weight.T)
+        return y if self.scale == 1 else y * torch.tensor(self.scale, dtype=y.dtype, device=y.device)
+
+
+@torch.no_grad()
+def decompose_embedding(model, task):
+    """Write the embedding of `model`, and its head if tied, as weighted bases, in place.
+
+    The metric weighs every row by how often the training split of `task` has the token, shrunk towards all rows
+    alike, so that tokens the task does not use stay roughly what they were.
+    """
+    embedding = model.get_input_embeddings()
+    scale = float(getattr(embedding, "embed_scale", 1.0))
+    if type(embedding).forward is not nn.Embedding.forward and scale == 1:
+        raise ValueError(f"the embedding is a {type(embedding).__name__}: only nn.Embedding can be written as bases")
+    counts = torch.zeros(embedding.num_embeddings, dtype=torch.float64)
+    for example in task.train:
+        counts += torch.bincount(torch.tensor(example.input_ids), minlength=len(counts))
+    u, s, v = metrics.decompose([embedding.weight.detach().cpu()], [metrics.diagonal_root(counts)])
+    tied = model.get_output_embeddings().weight is embedding.weight
+    table = install(model, module_name(model, embedding), len(s), tied, scale, weighted=True)
+    table.u.weight.copy_(u)
+    table.v.weight.copy_(v)
+    table.scale.copy_(s)
+    table.requires_grad_(False)
+    return model
+
+
+def install(model, name, rank, tied, scale=1.0, weighted=False):
+    """Replace the embedding `name`, and the head if `tied`, by a table of `rank` bases, uninitialised; returns it."""
+    embedding = model.get_submodule(name)
+    more = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
+    table = LowRankLinear(embedding.embedding_dim, embedding.num_embeddings, rank, False, weighted, **more)
+    table.is_table = True
+    model.set_submodule(name, LowRankEmbedding(table, tied, scale))
+    if tied:  # by the modules themselves: transformers would look for a `weight` on both
+        model.set_submodule(module_name(model, model.get_output_embeddings()), table)
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+    return table
+
+
+def table_of(model):
+    """The table of a model whose embedding is written as bases, or None."""
+    embedding = model.get_input_embeddings()
+    return embedding.bases if isinstance(embedding, LowRankEmbedding) else None
+
+
+@torch.no_grad()
+def table_to_dense(model):
+    """Put the equivalent nn.Embedding back, and the head tied to it (no smaller, any tool reads it)."""
+    embedding = model.get_input_embeddings()
+    if embedding.scale != 1:
+        raise ValueError("an embedding that scales what it looks up cannot be written as an nn.Embedding")
+    dense = nn.Embedding.from_pretrained(embedding.weight, freeze=True)
+    name = module_name(model, embedding)
+    if embedding.tied:
+        head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+        head.weight = dense.weight
+        model.set_submodule(module_name(model, embedding.bases), head)
+        model.config.tie_word_embeddings = True
+    model.set_submodule(name, dense)
+
+
+def module_name(model, module):
+    return next(name for name, m in model.named_modules() if m is module)

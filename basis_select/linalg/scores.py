@@ -1,0 +1,44 @@
+"""By which number a basis is kept or pruned. Pure functions of one layer's bases.
+
+s: (r,) their weights; g, h: (r,) gradient and Hessian diagonal of the task loss with respect to s, or None where the
+score does not ask for them; generator: for the one score that draws. Each returns (r,), higher is kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+def magnitude(s, g, h, generator):
+    """Basel: the re-learned singular value."""
+    return s.abs()
+
+
+def energy(s, g, h, generator):
+    """What truncation costs in the metric; comparable across layers in the kronecker metric only."""
+    return s.square()
+
+
+def taylor(s, g, h, generator):
+    """BSI: second-order estimate of the loss increase when basis i is removed, `ds_i = -s_i`."""
+    return h * s.square() / 2 - g * s
+
+
+def random(s, g, h, generator):
+    """The floor that any other score must beat."""
+    return torch.rand(s.shape, generator=generator, dtype=s.dtype)
+
+
+@dataclass(frozen=True)
+class Score:
+    of: Callable
+    derivatives: bool = False  # whether it needs g and h
+
+
+SCORES = {
+    "energy": Score(energy),
+    "magnitude": Score(magnitude),
+    "taylor": Score(taylor, derivatives=True),
+    "random": Score(random),
+}

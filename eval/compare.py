@@ -1,0 +1,160 @@
+"""Methods x sizes x tasks x seeds from one YAML grid, measured alike: same parent, same training steps, same items.
+
+python eval/compare.py GRID.yaml FOLDER RESULTS.jsonl     continues whatever is there
+python eval/compare_report.py RESULTS.jsonl               writes the table and the plot beside it
+
+FOLDER keeps what rows share: parents and decompositions. Every row done is one line of RESULTS.jsonl. A method is
+a dict of recipe keys that differ from the grid's `base`; what a method spends on learning is taken from its
+healing, so that all rows train for `steps` steps on batches of one size.
+"""
+
+import copy
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from basis_select import pipeline
+from basis_select.decompose import targets
+from basis_select.extend import extend
+from basis_select.heal import heal
+from basis_select.learn import learn
+from basis_select.models import load
+from basis_select.prune import prune
+from basis_select.recipe import Recipe, override
+from basis_select.refine import refine
+from basis_select.sizes import sizes
+from basis_select.training.loss import response_nll, response_nlls, teach
+
+GROUP = 32  # weights that share one scale in int4
+
+
+class Teacher:
+    """What the parent says, computed once for every batch that rows have in common; half precision."""
+
+    def __init__(self, parent):
+        self.parent, self.seen = parent, {}
+
+    def __call__(self, batch):
+        key = hash(batch["input_ids"].numpy().tobytes())
+        if key not in self.seen:
+            self.seen[key] = [x.half() for x in teach(self.parent, batch)]
+        return [x.float() for x in self.seen[key]]
+
+
+def compare(grid, folder, results):
+    done = {(r["task"], r["seed"], r["method"], r["size"]) for r in read(results)}
+    for seed in grid["seeds"]:
+        for name, changes in grid["tasks"].items():
+            base = Recipe(model=grid["model"], task=changes["task"], seed=seed)
+            base = override(override(base, grid["base"], "base"), {k: changes[k] for k in changes if k != "task"}, name)
+            rows = [
+                (name, seed, method, size)
+                for size in grid["sizes"]
+                for method in grid["methods"]
+                if (name, seed, method, size) not in done
+            ]
+            dense = [(name, seed, m, 1) for m in ("parent", "int8", "int4") if (name, seed, m, 1) not in done]
+            if not rows and not dense:
+                continue
+            (folder / f"{name}-{seed}" / "stages").mkdir(parents=True, exist_ok=True)
+            stages = pipeline.Stages(base, folder / f"{name}-{seed}")
+            parent, _ = load(stages.parent() / "model")
+            for row in dense:
+                write(results, row, dense_row(row[2], parent, stages.task))
+            teacher = Teacher(parent)
+            for row in rows:
+                logging.warning("%s", " ".join(map(str, row)))
+                recipe = override(base, grid["methods"][row[2]], row[2]).at(1 / row[3])
+                write(results, row, compressed_row(recipe, stages, parent, teacher, grid["steps"]))
+
+
+def compressed_row(r, stages, parent, teacher, steps):
+    """Everything after the decomposition in memory: rows are many, and each is done in minutes."""
+    clock = {}
+
+    def timed(name, verb, *args, **options):
+        began = time.monotonic()
+        verb(*args, **options)
+        clock[name] = round(time.monotonic() - began, 1)
+
+    decomposed = stages.decomposed(r)
+    model, _ = load(decomposed / "model")
+    task, seed, options = stages.task, r.seed, {k: vars(getattr(r, k)) for k in ("learn", "prune", "heal")}
+    cuts = stages.cuts(r)
+    if r.learn.steps:
+        timed("learn", learn, model, task, teacher, seed=seed, **cuts, **options["learn"])
+    found = None if r.learn.steps else stages.derivatives(r, decomposed)
+    timed("prune", prune, model, task, found, r.extend.rank, r.dtype, seed, **options["prune"])
+    if r.extend.rank:
+        timed("extend", extend, model, task, parent, seed, **vars(r.extend))
+    if r.refine.steps:
+        timed("refine", refine, model, task, parent, seed=seed, **vars(r.refine))
+    before = response_nll(model, task.validation, task.pad_id)
+    left = steps - r.learn.steps - r.refine.steps
+    timed("heal", heal, model, task, teacher, seed=seed, **{**options["heal"], "steps": left})
+    rounded(model)
+    return {
+        **measure(model, task),
+        "sizes": {**sizes(model), "bytes": 2 * sizes(model)["parameters"]},
+        "validation_nll": {"unhealed": before, "healed": response_nll(model, task.validation, task.pad_id)},
+        "steps": {"learn": r.learn.steps, "refine": r.refine.steps, "heal": left},
+        "seconds": clock,
+    }
+
+
+def dense_row(method, parent, task):
+    """The parent as it would be published, or its targeted layers in int8 per row or int4 in groups of GROUP."""
+    model = rounded(copy.deepcopy(parent))
+    facts = sizes(model)
+    rest, targeted = facts["parameters"] - facts["targeted"], facts["targeted"]
+    weights = 2 * targeted
+    if method != "parent":
+        from torchao.quantization import IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerAxis, PerGroup
+
+        layers = set(targets(model).values())
+        width, share = (torch.int8, PerAxis(0)) if method == "int8" else (torch.int4, PerGroup(GROUP))
+        quantize_(model, IntxWeightOnlyConfig(weight_dtype=width, granularity=share), lambda m, _: m in layers)
+        scales = sum(m.out_features for m in layers) if method == "int8" else targeted // GROUP
+        weights = targeted * (1 if method == "int8" else 0.5) + 2 * scales
+    return {**measure(model, task), "sizes": {**facts, "bytes": int(2 * rest + weights)}, "seconds": {}}
+
+
+def rounded(model):
+    """`model` with the values its parameters have in a bfloat16 checkpoint, computed with in fp32."""
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()
+    return model
+
+
+def measure(model, task):
+    nll, tokens = response_nlls(model, task.test, task.pad_id)
+    if not torch.isfinite(nll).all():
+        raise FloatingPointError("a test item has a likelihood that is not finite")
+    return {"nll": [round(x, 4) for x in nll.tolist()], "tokens": tokens.tolist()}
+
+
+def write(results, row, values):
+    names = ("task", "seed", "method", "size")
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**dict(zip(names, row, strict=True)), **values}) + "\n")
+
+
+def read(results):
+    """The rows of a results file; a last line cut short by a kill does not count."""
+    lines = results.read_text(encoding="utf-8").splitlines(keepends=True) if results.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        results.write_text("".join(lines[:-1]), encoding="utf-8")
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    path, folder, results = map(Path, sys.argv[1:])
+    compare(yaml.safe_load(path.read_text(encoding="utf-8")), folder, results)

@@ -1,0 +1,115 @@
+"""Table and plot of a results file of compare.py: RESULTS.md and RESULTS.png beside it.
+
+python eval/compare_report.py RESULTS.jsonl
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from compare import read
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+DENSE = ("parent", "int8", "int4")
+DEFAULT = "default"
+
+
+def interval(rows, against=None, draws=2000):
+    """Pooled NLL per token of rows of one task, method and size (one row a seed): value, low, high.
+
+    With `against` (rows of the same seeds), of the difference, item by item. 95 %, bootstrap over items.
+    """
+    rng = np.random.default_rng(0)
+    nll, tokens = (np.mean([r[k] for r in rows], 0) for k in ("nll", "tokens"))
+    if against:
+        nll = nll - np.mean([r["nll"] for r in against], 0)
+    picks = rng.integers(len(nll), size=(draws, len(nll)))
+    means = nll[picks].sum(1) / tokens[picks].sum(1)
+    return nll.sum() / tokens.sum(), *np.quantile(means, [0.025, 0.975])
+
+
+def table(results):
+    """One block per task: rows are methods, columns sizes; a star where a method and the default differ."""
+    cells = _cells(results)
+    lines = []
+    for task in dict.fromkeys(r["task"] for r in results):
+        rows = {m: v for (t, m, s), v in cells.items() if t == task and s == 1}
+        base = rows.get("parent")
+        seeds = sorted({r["seed"] for r in results if r["task"] == task})
+        lines += [f"### {task}", ""]
+        if base:
+            lines.append(f"{len(base[0]['nll'])} test items, seeds {', '.join(map(str, seeds))}.")
+        sizes = sorted({s for t, _, s in cells if t == task and s != 1})
+        bytes_ = {
+            s: next(v for (t, _, z), v in cells.items() if (t, z) == (task, s))[0]["sizes"]["bytes"] for s in sizes
+        }
+        lines += ["", f"| method | {' | '.join(f'{s:g}x ({bytes_[s] / 1e6:.0f} MB)' for s in sizes)} |"]
+        lines.append("|---|" + "---|" * len(sizes))
+        for method in dict.fromkeys(m for t, m, s in cells if t == task and s != 1):
+            line = []
+            for size in sizes:
+                found, default = cells.get((task, method, size)), cells.get((task, DEFAULT, size))
+                line.append(_cell(found, default if method != DEFAULT else None) if found else "")
+            lines.append(f"| {method} | {' | '.join(line)} |")
+        lines += ["", "| not factored | bytes | NLL |", "|---|---:|---|"]
+        for method in DENSE:
+            if method in rows:
+                size = rows[method][0]["sizes"]["bytes"]
+                lines.append(f"| {method} | {size / 1e6:.0f} MB | {_cell(rows[method], None)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(results):
+    cells = defaultdict(list)
+    for row in results:
+        cells[row["task"], row["method"], row["size"]].append(row)
+    return cells
+
+
+def _cell(rows, default):
+    value, low, high = interval(rows)
+    text = f"{value:.3f} ({low:.3f} to {high:.3f})"
+    if default and len(default) == len(rows):
+        _, low, high = interval(rows, default)
+        text += " *worse*" if low > 0 else " *better*" if high < 0 else ""
+    return text
+
+
+def plot(results, path):
+    cells = _cells(results)
+    tasks = list(dict.fromkeys(r["task"] for r in results))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.4), squeeze=False)
+    methods = list(dict.fromkeys(r["method"] for r in results))
+    colours = dict(zip(methods, plt.get_cmap("tab20").colors, strict=False))
+    for ax, task in zip(axes[0], tasks, strict=True):
+        for method in methods:
+            points = sorted(
+                (v[0]["sizes"]["bytes"] / 1e6, *interval(v))
+                for (t, m, _), v in cells.items()
+                if (t, m) == (task, method)
+            )
+            if not points:
+                continue
+            x, y, low, high = map(np.array, zip(*points, strict=True))
+            style = {"marker": "s", "linestyle": "none"} if method in DENSE else {"marker": "o"}
+            if method == DEFAULT:
+                style |= {"linewidth": 2.5}
+            ax.errorbar(
+                x, y, [y - low, high - y], label=method, capsize=2, markersize=4, color=colours[method], **style
+            )
+        ax.set(title=task, xlabel="weight bytes (MB)", ylabel="test NLL per response token", yscale="log")
+        ax.grid(alpha=0.3, which="both")
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    results = read(source)
+    source.with_suffix(".md").write_text(table(results), encoding="utf-8")
+    plot(results, source.with_suffix(".png"))

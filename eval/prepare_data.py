@@ -1,0 +1,82 @@
+"""Writes the comparison's word-problem and code tasks as folders of {prompt, response} rows.
+
+python eval/prepare_data.py DATA OUT
+
+DATA holds math/svamp/mawps_asdiv_a_train.csv and math/svamp/test.jsonl (arkilpatel/SVAMP),
+code/mbpp/{train,validation,test}.jsonl (google-research-datasets/mbpp) and
+code/code_alpaca/code_alpaca_2k.json (sahil280114/codealpaca).
+"""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+
+def svamp(data):
+    """SVAMP, trained on MAWPS and ASDiv-A as its authors do; the response is the equation and its value."""
+    with (data / "math/svamp/mawps_asdiv_a_train.csv").open(encoding="utf-8") as file:
+        train = [_from_mawps(row) for row in csv.DictReader(file)]
+    test = [
+        _problem(f"{row['Body'].rstrip(' .')}. {row['Question']}", row["Equation"], row["Answer"])
+        for row in _jsonl(data / "math/svamp/test.jsonl")
+    ]
+    return {"train": train, "test": test}
+
+
+def _from_mawps(row):
+    numbers = row["Numbers"].split()
+    question = re.sub(r"number(\d+)", lambda m: numbers[int(m[1])], row["Question"])
+    question = re.sub(r" ([.,?%']|'s)", r"\1", question)
+    symbols = re.sub(r"number(\d+)", lambda m: numbers[int(m[1])], row["Equation"]).split()
+    return _problem(question, _infix(symbols), row["Answer"])
+
+
+def _infix(symbols):
+    """Prefix notation with two operands each, ["-", "a", "b"], as "( a - b )"."""
+    head = symbols.pop(0)
+    if head not in ("+", "-", "*", "/"):
+        return head
+    left, right = _infix(symbols), _infix(symbols)
+    return f"( {left} {head} {right} )"
+
+
+def _problem(question, equation, answer):
+    def plain(text):
+        return re.sub(r"(\d)\.0\b", r"\1", str(text))
+
+    response = f" {plain(equation)} #### {plain(answer)}"
+    return {"prompt": f"Question: {plain(question)}\nAnswer:", "response": response, "answer": plain(answer)}
+
+
+def code(data):
+    """MBPP, trained on its own training split plus code instructions."""
+    mbpp = {
+        split: [
+            {
+                "prompt": f"Question: {row['text']}\nYour code should pass this test: {row['test_list'][0]}\nAnswer:\n",
+                "response": row["code"].replace("\r\n", "\n"),
+            }
+            for row in _jsonl(data / f"code/mbpp/{split}.jsonl")
+        ]
+        for split in ("train", "validation", "test")
+    }
+    for row in json.loads((data / "code/code_alpaca/code_alpaca_2k.json").read_text(encoding="utf-8")):
+        question = "\n".join(filter(None, [row["instruction"], row["input"]]))
+        mbpp["train"].append({"prompt": f"Question: {question}\nAnswer:\n", "response": row["output"]})
+    return mbpp
+
+
+def _jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    for make in (svamp, code):
+        folder = target / make.__name__
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, rows in make(source).items():
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            print(folder / f"{split}.jsonl", len(rows), "rows; first:", json.dumps(rows[0]))
