@@ -51,15 +51,22 @@ def targets(model, required=True):
 
 @torch.no_grad()
 def decompose(
-    model, task=None, *, metric: str = "kronecker", share: bool = True, examples: int = 256, embedding: bool = False
+    model,
+    task=None,
+    moments=None,
+    *,
+    metric: str = "kronecker",
+    share: bool = True,
+    examples: int = 256,
+    embedding: bool = False,
 ):
     """Write every targeted layer of `model` as a weighted sum of all its bases, in place; returns the model.
 
     `metric` is one of METRICS. `share`: layers that read the same tensor get one input basis. The second
     moments of metrics that use them come from `examples` training examples of `task`, drawn at random, whose tokens
-    all count except padding. `embedding`: the token embedding, and the head if tied to it, become bases too. Raises
-    ValueError for an unknown metric, a missing task, a model that is already decomposed, and, with the
-    layer's name, for non-finite weights or moments. The Fisher
+    all count except padding; `moments` are those of an earlier `second_moments`. `embedding`: the token embedding, and
+    the head if tied to it, become bases too. Raises ValueError for an unknown metric, a missing task, a
+    model that is already decomposed, and, with the layer's name, for non-finite weights or moments. The Fisher
     information as a product of A and G is K-FAC's (arXiv 1503.05671); the formulas stand in linalg/metrics.py.
     """
     if metric not in METRICS:
@@ -73,7 +80,7 @@ def decompose(
     members = same_input(model, layers, task) if share else [[name] for name in layers]
     inputs, outputs = {}, {}
     if uses.inputs or uses.outputs:
-        inputs, outputs = second_moments(model, members, task, examples, uses)
+        inputs, outputs = map(dict, moments or second_moments(model, members, task, examples, uses))
     for names in tqdm(members, desc="decompose", unit="layer"):
         linears = [layers[name] for name in names]
         if uses.inputs and names[0] not in inputs:

@@ -32,7 +32,7 @@ from .checkpoint.files import save, verify, weight_hash
 from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
-from .evaluation.report import table
+from .evaluation.report import curve, table
 from .evaluation.speed import decode_speed
 from .extend import extend
 from .heal import heal
@@ -54,7 +54,8 @@ def run(recipe, folder):
     """Run `recipe` in `folder`, continuing whatever is there; returns the results, also written to results.json.
 
     The folder receives recipe.yaml (every default written out), manifest.json, metrics.jsonl, stages/, final/
-    (the checkpoint), results.json and results.md. Raises ValueError if another run is using the folder.
+    (the checkpoint), results.json and results.md; for a recipe with `sizes` also final-SIZE/, curve.csv and curve.png.
+    Raises ValueError if another run is using the folder.
     """
     folder = Path(folder)
     (folder / "stages").mkdir(parents=True, exist_ok=True)
@@ -76,9 +77,13 @@ def run(recipe, folder):
             name: _row(name, finals[name], evaluations[name], evaluations["parent"], speeds[name]) for name in finals
         }
         _publish(finals[recipes.RESULT], folder / "final")
+        for size, name in zip(recipe.sizes, recipe.family(), strict=True):
+            _publish(finals[name], folder / f"final-{size}")
         results[recipes.RESULT]["reloaded"] = verify(folder / "final")
         _write(folder / "results.json", json.dumps(results, indent=1))
         _write(folder / "results.md", table(results))
+        if recipe.sizes:
+            curve({name: results[name] for name in ("parent", recipes.RESULT, *recipe.family())}, folder)
     return results
 
 
@@ -109,10 +114,13 @@ class Stages:
             return loaded
         return self.stage("tune", r.tune, [loaded], lambda out: self.train(tune, loaded, out, r.tune))
 
-    def decomposed(self, r):
+    def decomposed(self, r, moments=lambda: None):
         parent = self.parent()
         return self.stage(
-            "decompose", r.decompose, [parent], lambda out: self.change(decompose, parent, out, r.decompose, self.task)
+            "decompose",
+            r.decompose,
+            [parent],
+            lambda out: self.change(decompose, parent, out, r.decompose, self.task, moments()),
         )
 
     def compressed(self, r):

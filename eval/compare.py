@@ -9,6 +9,7 @@ healing, so that all rows train for `steps` steps on batches of one size.
 """
 
 import copy
+import functools
 import json
 import logging
 import sys
@@ -19,10 +20,11 @@ import torch
 import yaml
 
 from basis_select import pipeline
-from basis_select.decompose import targets
+from basis_select.decompose import second_moments, targets
 from basis_select.extend import extend
 from basis_select.heal import heal
 from basis_select.learn import learn
+from basis_select.linalg.metrics import METRICS
 from basis_select.models import load
 from basis_select.prune import prune
 from basis_select.recipe import Recipe, override
@@ -66,14 +68,17 @@ def compare(grid, folder, results):
             parent, _ = load(stages.parent() / "model")
             for row in dense:
                 write(results, row, dense_row(row[2], parent, stages.task))
-            teacher = Teacher(parent)
+            teacher, moments = (
+                Teacher(parent),
+                functools.cache(functools.partial(all_moments, parent, stages.task, base)),
+            )
             for row in rows:
                 logging.warning("%s", " ".join(map(str, row)))
                 recipe = override(base, grid["methods"][row[2]], row[2]).at(1 / row[3])
-                write(results, row, compressed_row(recipe, stages, parent, teacher, grid["steps"]))
+                write(results, row, compressed_row(recipe, stages, parent, teacher, moments, grid["steps"]))
 
 
-def compressed_row(r, stages, parent, teacher, steps):
+def compressed_row(r, stages, parent, teacher, moments, steps):
     """Everything after the decomposition in memory: rows are many, and each is done in minutes."""
     clock = {}
 
@@ -82,7 +87,7 @@ def compressed_row(r, stages, parent, teacher, steps):
         verb(*args, **options)
         clock[name] = round(time.monotonic() - began, 1)
 
-    decomposed = stages.decomposed(r)
+    decomposed = stages.decomposed(r, moments)
     model, _ = load(decomposed / "model")
     task, seed, options = stages.task, r.seed, {k: vars(getattr(r, k)) for k in ("learn", "prune", "heal")}
     cuts = stages.cuts(r)
@@ -105,6 +110,12 @@ def compressed_row(r, stages, parent, teacher, steps):
         "steps": {"learn": r.learn.steps, "refine": r.refine.steps, "heal": left},
         "seconds": clock,
     }
+
+
+def all_moments(parent, task, r):
+    """The second moments of every layer on its own: every metric's, with and without sharing."""
+    alone = [[name] for name in targets(parent)]
+    return second_moments(parent, alone, task, r.decompose.examples, METRICS["kronecker"])
 
 
 def dense_row(method, parent, task):

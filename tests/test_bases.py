@@ -231,10 +231,9 @@ def test_basel_learns_squares_beside_new_bases_that_are_never_pruned(task, ids):
     assert layer.new.u.weight.abs().max() > 0
     assert not torch.equal(model.get_input_embeddings().weight, embedding)
     assert not torch.allclose(logits(model, ids), before, atol=1e-3)
-    learned = copy.deepcopy(model)
+    learned, kept = copy.deepcopy(model), int((layer.survived == 2).sum())
     prune(model, keep=0.5, budget="mass", multiple_of=1)
     assert sizes(model)["targeted"] <= 0.5 * sizes(model)["targeted_dense"]
-    kept = int((layer.survived == 2).sum())
     assert groups(model)[0][0][1].rank == kept + 3
     for members in groups(learned):
         take(members, (members[0][1].survived == 2).nonzero()[:, 0])
@@ -242,15 +241,15 @@ def test_basel_learns_squares_beside_new_bases_that_are_never_pruned(task, ids):
 
 
 def test_max_drop_finds_the_smallest_size_that_stays_within_it(task):
-    parent = tiny()
+    parent, task = tiny(), dataclasses.replace(task, validation=task.train[:16])
     tune(parent, task, steps=40, batch_size=8, lr=1e-2)
     base = response_nll(parent, task.validation)
     found = {}
-    for drop in (0.02, 0.3):
+    for drop in (0.02, 0.5):
         model = prune(decompose(copy.deepcopy(parent), task), task, max_drop=drop, multiple_of=1)
         assert response_nll(model, task.validation) <= base + drop + 1e-3
         found[drop] = sizes(model)["targeted"]
-    assert found[0.3] < found[0.02] < sizes(parent)["targeted_dense"]
+    assert found[0.5] < found[0.02] < sizes(parent)["targeted_dense"]
 
 
 @pytest.mark.parametrize(("size", "dtype"), [("1.5x", "bfloat16"), ("50K", "bfloat16"), ("150KB", "float32")])
@@ -268,7 +267,7 @@ def test_taylor_scores_rank_bases_like_the_true_loss_change(task):
     one = dataclasses.replace(task, train=task.train[:8])
     model = decompose(parent, one, examples=8)
     batch = next(iter(Batches(one.train, 8, 1, 0)))
-    found = derivatives(model, one, probes=400, batch_size=8)
+    found = derivatives(model, one, probes=150, batch_size=8)
     loss = task_loss(model, batch)[0].item()
     predicted, actual = [], []
     for members, (g, h) in list(zip(groups(model), found, strict=True))[:3]:
@@ -290,17 +289,18 @@ def test_taylor_scores_rank_bases_like_the_true_loss_change(task):
 def test_hutchinson_approaches_the_exact_diagonal(task):
     one = dataclasses.replace(task, train=task.train[:8])
     model = decompose(tiny().double(), one, examples=8)
+    model.set_attn_implementation("eager")  # the fused one has no second derivative
     batch = next(iter(Batches(one.train, 8, 1, 0)))
     leader = groups(model)[0][0][1].leader
     leader.weight.requires_grad_(True)
     gradient = torch.autograd.grad(task_loss(model, batch)[0], leader.weight, create_graph=True)[0]
     rows = [torch.autograd.grad(gradient[i], leader.weight, retain_graph=True)[0][i] for i in range(leader.rank)]
     exact = torch.stack(rows)
-    g, h = derivatives(model, one, probes=600, batch_size=8, step=1e-4)[0]
+    g, h = derivatives(model, one, probes=300, batch_size=8, step=1e-4)[0]
     s = leader.s.detach()
     assert torch.allclose(g * s, gradient.detach(), atol=1e-6)
     noise = (h * s**2 - exact).square().mean() / exact.square().mean()
-    few = derivatives(model, one, probes=20, batch_size=8, step=1e-4)[0][1]
+    few = derivatives(model, one, probes=10, batch_size=8, step=1e-4)[0][1]
     assert noise < 0.15 * (few * s**2 - exact).square().mean() / exact.square().mean()
 
 

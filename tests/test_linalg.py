@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basis_select.linalg.budget import allocate, by_mass, uniform_scores
-from basis_select.linalg.metrics import SHRINKAGE, decompose, root, svd
+from basis_select.linalg.budget import allocate, by_mass, keep_for, table_rank, uniform_scores
+from basis_select.linalg.metrics import METRICS, SHRINKAGE, decompose, diagonal_root, root, svd
+from basis_select.linalg.scores import SCORES
 
 
 def moment(n, seed, tokens=None):
@@ -44,13 +45,55 @@ def test_all_bases_together_are_the_weight(roots):
     assert torch.equal(s, s.sort(descending=True).values)
 
 
-def test_dropping_bases_costs_their_energy_in_the_metric():
-    w = weights((12, 9), (5, 9))
-    gs, a = [root(moment(12, 1)), root(moment(5, 2))], root(moment(9, 3))
+@pytest.mark.parametrize("metric", METRICS)
+def test_dropping_bases_costs_their_energy_in_the_metric(metric):
+    w, uses = weights((12, 9), (5, 9)), METRICS[metric]
+    gs = [uses.outputs(moment(12, 1)), uses.outputs(moment(5, 2))] if uses.outputs else None
+    a = uses.inputs(moment(9, 3)) if uses.inputs else None
     u, s, v = decompose(w, gs, a)
     error = (torch.cat(w).double() - u[:, :4] @ s[:4].diag() @ v[:4]).split([12, 5])
-    cost = sum(((g.T @ e @ a) ** 2).sum() for g, e in zip(gs, error, strict=True))
+    square = lambda r, n: torch.eye(n).double() if r is None else r.diag() if r.dim() == 1 else r  # noqa: E731
+    left = [square(g, len(e)) for g, e in zip(gs or [None, None], error, strict=True)]
+    cost = sum(((g.T @ e @ square(a, 9)) ** 2).sum() for g, e in zip(left, error, strict=True))
     assert torch.allclose(cost, s[4:].square().sum())
+
+
+def test_a_diagonal_root_is_that_of_the_diagonal_alone():
+    m = moment(6, 0)
+    expected = (m.diagonal() + SHRINKAGE * m.diagonal().mean()).sqrt()
+    assert torch.allclose(diagonal_root(m), expected)
+    assert torch.equal(diagonal_root(m.diagonal()), diagonal_root(m))
+    assert diagonal_root(torch.tensor(4.0)) == 2
+    assert torch.allclose(diagonal_root(m).diag(), root(m.diagonal().diag()))
+
+
+def test_scores_of_a_quadratic_loss_are_its_exact_change():
+    """L(s) = g.s + s.H.s / 2 around s with H diagonal: removing basis i changes it by exactly its Taylor score."""
+    s, h = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64), torch.tensor([0.1, 2.0, 4.0], dtype=torch.float64)
+    loss = lambda x: (torch.tensor([0.2, -0.1, 0.3]).double() * x + h * x * x / 2).sum()  # noqa: E731
+    g = torch.func.grad(loss)(s)
+    change = torch.stack([loss(s * (1 - torch.eye(3)[i].double())) - loss(s) for i in range(3)])
+    assert torch.allclose(SCORES["taylor"].of(s, g, h, None), change)
+    assert torch.equal(SCORES["energy"].of(s, None, None, None), s**2)
+    assert torch.equal(SCORES["magnitude"].of(-s, None, None, None), s)
+    draw = [SCORES["random"].of(s, None, None, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*draw)
+
+
+@pytest.mark.parametrize(
+    ("ask", "keep"),
+    [({"keep": 0.3}, 0.3), ({"size": "2x"}, 0.375), ({"size": "90M"}, 0.875), ({"size": "100MB"}, 0.375)],
+)
+def test_keep_for_meets_the_size_of_the_whole_model(ask, keep):
+    assert keep_for(100_000_000, 80_000_000, "bfloat16", **ask) == pytest.approx(keep)
+
+
+def test_what_is_saved_elsewhere_leaves_more_for_the_targeted_layers():
+    assert keep_for(100, 80, "bfloat16", size="2x", saved=10) == pytest.approx(0.5)
+    assert keep_for(100, 80, "float32", size="1x") == 1
+    rank, saved = table_rank(0.5, 1000, 100, 16)
+    assert rank % 16 == 0
+    assert saved == 1000 * 100 - rank * 1100 >= 50_000
 
 
 def test_a_triangular_root_gives_the_same_bases_as_an_eigenvector_root():

@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 import subprocess
@@ -84,6 +85,65 @@ def test_one_command_does_it_all(recipe, tmp_path):
     assert not new
     assert len(list((out / "stages").glob("heal-*"))) == 3
     assert len(list((out / "stages").glob("learn-*"))) == 1
+
+
+def test_one_learning_gives_a_family_of_checkpoints(recipe, tmp_path):
+    out = tmp_path / "run"
+    changes = ["sizes=[0.7, 1.5x]", "compare={}", "prune.multiple_of=1"]
+    result = CliRunner().invoke(app, ["run", str(recipe), *changes, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["parent", "result", "result at 0.7", "result at 1.5x"]
+    stages = [p.name.rpartition("-")[0] for p in (out / "stages").iterdir()]
+    assert (stages.count("learn"), stages.count("prune")) == (1, 3)
+    sizes = {name: row["sizes"] for name, row in results.items()}
+    assert sizes["result at 0.7"]["targeted"] <= 0.7 * sizes["parent"]["targeted"]
+    assert sizes["result at 1.5x"]["parameters"] <= sizes["parent"]["parameters"] / 1.5
+    assert sizes["result"]["targeted"] < sizes["result at 1.5x"]["targeted"] < sizes["result at 0.7"]["targeted"]
+    with (out / "curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["bytes"]) for row in rows] == sorted(s["bytes"] for s in sizes.values())
+    assert (out / "curve.png").stat().st_size > 5000
+    for size in ("0.7", "1.5x"):
+        assert bs.sizes(bs.load(out / f"final-{size}")[0])["targeted"] == sizes[f"result at {size}"]["targeted"]
+
+
+def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):
+    """A score that needs derivatives, Basel, refinement, the embedding as bases, max_drop: what others leave out."""
+    out = tmp_path / "run"
+    rows = {
+        "taylor": {"prune.score": "taylor", "learn.steps": 0, "extend.init": "gradient"},
+        "basel": {
+            "decompose.metric": "plain",
+            "decompose.share": False,
+            "learn.square": True,
+            "learn.new": 2,
+            "learn.rest": True,
+            "learn.dense_rounds": 0.34,
+            "prune.budget": "mass",
+            "prune.score": "magnitude",
+            "extend.rank": 0,
+            "heal.embeddings": True,
+        },
+        "all": {
+            "decompose.metric": "whitened",
+            "decompose.embedding": True,
+            "prune.keep_embedding": 0.5,
+            "refine.steps": 3,
+            "extend.init": "residual",
+            "heal.states": 0.5,
+        },
+        "drop": {"prune.keep": None, "prune.max_drop": 0.5, "extend.rank": 0},
+    }
+    content = {**yaml.safe_load(recipe.read_text()), "compare": rows}
+    recipe.write_text(yaml.safe_dump(content))
+    result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    results = json.loads((out / "results.json").read_text())
+    for name in ("taylor", "basel", "all"):
+        assert 0.3 < results[name]["sizes"]["targeted"] / results["parent"]["sizes"]["targeted"] <= 0.4
+    assert results["all"]["sizes"]["parameters"] < results["taylor"]["sizes"]["parameters"]
+    assert results["drop"]["sizes"]["targeted"] < results["parent"]["sizes"]["targeted"]
 
 
 def test_inspect_verify_and_plan(recipe, tmp_path):
@@ -175,6 +235,13 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(recipe, t
         (["heal.lr=0"], "command line: heal.lr is 0.0, it should be above 0"),
         (["prune.keep=0.001"], "the smallest possible is"),
         (["prune.keep=1.5"], "prune.keep is 1.5, it should be a fraction"),
+        (["prune.size=2x"], "prune names keep and size: give exactly one of keep, size, max_drop, mass"),
+        (["prune.keep=null"], "prune names no size"),
+        (["prune.keep=null", "prune.size=twice"], "size='twice' should read like 4x, 90M or 120MB"),
+        (["prune.keep=null", "prune.mass=0.5"], "it goes with prune.budget=mass"),
+        (["prune.keep_embedding=0.5"], "decompose.embedding and prune.keep_embedding go together"),
+        (["prune.score=best"], "prune.score is 'best'; known are energy, magnitude, taylor, random"),
+        (["extend.init=best"], "extend.init is 'best'; known are random, residual, gradient"),
         (["learn.rounds=99"], "learn.rounds=99 prunings do not fit into learn.steps=6"),
         (["decompose.metric=cubic"], "decompose.metric is 'cubic'; known are plain, kronecker"),
         (["prune.budget=best"], "prune.budget is 'best'; known are global, uniform, mass"),
