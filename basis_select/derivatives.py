@@ -6,8 +6,10 @@ from .bases import groups
 from .training.data import Batches
 from .training.loss import task_loss
 
+PROBES = 16
 
-def derivatives(model, task, seed=0, *, probes: int = 16, batch_size: int = 8, step: float = 1e-2):
+
+def derivatives(model, task, seed=0, *, probes: int = PROBES, batch_size: int = 8, step: float = 1e-2):
     """`[(g, h), ...]`, (r,) each in float64 and one pair per group: dL/ds and the diagonal of d2L/ds2.
 
     L is the cross-entropy on response tokens. h is Hutchinson's estimate with symmetric perturbations,

@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .decompose import same_input, targets
+from .derivatives import PROBES
 from .linalg.budget import BYTES, allocate, keep_for, table_rank, uniform_scores
 from .linalg.metrics import METRICS
+from .linalg.scores import SCORES
 from .models import config_and_tokenizer
 from .recipe import RESULT
 from .tasks import load_task
@@ -36,7 +38,7 @@ def plan(recipe):
         "",
     ]
     rows, disk = {}, 4 * total
-    for name, row in {RESULT: recipe, **recipe.variants()}.items():
+    for name, row in {RESULT: recipe, **recipe.family(), **recipe.variants()}.items():
         shapes = _shapes(row, model, layers, task)
         keep = _fraction(row, model, shapes)
         stages, after = _stages(row, task, model, shapes, keep, rates)
@@ -155,7 +157,23 @@ def _stages(r, task, model, shapes, keep, rates):
         alive = alive / rounds if rounds else bases
         teacher = forward if r.learn.kl else 0
         flops = r.learn.steps * (teacher + 4 * alive * per_step + 4 * head * responses)
-        add("learn", (r.learn, r.prune), r.learn.steps, r.learn.steps * per_step, flops, rates["train"])
+        add(
+            "learn",
+            (r.learn, r.decompose, r.sizes or r.prune),
+            r.learn.steps,
+            r.learn.steps * per_step,
+            flops,
+            rates["train"],
+        )
+    if SCORES[r.prune.score].derivatives and not (r.learn.steps and r.learn.rounds):
+        # Two gradients of the full set of bases for every probe, in fp32.
+        tokens = PROBES * 8 * per_step // r.tune.batch_size
+        flops = 2 * tokens * 4 * sum(g.basis_cost * g.rank for g in shapes)
+        add("derivatives", (r.decompose, r.learn), PROBES, tokens, flops, rates["train"] / 2)
+    if r.refine.steps:
+        flops = r.refine.steps * (2 * targeted + 8 * after) * per_step
+        options = (r.refine, r.decompose, r.learn, r.prune)
+        add("refine", options, r.refine.steps, r.refine.steps * per_step, flops, rates["train"])
     if r.heal.steps:
         teacher = forward if r.heal.kl else 0
         flops = r.heal.steps * (teacher + 6 * after * per_step + 4 * head * responses)

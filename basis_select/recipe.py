@@ -56,7 +56,7 @@ class Recipe:
     data: Data = Data()
     tune: Tune = Tune()
     decompose: Decompose = Decompose()
-    learn: Learn = Learn()
+    learn: Learn = dataclasses.field(default_factory=lambda: Learn(steps=0))
     prune: Prune = Prune()
     extend: Extend = dataclasses.field(default_factory=lambda: Extend(rank=0))
     refine: Refine = Refine()

@@ -4,8 +4,9 @@ python eval/compare.py GRID.yaml FOLDER RESULTS.jsonl     continues whatever is 
 python eval/compare_report.py RESULTS.jsonl               writes the table and the plot beside it
 
 FOLDER keeps what rows share: parents and decompositions. Every row done is one line of RESULTS.jsonl. A method is
-a dict of recipe keys that differ from the grid's `base`; what a method spends on learning is taken from its
-healing, so that all rows train for `steps` steps on batches of one size.
+a dict of recipe keys that differ from the grid's `base`; what it spends on learning and refining is taken from its
+healing, so that all rows train for `steps` steps on batches of one size. `then: int8` adds a row for the same
+model with int8 weights.
 """
 
 import copy
@@ -18,8 +19,11 @@ from pathlib import Path
 
 import torch
 import yaml
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerAxis, PerGroup
 
 from basis_select import pipeline
+from basis_select.bases import groups
 from basis_select.decompose import second_moments, targets
 from basis_select.extend import extend
 from basis_select.heal import heal
@@ -67,18 +71,24 @@ def compare(grid, folder, results):
             stages = pipeline.Stages(base, folder / f"{name}-{seed}")
             parent, _ = load(stages.parent() / "model")
             for row in dense:
-                write(results, row, dense_row(row[2], parent, stages.task))
+                write(results, row, measure(rounded(copy.deepcopy(parent)), stages.task, row[2]))
             teacher, moments = (
                 Teacher(parent),
                 functools.cache(functools.partial(all_moments, parent, stages.task, base)),
             )
             for row in rows:
                 logging.warning("%s", " ".join(map(str, row)))
-                recipe = override(base, grid["methods"][row[2]], row[2]).at(1 / row[3])
-                write(results, row, compressed_row(recipe, stages, parent, teacher, moments, grid["steps"]))
+                changes = dict(grid["methods"][row[2]])
+                width = changes.pop("then", None)
+                recipe = override(base, changes, row[2]).at(1 / row[3])
+                model, facts = compressed(recipe, stages, parent, teacher, moments, grid["steps"])
+                write(results, row, {**measure(model, stages.task, None), **facts})
+                if width:
+                    row = (*row[:2], f"{row[2]}, {width}", row[3])
+                    write(results, row, {**measure(model, stages.task, width), **facts})
 
 
-def compressed_row(r, stages, parent, teacher, moments, steps):
+def compressed(r, stages, parent, teacher, moments, steps):
     """Everything after the decomposition in memory: rows are many, and each is done in minutes."""
     clock = {}
 
@@ -102,10 +112,7 @@ def compressed_row(r, stages, parent, teacher, moments, steps):
     before = response_nll(model, task.validation, task.pad_id)
     left = steps - r.learn.steps - r.refine.steps
     timed("heal", heal, model, task, teacher, seed=seed, **{**options["heal"], "steps": left})
-    rounded(model)
-    return {
-        **measure(model, task),
-        "sizes": {**sizes(model), "bytes": 2 * sizes(model)["parameters"]},
+    return rounded(model), {
         "validation_nll": {"unhealed": before, "healed": response_nll(model, task.validation, task.pad_id)},
         "steps": {"learn": r.learn.steps, "refine": r.refine.steps, "heal": left},
         "seconds": clock,
@@ -118,22 +125,26 @@ def all_moments(parent, task, r):
     return second_moments(parent, alone, task, r.decompose.examples, METRICS["kronecker"])
 
 
-def dense_row(method, parent, task):
-    """The parent as it would be published, or its targeted layers in int8 per row or int4 in groups of GROUP."""
-    model = rounded(copy.deepcopy(parent))
-    facts = sizes(model)
-    rest, targeted = facts["parameters"] - facts["targeted"], facts["targeted"]
-    weights = 2 * targeted
-    if method != "parent":
-        from torchao.quantization import IntxWeightOnlyConfig, quantize_
-        from torchao.quantization.granularity import PerAxis, PerGroup
+def quantized(model, width):
+    """Round the weights of all linear layers but a tied head, in place; returns the bytes of the model.
 
-        layers = set(targets(model).values())
-        width, share = (torch.int8, PerAxis(0)) if method == "int8" else (torch.int4, PerGroup(GROUP))
-        quantize_(model, IntxWeightOnlyConfig(weight_dtype=width, granularity=share), lambda m, _: m in layers)
-        scales = sum(m.out_features for m in layers) if method == "int8" else targeted // GROUP
-        weights = targeted * (1 if method == "int8" else 0.5) + 2 * scales
-    return {**measure(model, task), "sizes": {**facts, "bytes": int(2 * rest + weights)}, "seconds": {}}
+    width: "int8", one scale a row; "int4", one scale for GROUP weights; any other is bfloat16. Scales, and all
+    that is no linear layer, are bfloat16.
+    """
+    layers = [m for m in targets(model, required=False).values()]
+    layers += [m for g in groups(model) for _, layer in g for m in layer.children()]
+    if width not in ("int8", "int4"):
+        return 2 * sum(p.numel() for p in model.parameters())
+    weights = sum(m.weight.numel() for m in layers)
+    rest = sum(p.numel() for p in model.parameters()) - weights
+    if width == "int8":
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+        taken = weights + 2 * sum(m.out_features for m in layers)
+    else:
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+        taken = weights // 2 + 2 * weights // GROUP
+    quantize_(model, config, lambda m, _: m in layers)
+    return 2 * rest + taken
 
 
 def rounded(model):
@@ -143,11 +154,14 @@ def rounded(model):
     return model
 
 
-def measure(model, task):
+def measure(model, task, width):
+    """Test NLL item by item and the sizes of `model`, after its weights are `quantized` to `width`, in place."""
+    facts = sizes(model)
+    facts["bytes"] = quantized(model, width)
     nll, tokens = response_nlls(model, task.test, task.pad_id)
     if not torch.isfinite(nll).all():
         raise FloatingPointError("a test item has a likelihood that is not finite")
-    return {"nll": [round(x, 4) for x in nll.tolist()], "tokens": tokens.tolist()}
+    return {"sizes": facts, "nll": [round(x, 4) for x in nll.tolist()], "tokens": tokens.tolist()}
 
 
 def write(results, row, values):
