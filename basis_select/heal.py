@@ -34,7 +34,7 @@ def heal(
         steps=steps,
         batch_size=batch_size,
         lr=lr,
-        seed=seed,
+        seed=seed + 1,  # other batches than learn, which has the same seed, has just seen
         folder=folder,
         teacher=teacher,
         kl=kl,
