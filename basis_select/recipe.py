@@ -70,8 +70,10 @@ class Recipe:
         return {name: override(self, changes, f"compare.{name}") for name, changes in self.compare.items()}
 
     def family(self):
-        """`{name: Recipe}` of the further `sizes`."""
-        return {f"{RESULT} at {size}": self.at(size) for size in self.sizes}
+        """`{name: Recipe}` of the further `sizes`; each still names all of them: it learns down to the smallest."""
+        own = self.prune.size if self.prune.keep is None else self.prune.keep
+        whole = dataclasses.replace(self, sizes=[*self.sizes, own])
+        return {f"{RESULT} at {size}": whole.at(size) for size in self.sizes}
 
     def at(self, size):
         """This recipe at another size: a fraction to keep of the targeted parameters, or one of the whole model."""
@@ -133,6 +135,8 @@ def _check_values(r):
             keep_for(2**80, 2**80, r.dtype, size=value)  # only its form: the model is not known yet
     if r.decompose.embedding != (r.prune.keep_embedding is not None):
         raise ValueError("decompose.embedding and prune.keep_embedding go together: give both or neither")
+    if r.sizes and not {"keep", "size"} & targets.keys():
+        raise ValueError("sizes is a list of further sizes: prune itself needs keep or size then")
     if r.prune.budget != "mass" and "mass" in targets:
         raise ValueError("prune.mass is a share of every layer's scores: it goes with prune.budget=mass")
     if r.learn.steps and r.learn.rounds > r.learn.steps:
