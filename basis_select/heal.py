@@ -16,7 +16,6 @@ def heal(
     batch_size: int = 16,
     lr: float = 3e-5,
     kl: float = 1.0,
-    states: float = 0.0,
     embeddings: bool = False,
 ):
     """Train factors, norms, biases and layers left dense on response tokens, in place; returns the model.
@@ -38,7 +37,6 @@ def heal(
         folder=folder,
         teacher=teacher,
         kl=kl,
-        states=states,
     )
     model.requires_grad_(False)
     return model

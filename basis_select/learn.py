@@ -27,9 +27,8 @@ def learn(
     batch_size: int = 16,
     lr: float = 2e-2,
     kl: float = 1.0,
-    states: float = 0.0,
     rounds: int = 4,
-    dense_rounds: float = 0.0,
+    unpruned: float = 0.0,
     square: bool = False,
     new: int = 0,
     rest: bool = False,
@@ -38,8 +37,8 @@ def learn(
 
     `s = scale * weight` with `weight` starting at 1, so `lr` is a relative step for every basis alike; `square` is
     Basel's `s = weight^2`. With `keep` or `mass` (these and the next four as in `prune`) bases are set aside while
-    learning: `rounds` times, evenly spread over what is left after the share `dense_rounds` of the
-    steps, each cutting by the same factor, so that the weights left adapt to every cut and each step only costs
+    learning: `rounds` times, evenly spread over all steps but the first share `unpruned` of
+    them, each cutting by the same factor, so that the weights left adapt to every cut and each step only costs
     what is alive. In the end all bases are there again, with the weight they last had and, in `survived`, how many
     cuts they outlived: `prune` gives any size from that. `new` adds new bases that train from the first step and
     are never pruned (Basel), `rest` trains everything that is not a basis as well: embeddings, norms, biases.
@@ -50,8 +49,8 @@ def learn(
         raise ValueError("there are no bases to learn the weights of: call decompose first")
     cut = {"keep": keep, "mass": mass, "budget": budget, "score": score, "multiple_of": multiple_of, "reserve": reserve}
     cuts = keep is not None or mass is not None
-    if cuts and not 1 <= rounds <= max(steps, 1):
-        raise ValueError(f"rounds={rounds} prunings do not fit into steps={steps}")
+    if cuts and not 1 <= rounds <= steps - int(unpruned * steps):
+        raise ValueError(f"rounds={rounds} prunings do not fit into steps={steps} with unpruned={unpruned}")
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(rest)
     for members in found:
@@ -65,7 +64,7 @@ def learn(
             layer.u.weight.requires_grad_(False)
         leader.v.weight.requires_grad_(False)
         leader.weight.requires_grad_(True)
-    prunings = _Prunings(model, task, seed, steps, rounds, dense_rounds, cut) if cuts else None
+    prunings = _Prunings(model, task, seed, steps, rounds, unpruned, cut) if cuts else None
     train(
         model,
         task,
@@ -76,7 +75,6 @@ def learn(
         folder=folder,
         teacher=teacher,
         kl=kl,
-        states=states,
         callbacks=[prunings] if prunings else [],
     )
     if prunings:
@@ -92,7 +90,7 @@ class _Prunings(TrainerCallback):
     basis was set aside, and `rounds`, the cuts it survived: what an interrupted learn needs to continue.
     """
 
-    def __init__(self, model, task, seed, steps, rounds, dense_rounds, cut):
+    def __init__(self, model, task, seed, steps, rounds, unpruned, cut):
         self.model, self.task, self.seed, self.cut = model, task, seed, cut
         self.full = []  # views of all bases; `take` copies what stays, so these are not touched
         for members in groups(model):
@@ -101,7 +99,7 @@ class _Prunings(TrainerCallback):
             leader.kept = torch.arange(leader.rank, device=leader.scale.device)
             leader.last = leader.weight.detach().clone()
             leader.rounds = torch.zeros_like(leader.kept, dtype=torch.int16)
-        first = int(dense_rounds * steps)
+        first = int(unpruned * steps)
         self.at = {first + (steps - first) * (k - 1) // rounds: k / rounds for k in range(1, rounds + 1)}
         self.share = 1 / rounds
 

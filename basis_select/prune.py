@@ -36,7 +36,7 @@ def prune(
     How much stays is said in one of four ways. `keep`: the fraction of the targeted layers' parameters. `size`: of
     the whole model, "4x" fewer parameters, "90M" parameters or "120MB" in `dtype`. Neither is ever exceeded.
     `max_drop`: the smallest model whose response NLL on the validation split of `task` rises by at most so many nats
-    per token, before healing. `mass`: Basel's KeepRatio, the share of each layer's sum of scores; size is an outcome.
+    per token, before healing and with the embedding whole. `mass`: Basel's KeepRatio, the share of each layer's sum of scores; size is an outcome.
 
     `score` is one of SCORES; those that need derivatives take `derivatives` or compute them on `task`. `budget` says
     how the size is shared: "global" (highest score per parameter over all layers), "uniform" (the same
@@ -51,13 +51,22 @@ def prune(
         if task is None and derivatives is None:
             raise ValueError(f"score {score!r} looks at the loss: pass a task or its derivatives")
         how["derivatives"] = derivatives or differentiate(model, task, seed)
-    saved = prune_table(model, keep_embedding, multiple_of)
+    table = table_of(model)
+    if (table is None) != (keep_embedding is None):
+        raise ValueError("keep_embedding goes with decompose(embedding=True): give both or neither")
+    saved = 0
+    if table is not None:
+        rank, saved = table_rank(keep_embedding, table.out_features, table.in_features, multiple_of)
     if max_drop is not None:
         keep = smallest(model, task, max_drop, **how)
     elif mass is None:
         now = sizes(model)
         keep = keep_for(now["parameters_dense"], now["targeted_dense"], dtype, keep, size, saved)
-    for members, index in select(model, keep, mass, **how):
+    chosen = select(model, keep, mass, **how)
+    if table is not None:
+        take([("", table)], table.s.argsort(descending=True, stable=True)[:rank])
+        fold([("", table)])
+    for members, index in chosen:
         if index is None:
             to_dense(model, members)
         else:
@@ -65,19 +74,6 @@ def prune(
             fold(members)
     describe(model)
     return model
-
-
-def prune_table(model, keep, multiple_of):
-    """Keep the bases of the token embedding with the largest s; returns how many parameters fewer it has than dense."""
-    table = table_of(model)
-    if (table is None) != (keep is None):
-        raise ValueError("keep_embedding goes with decompose(embedding=True): give both or neither")
-    if table is None:
-        return 0
-    rank, saved = table_rank(keep, table.out_features, table.in_features, multiple_of)
-    take([("", table)], table.s.argsort(descending=True, stable=True)[:rank])
-    fold([("", table)])
-    return saved
 
 
 def select(

@@ -139,8 +139,8 @@ def _check_values(r):
         raise ValueError("sizes is a list of further sizes: prune itself needs keep or size then")
     if r.prune.budget != "mass" and "mass" in targets:
         raise ValueError("prune.mass is a share of every layer's scores: it goes with prune.budget=mass")
-    if r.learn.steps and r.learn.rounds > r.learn.steps:
-        raise ValueError(f"learn.rounds={r.learn.rounds} prunings do not fit into learn.steps={r.learn.steps}")
+    if r.learn.rounds > (room := r.learn.steps - int(r.learn.unpruned * r.learn.steps)) and r.learn.steps:
+        raise ValueError(f"learn.rounds={r.learn.rounds} prunings do not fit into {room} steps of learning")
 
 
 def write(recipe):

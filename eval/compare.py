@@ -34,13 +34,13 @@ from basis_select.prune import prune
 from basis_select.recipe import Recipe, override
 from basis_select.refine import refine
 from basis_select.sizes import sizes
-from basis_select.training.loss import response_nll, response_nlls, teach
+from basis_select.training.loss import log_probabilities, response_nll, response_nlls
 
 GROUP = 32  # weights that share one scale in int4
 
 
 class Teacher:
-    """What the parent says, computed once for every batch that rows have in common; half precision."""
+    """The parent's log-probabilities, computed once for every batch that rows have in common; half precision."""
 
     def __init__(self, parent):
         self.parent, self.seen = parent, {}
@@ -48,8 +48,8 @@ class Teacher:
     def __call__(self, batch):
         key = hash(batch["input_ids"].numpy().tobytes())
         if key not in self.seen:
-            self.seen[key] = [x.half() for x in teach(self.parent, batch)]
-        return [x.float() for x in self.seen[key]]
+            self.seen[key] = log_probabilities(self.parent, batch).half()
+        return self.seen[key].float()
 
 
 def compare(grid, folder, results):

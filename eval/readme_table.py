@@ -7,6 +7,9 @@ import json
 import re
 from pathlib import Path
 
+from compare import read
+from compare_report import table as compared
+
 from basis_select.evaluation.report import table
 
 REPO = Path(__file__).parents[1]
@@ -14,8 +17,9 @@ REPO = Path(__file__).parents[1]
 
 def fill(text):
     def block(match):
-        results = json.loads((REPO / match[1]).read_text())
-        return f"<!-- table: {match[1]} -->\n{table(results)}<!-- end -->"
+        source = REPO / match[1]
+        lines = compared(read(source)) if source.suffix == ".jsonl" else table(json.loads(source.read_text()))
+        return f"<!-- table: {match[1]} -->\n{lines}<!-- end -->"
 
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 

@@ -89,7 +89,7 @@ def test_one_command_does_it_all(recipe, tmp_path):
 
 def test_one_learning_gives_a_family_of_checkpoints(recipe, tmp_path):
     out = tmp_path / "run"
-    changes = ["sizes=[0.7, 1.5x]", "compare={}", "prune.multiple_of=1"]
+    changes = ["sizes=[0.7, 1.5x]", "compare={}", "prune.multiple_of=1", "data.test=8"]
     result = CliRunner().invoke(app, ["run", str(recipe), *changes, "--out", str(out)])
     assert result.exit_code == 0, result.output
     results = json.loads((out / "results.json").read_text())
@@ -119,7 +119,7 @@ def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):
             "learn.square": True,
             "learn.new": 2,
             "learn.rest": True,
-            "learn.dense_rounds": 0.34,
+            "learn.unpruned": 0.34,
             "prune.budget": "mass",
             "prune.score": "magnitude",
             "extend.rank": 0,
@@ -131,19 +131,20 @@ def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):
             "prune.keep_embedding": 0.5,
             "refine.steps": 3,
             "extend.init": "residual",
-            "heal.states": 0.5,
         },
         "drop": {"prune.keep": None, "prune.max_drop": 0.5, "extend.rank": 0},
     }
-    content = {**yaml.safe_load(recipe.read_text()), "compare": rows}
-    recipe.write_text(yaml.safe_dump(content))
-    result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    results = json.loads((out / "results.json").read_text())
+    recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "compare": rows}))
+    (out / "stages").mkdir(parents=True)
+    read = recipes.read(recipe)
+    stages = pipeline.Stages(read, out)
+    made = {name: bs.load(stages.compressed(row) / "model")[0] for name, row in read.variants().items()}
+    sizes = {name: bs.sizes(model) for name, model in made.items()}
     for name in ("taylor", "basel", "all"):
-        assert 0.3 < results[name]["sizes"]["targeted"] / results["parent"]["sizes"]["targeted"] <= 0.4
-    assert results["all"]["sizes"]["parameters"] < results["taylor"]["sizes"]["parameters"]
-    assert results["drop"]["sizes"]["targeted"] < results["parent"]["sizes"]["targeted"]
+        assert 0.3 < sizes[name]["targeted"] / sizes[name]["targeted_dense"] <= 0.4
+    assert len({s["parameters_dense"] for s in sizes.values()}) == 1
+    assert sizes["all"]["parameters"] < sizes["taylor"]["parameters"]
+    assert sizes["drop"]["targeted"] < sizes["drop"]["targeted_dense"]
 
 
 def test_inspect_verify_and_plan(recipe, tmp_path):

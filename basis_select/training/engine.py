@@ -33,7 +33,6 @@ def train(
     folder=None,
     teacher=None,
     kl=1.0,
-    states=0.0,
     warmup=0.05,
     callbacks=(),
 ):
@@ -57,7 +56,6 @@ def train(
                 folder=folder,
                 teacher=teacher,
                 kl=kl,
-                states=states,
                 warmup=warmup,
                 callbacks=callbacks,
             )
@@ -96,7 +94,6 @@ def train(
         callbacks=[*callbacks, record, Clock()],
         teacher=teacher,
         kl=kl,
-        states=states,
         record=record,
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -105,13 +102,13 @@ def train(
 
 
 class _Trainer(Trainer):
-    def __init__(self, *args, teacher, kl, states, record, **kwargs):
+    def __init__(self, *args, teacher, kl, record, **kwargs):
         super().__init__(*args, **kwargs)
-        self.teacher, self.kl, self.states, self.record = teacher, kl, states, record
+        self.teacher, self.kl, self.record = teacher, kl, record
         self.loss_is_scaled_for_ga = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, ce, kl = task_loss(model, inputs, self.teacher, self.kl, self.states)
+        loss, ce, kl = task_loss(model, inputs, self.teacher, self.kl)
         values = {"loss": loss.item(), "ce": ce.item(), "kl": kl.item()}
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(

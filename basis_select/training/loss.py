@@ -27,66 +27,47 @@ def autocast(model):
 def _head_reads(model, positions):
     """The output head sees only these flat token positions: no logits are formed for prompts and padding.
 
-    Done at the head's input, so scalings and soft caps that a model applies to its logits still apply. Yields a
-    list that receives what the head would have read: (B, L, d).
+    Done at the head's input, so scalings and soft caps that a model applies to its logits still apply.
     """
-    states = []
-
-    def hook(module, args):
-        states.append(args[0])
-        return (args[0].flatten(0, -2)[positions],)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: (args[0].flatten(0, -2)[positions],)
+    )
     try:
-        yield states
+        yield
     finally:
-        handle.remove()
+        hook.remove()
 
 
 def response_logits(model, batch):
     """Logits (n, vocabulary) at `batch["positions"]`."""
-    return _logits_and_states(model, batch)[0]
-
-
-def _logits_and_states(model, batch):
-    with _head_reads(model, batch["positions"].to(model.device)) as states:
-        logits = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
-    return logits, states[0][batch["real"].to(model.device)]
+    with _head_reads(model, batch["positions"].to(model.device)):
+        return model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
 
 
 @torch.no_grad()
-def teach(teacher, batch):
-    """What `task_loss` compares a model with: the teacher's log-probabilities (m, vocabulary) of the m response tokens,
-    fp32, and its last hidden states (k, d) at all k tokens that are not padding.
-    """
+def log_probabilities(teacher, batch):
+    """What `task_loss` compares with: log-probabilities (m, vocabulary) of the m response tokens, fp32."""
     with autocast(teacher):
-        logits, states = _logits_and_states(teacher, batch)
-    return logits[(batch["targets"] >= 0).to(teacher.device)].float().log_softmax(-1), states
+        return response_logits(teacher, batch)[(batch["targets"] >= 0).to(teacher.device)].float().log_softmax(-1)
 
 
-def task_loss(model, batch, teacher=None, kl=1.0, states=0.0, mixed=True):
-    """`CE(y) + kl * KL(teacher || model) + states * E`, and its first two parts: three scalars, in nats.
+def task_loss(model, batch, teacher=None, kl=1.0, mixed=True):
+    """Mean over response tokens of `CE(y) + kl * KL(teacher || model)`, and both parts: three scalars, in nats.
 
-    CE and KL are means over response tokens. E is the mean over all tokens, prompts included, of the squared
-    distance between the last hidden states of model and teacher relative to the teacher's squared norm. `teacher` is a
-    model or a function of a batch that returns what `teach` does; without one only CE counts. `mixed=False`
-    computes an fp32 model in fp32.
+    `teacher` is a model or a function of a batch that returns `log_probabilities`; without one the second part is
+    zero. `mixed=False` computes an fp32 model in fp32.
     """
     targets = batch["targets"].to(model.device)
     real = targets >= 0
     with autocast(model) if mixed else nullcontext():
-        logits, own = _logits_and_states(model, batch)
+        logits = response_logits(model, batch)
     log_q = logits[real].float().log_softmax(-1)
     ce = F.nll_loss(log_q, targets[real])
-    if teacher is None or kl == states == 0:
+    if teacher is None or kl == 0:
         return ce, ce, torch.zeros_like(ce)
-    log_p, theirs = teach(teacher, batch) if isinstance(teacher, nn.Module) else teacher(batch)
+    log_p = log_probabilities(teacher, batch) if isinstance(teacher, nn.Module) else teacher(batch)
     divergence = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-    loss = ce + kl * divergence
-    if states:
-        own, theirs = own.float(), theirs.float()
-        loss = loss + states * ((own - theirs).square().sum(-1) / theirs.square().sum(-1)).mean()
-    return loss, ce, divergence
+    return ce + kl * divergence, ce, divergence
 
 
 @torch.no_grad()
