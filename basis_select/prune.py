@@ -36,7 +36,8 @@ def prune(
     How much stays is said in one of four ways. `keep`: the fraction of the targeted layers' parameters. `size`: of
     the whole model, "4x" fewer parameters, "90M" parameters or "120MB" in `dtype`. Neither is ever exceeded.
     `max_drop`: the smallest model whose response NLL on the validation split of `task` rises by at most so many nats
-    per token, before healing and with the embedding whole. `mass`: Basel's KeepRatio, the share of each layer's sum of scores; size is an outcome.
+    per token, before healing and with the embedding whole. `mass`: Basel's KeepRatio, the share of each layer's
+    sum of scores; size is an outcome.
 
     `score` is one of SCORES; those that need derivatives take `derivatives` or compute them on `task`. `budget` says
     how the size is shared: "global" (highest score per parameter over all layers), "uniform" (the same
