@@ -358,13 +358,13 @@ def test_new_bases_point_where_they_are_told(task):
         extend(model, init="magic")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox"])
 def test_refining_brings_every_block_closer_to_its_original(kind, task, ids):
     parent = tiny(kind)
     model = prune(decompose(copy.deepcopy(parent), task, metric="plain"), keep=0.3, multiple_of=1)
     hidden = lambda m: m(ids, output_hidden_states=True).hidden_states[-1].detach()  # noqa: E731
     before = (hidden(model) - hidden(parent)).square().mean()
-    refine(model, task, parent, steps=60, batch_size=8, lr=3e-3)
+    refine(model, task, parent, steps=30, batch_size=8, lr=3e-3)
     assert (hidden(model) - hidden(parent)).square().mean() < before
 
 
