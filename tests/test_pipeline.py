@@ -244,7 +244,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(recipe, t
         (["prune.score=best"], "prune.score is 'best'; known are energy, magnitude, taylor, random"),
         (["extend.init=best"], "extend.init is 'best'; known are random, residual, gradient"),
         (["learn.rounds=99"], "learn.rounds=99 prunings do not fit into 6 steps of learning"),
-        (["decompose.metric=cubic"], "decompose.metric is 'cubic'; known are plain, kronecker"),
+        (["decompose.metric=cubic"], "decompose.metric is 'cubic'; known are plain, fisher, whitened, kronecker"),
         (["prune.budget=best"], "prune.budget is 'best'; known are global, uniform, mass"),
         (["dtype=int9"], "dtype is 'int9'; known are"),
         (["task=gone.jsonl"], "there is no data file at gone.jsonl"),
