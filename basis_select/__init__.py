@@ -6,7 +6,6 @@
     task = bs.load_task("gsm8k", tokenizer)
     model = copy.deepcopy(parent)
     bs.decompose(model, task)
-    bs.learn(model, task, teacher=parent, keep=0.25)
     bs.prune(model, keep=0.25)
     bs.heal(model, task, teacher=parent)
     bs.save(model, tokenizer, "smol-gsm8k", dtype="bfloat16")

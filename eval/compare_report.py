@@ -53,7 +53,9 @@ def table(results):
             line = []
             for size in sizes:
                 found, default = cells.get((task, method, size)), cells.get((task, DEFAULT, size))
-                line.append(_cell(found, default if method != DEFAULT else None) if found else "")
+                own = found[0]["sizes"]["bytes"] / 1e6 if found else weights[size]
+                text = _cell(found, default if method != DEFAULT else None) if found else ""
+                line.append(text if abs(own / weights[size] - 1) < 0.01 else f"{text} at {own:.0f} MB")
             lines.append(f"| {method} | {' | '.join(line)} |")
         lines += ["", "| not factored | bytes | NLL |", "|---|---:|---|"]
         for method in DENSE:
