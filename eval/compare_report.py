@@ -33,7 +33,7 @@ def interval(rows, against=None, draws=2000):
 
 
 def table(results):
-    """One block per task: rows are methods, columns sizes; a star where a method and the default differ."""
+    """One block per task: rows are methods, columns sizes; *better* or *worse* where one surely differs from the default."""
     cells = _cells(results)
     lines = []
     for task in dict.fromkeys(r["task"] for r in results):
@@ -44,10 +44,11 @@ def table(results):
         if base:
             lines.append(f"{len(base[0]['nll'])} test items, seeds {', '.join(map(str, seeds))}.")
         sizes = sorted({s for t, _, s in cells if t == task and s != 1})
-        bytes_ = {
-            s: next(v for (t, _, z), v in cells.items() if (t, z) == (task, s))[0]["sizes"]["bytes"] for s in sizes
-        }
-        lines += ["", f"| method | {' | '.join(f'{s:g}x ({bytes_[s] / 1e6:.0f} MB)' for s in sizes)} |"]
+        weights = {}  # of the first method at each size
+        for (name, _, size), found in cells.items():
+            if name == task:
+                weights.setdefault(size, found[0]["sizes"]["bytes"] / 1e6)
+        lines += ["", f"| method | {' | '.join(f'{s:g}x ({weights[s]:.0f} MB)' for s in sizes)} |"]
         lines.append("|---|" + "---|" * len(sizes))
         for method in dict.fromkeys(m for t, m, s in cells if t == task and s != 1):
             line = []
