@@ -33,7 +33,7 @@ def interval(rows, against=None, draws=2000):
 
 
 def table(results):
-    """One block per task: rows are methods, columns sizes; *better* or *worse* where one surely differs from the default."""
+    """One block per task: rows are methods, columns sizes; *better*, *worse*: surely not the default."""
     cells = _cells(results)
     lines = []
     for task in dict.fromkeys(r["task"] for r in results):
