@@ -135,7 +135,15 @@ class Stages:
                 "extend",
                 r.extend,
                 [pruned, parent],
-                lambda out: self.change(extend, pruned, out, r.extend, self.task, load(parent / "model")[0], r.seed),
+                lambda out: self.change(
+                    extend,
+                    pruned,
+                    out,
+                    r.extend,
+                    self.task,
+                    load(parent / "model")[0] if r.extend.init == "residual" else None,
+                    r.seed,
+                ),
             )
         if r.refine.steps:
             rough = made
