@@ -86,7 +86,7 @@ def _cell(rows, default):
 def plot(results, path):
     cells = _cells(results)
     tasks = list(dict.fromkeys(r["task"] for r in results))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.4), squeeze=False, layout="constrained")
     methods = list(dict.fromkeys(r["method"] for r in results))
     colours = dict(zip(methods, plt.get_cmap("tab20").colors, strict=False))
     for ax, task in zip(axes[0], tasks, strict=True):
@@ -105,10 +105,16 @@ def plot(results, path):
             ax.errorbar(
                 x, y, [y - low, high - y], label=method, capsize=2, markersize=4, color=colours[method], **style
             )
-        ax.set(title=task, xlabel="weight bytes (MB)", ylabel="test NLL per response token", yscale="log")
+        ax.set(title=task, xlabel="weight bytes (MB)", yscale="log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
         ax.grid(alpha=0.3, which="both")
-    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    axes[0][0].set_ylabel("test NLL per response token")
+    labelled = {}
+    for ax in axes[0]:
+        labelled |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(labelled.values(), labelled.keys(), fontsize=8, loc="outside right center")
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":
