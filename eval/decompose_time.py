@@ -35,7 +35,10 @@ def stacked_moments(model, members, task):
                 stacked = torch.cat([parts.pop(n) for n in names], dim=1)
                 total[names[0]] = total.get(names[0], 0) + stacked.T @ stacked
 
-        return lambda module, args, y: y.register_hook(on_gradient)
+        def on_output(module, args, y):
+            y.register_hook(on_gradient)
+
+        return on_output
 
     for names in members:
         handles += [model.get_submodule(n).register_forward_hook(watch(names, n)) for n in names]
