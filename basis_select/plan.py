@@ -43,10 +43,7 @@ def plan(recipe):
         keep = _fraction(row, model, shapes)
         stages, after = _stages(row, task, model, shapes, keep, rates)
         rows[name] = stages
-        embedding = row.prune.keep_embedding
-        table = model.get_input_embeddings().weight
-        saved = 0 if embedding is None else table_rank(embedding, *table.shape, row.prune.multiple_of)[1]
-        kept = total - targeted + after - saved
+        kept = total - targeted + after - _saved(row, model)
         lines.append(
             f"{name}: {after / 1e6:.2f} M targeted parameters ({targeted / after:.2f}x fewer), "
             f"{kept / 1e6:.2f} M in all, {kept * BYTES[row.dtype] / 1e6:.0f} MB in {row.dtype}"
@@ -103,10 +100,16 @@ def dense_on_meta(config):
 
 def keep_of(r, model, targeted):
     """The fraction of the `targeted` parameters of a dense model, on any device, that a row of a recipe keeps."""
-    total, table = sum(p.numel() for p in model.parameters()), model.get_input_embeddings().weight
-    embedding = r.prune.keep_embedding
-    saved = table_rank(embedding, *table.shape, r.prune.multiple_of)[1] if embedding is not None else 0
-    return keep_for(total, targeted, r.dtype, r.prune.keep, r.prune.size, saved)
+    total = sum(p.numel() for p in model.parameters())
+    return keep_for(total, targeted, r.dtype, r.prune.keep, r.prune.size, _saved(r, model))
+
+
+def _saved(r, model):
+    """Parameters by which a row makes the embedding smaller."""
+    if r.prune.keep_embedding is None:
+        return 0
+    table = model.get_input_embeddings().weight
+    return table_rank(r.prune.keep_embedding, *table.shape, r.prune.multiple_of)[1]
 
 
 def _fraction(r, model, shapes):

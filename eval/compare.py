@@ -72,10 +72,8 @@ def compare(grid, folder, results):
             parent, _ = load(stages.parent() / "model")
             for row in dense:
                 write(results, row, measure(rounded(copy.deepcopy(parent)), stages.task, row[2]))
-            teacher, moments = (
-                Teacher(parent),
-                functools.cache(functools.partial(all_moments, parent, stages.task, base)),
-            )
+            teacher = Teacher(parent)
+            moments = functools.cache(functools.partial(all_moments, parent, stages.task, base))
             for row in rows:
                 logging.warning("%s", " ".join(map(str, row)))
                 changes = dict(grid["methods"][row[2]])
@@ -131,7 +129,7 @@ def quantized(model, width):
     width: "int8", one scale a row; "int4", one scale for GROUP weights; any other is bfloat16. Scales, and all
     that is no linear layer, are bfloat16.
     """
-    layers = [m for m in targets(model, required=False).values()]
+    layers = list(targets(model, required=False).values())
     layers += [m for g in groups(model) for _, layer in g for m in layer.children()]
     if width not in ("int8", "int4"):
         return 2 * sum(p.numel() for p in model.parameters())
