@@ -13,7 +13,7 @@ from .embedding import decompose_embedding
 from .linalg import metrics
 from .linalg.metrics import METRICS
 from .training.data import Batches
-from .training.loss import autocast, response_logits
+from .training.loss import activation_gradients, autocast, response_logits
 
 log = logging.getLogger(__name__)
 MAX_MOMENT = 16384  # a side longer than this has its moment replaced by its mean eigenvalue times the identity
@@ -83,13 +83,13 @@ def decompose(
         inputs, outputs = map(dict, moments or second_moments(model, members, task, examples, uses))
     for names in tqdm(members, desc="decompose", unit="layer"):
         linears = [layers[name] for name in names]
-        if uses.inputs and names[0] not in inputs:
+        if (uses.inputs and names[0] not in inputs) or (uses.outputs and names[0] not in outputs):
             log.warning("%s is never reached by the task's data: left dense", ", ".join(names))
             continue
         try:  # moments are dropped as they are used: at most one layer's float64 work exists at a time
             u, s, v = metrics.decompose(
                 [linear.weight for linear in linears],
-                [uses.outputs(outputs.pop(name)) for name in names] if uses.outputs else None,
+                [uses.outputs(moment) for moment in outputs.pop(names[0])] if uses.outputs else None,
                 uses.inputs(inputs.pop(names[0])) if uses.inputs else None,
             )
         except ValueError as error:
@@ -140,79 +140,101 @@ def same_input(model, layers, task):
 
 
 def second_moments(model, members, task, examples, uses):
-    """`A = E[x x^T]` by leader name and `G = E[g g^T]` by layer name, fp32, over tokens that are not padding.
+    """`A = E[x x^T]` and `G = E[g g^T]` by leader name, fp32, over tokens that are not padding.
 
-    g is the gradient, at the layer's output, of the summed negative log-likelihood of responses drawn from
-    the model itself, so that G is the Fisher information (the curvature of KL(parent || y) at the parent) and
-    does not vanish on a parent that fits its labels. A side longer than MAX_MOMENT is stored as its mean, shape ().
+    members: names of the layers that read the same tensor, leader first; A is that tensor's, G a list: one moment of
+    their stacked outputs, or where that is longer than MAX_MOMENT one for each layer. A side still longer has its
+    mean eigenvalue instead, shape (). g is the gradient, at the outputs, of the summed negative log-likelihood of a
+    response: half of G is that with the task's own labels, which shows what the task asks for, half that with labels
+    drawn from the model, which is the Fisher information (the curvature of KL(parent || y) at the parent) and does
+    not vanish on a parent that fits its labels. The second is scaled to the trace of the first.
     """
-    inputs, outputs = {}, {}
+    inputs, outputs = {}, {"own": {}, "drawn": {}}
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
     mask, count = {}, {"body": 0, "head": 0}  # the head sees response tokens only (response_logits)
+    labels, pending = "own", {}
 
     @torch.no_grad()
     @torch.autocast(model.device.type, enabled=False)  # sums of products are what bf16 must not touch
-    def add(store, name, x):
-        x = x.detach().flatten(0, -2)[mask["head" if name == head else "body"]].float()
+    def add(store, key, x):
         if x.shape[1] > MAX_MOMENT:
-            store[name] = store.get(name, 0) + x.square().mean(1).sum()
+            store[key] = store.get(key, 0) + x.square().mean(1).sum()
         else:
-            if name not in store:
-                store[name] = x.new_zeros(x.shape[1], x.shape[1])
-            _add_gram(store[name], x)
+            if key not in store:
+                store[key] = x.new_zeros(x.shape[1], x.shape[1])
+            _add_gram(store[key], x)
 
-    def on_forward(name, leads):
+    def seen(name, x):
+        return x.detach().flatten(0, -2)[mask["head" if name == head else "body"]].float()
+
+    def add_outputs(names, parts):
+        some = next(iter(parts.values()))
+        wide = [parts[n] if n in parts else some.new_zeros(len(some), width[n]) for n in names]
+        if sum(x.shape[1] for x in wide) <= MAX_MOMENT:
+            wide = [torch.cat(wide, dim=1)]
+        for i, x in enumerate(wide):
+            add(outputs[labels], (names[0], i), x)
+
+    def on_gradient(names, name, g):
+        parts = pending.setdefault(names[0], {})
+        parts[name] = seen(name, g)
+        if len(parts) == len(names):
+            add_outputs(names, pending.pop(names[0]))
+
+    def on_forward(names, name):
         def hook(module, args, output):
-            if leads and uses.inputs:
-                add(inputs, name, args[0])
+            if name == names[0] and uses.inputs:
+                add(inputs, name, seen(name, args[0]))
             if uses.outputs and output.requires_grad:
-                output.register_hook(lambda g: add(outputs, name, g))
+                output.register_hook(lambda g: on_gradient(names, name, g))
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(on_forward(name, name == names[0]))
-        for names in members
-        for name in names
-    ]
+    width = {name: model.get_submodule(name).out_features for names in members for name in names}
+    handles = [model.get_submodule(n).register_forward_hook(on_forward(names, n)) for names in members for n in names]
     generator = torch.Generator(model.device).manual_seed(0)
-    training = model.training
-    frozen = {p: p.requires_grad for p in model.parameters()}
-    model.eval().requires_grad_(False)
-    embedding = model.get_input_embeddings()
-    # With every parameter frozen the graph starts at the embedding's output: no gradient of a weight is formed.
-    handles.append(embedding.register_forward_hook(lambda m, a, y: y.requires_grad_()))
     size = 8
     rows = random.Random(0).sample(task.train, min(examples, len(task.train)))
     try:
         batches = Batches(rows, batch_size=size, steps=-(-len(rows) // size), seed=0)
-        for batch in tqdm(batches, desc="second moments", unit="batch"):
-            mask["body"] = batch["real"].flatten().to(model.device)
-            mask["head"] = batch["targets"].to(model.device) >= 0
-            count = {which: count[which] + int(mask[which].sum()) for which in count}
-            with torch.enable_grad(), autocast(model):
-                logits = response_logits(model, batch).float()
-                with torch.no_grad():
-                    drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-                    drawn[~mask["head"]] = -100
-                if uses.outputs:
-                    nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        with activation_gradients(model), torch.enable_grad():
+            for batch in tqdm(batches, desc="second moments", unit="batch"):
+                mask["body"] = batch["real"].flatten().to(model.device)
+                targets = batch["targets"].to(model.device)
+                mask["head"] = targets >= 0
+                count = {which: count[which] + int(mask[which].sum()) for which in count}
+                with autocast(model):
+                    logits = response_logits(model, batch).float()
+                if not uses.outputs:
+                    continue
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                for labels, y in (("own", targets), ("drawn", drawn.masked_fill(targets < 0, -100))):
+                    nn.functional.cross_entropy(logits, y, reduction="sum").backward(retain_graph=labels == "own")
+                    for names in members:  # a layer whose output led nowhere has no gradient
+                        if names[0] in pending:
+                            add_outputs(names, pending.pop(names[0]))
     finally:
         for handle in handles:
             handle.remove()
-        for p, flag in frozen.items():
-            p.requires_grad_(flag)
-        model.train(training)
     # The loss is a sum over the tokens a layer sees: A is their mean, G is per token of the body for every
     # layer alike, so that A and G of all layers give comparable estimates.
     for name, moment in inputs.items():
-        moment /= count["head" if name == head else "body"]
-    for moment in outputs.values():
-        moment /= count["body"]
-    for moment in (*inputs.values(), *outputs.values()):
-        if moment.dim():
-            moment.copy_(moment.tril() + moment.tril(-1).T)
-    return inputs, outputs
+        _complete(moment.div_(count["head" if name == head else "body"]))
+    found = {}
+    for (name, i), own in outputs["own"].items():
+        drawn = outputs["drawn"].pop((name, i))
+        ratio = _trace(own) / _trace(drawn)
+        found.setdefault(name, []).append(_complete(own.add_(drawn, alpha=float(ratio)).div_(2 * count["body"])))
+    return inputs, found
+
+
+def _trace(moment):
+    return (moment.diagonal() if moment.dim() else moment).sum()
+
+
+def _complete(moment):
+    """The lower triangle mirrored, in place."""
+    return moment.copy_(moment.tril() + moment.tril(-1).T) if moment.dim() else moment
 
 
 def _add_gram(total, x):

@@ -52,7 +52,7 @@ def decompose_embedding(model, task):
     counts = torch.zeros(embedding.num_embeddings, dtype=torch.float64)
     for example in task.train:
         counts += torch.bincount(torch.tensor(example.input_ids), minlength=len(counts))
-    u, s, v = metrics.decompose([embedding.weight.detach().cpu()], [metrics.diagonal_root(counts)])
+    u, s, v = metrics.decompose([embedding.weight.detach().cpu()], [metrics.diagonal(counts)])
     tied = model.get_output_embeddings().weight is embedding.weight
     table = install(model, module_name(model, embedding), len(s), tied, scale, weighted=True)
     table.u.weight.copy_(u)

@@ -5,7 +5,7 @@ import torch
 from .bases import groups, resize
 from .checkpoint.format import describe
 from .training.data import Batches
-from .training.loss import task_loss
+from .training.loss import activation_gradients, task_loss
 
 INITS = ("random", "residual", "gradient")
 
@@ -83,16 +83,12 @@ def _gradients(model, task, examples, seed):
     for members, whole in zip(found, total, strict=True):
         parts = whole.split([m.out_features for _, m in members])
         handles += [m.register_forward_hook(watch(part)) for (_, m), part in zip(members, parts, strict=True)]
-    flags = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)
-    handles.append(model.get_input_embeddings().register_forward_hook(lambda m, a, y: y.requires_grad_()))
     try:
         size = 8
-        for batch in Batches(task.train, size, -(-examples // size), seed, task.pad_id):
-            task_loss(model, batch)[0].backward()
+        with activation_gradients(model):
+            for batch in Batches(task.train, size, -(-examples // size), seed, task.pad_id):
+                task_loss(model, batch)[0].backward()
     finally:
         for handle in handles:
             handle.remove()
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
     return total

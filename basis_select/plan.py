@@ -6,7 +6,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
-from .decompose import same_input, targets
+from .decompose import MAX_MOMENT, same_input, targets
 from .derivatives import PROBES
 from .linalg.budget import BYTES, allocate, keep_for, table_rank, uniform_scores
 from .linalg.metrics import METRICS
@@ -145,12 +145,16 @@ def _stages(r, task, model, shapes, keep, rates):
     uses = METRICS[r.decompose.metric]
     examples = min(r.decompose.examples, len(task.train))
     tokens = examples * per_step // r.tune.batch_size
-    squares = 2 * sum(
-        bool(uses.inputs) * g.reads**2 + bool(uses.outputs) * sum(w * w for w in g.writes) for g in shapes
+    stacked = [sum(g.writes) ** 2 if sum(g.writes) <= MAX_MOMENT else sum(w * w for w in g.writes) for g in shapes]
+    gradients = 2 * bool(uses.outputs)  # with the task's labels and with labels drawn from the model
+    # Half of a Gram matrix is computed: one multiplication and one addition for every entry.
+    squares = sum(bool(uses.inputs) * g.reads**2 + gradients * s for g, s in zip(shapes, stacked, strict=True))
+    # The metric and a Gram matrix of the smaller side, its eigenvectors, one more product: in float64.
+    svd = sum(
+        2 * bool(uses.outputs) * s * g.rank + 6 * g.dense_cost * g.rank + 10 * g.rank**3
+        for g, s in zip(shapes, stacked, strict=True)
     )
-    # A Gram matrix, its eigenvectors and one product per layer, in float64.
-    svd = sum(6 * g.dense_cost * g.rank for g in shapes)
-    moments = tokens * (squares + (4 * targeted if squares else 0))
+    moments = tokens * (squares + (2 + 2 * gradients) * targeted * bool(squares))
     seconds = moments / rates["train"] + svd / rates["float64"]
     add("decompose", r.decompose, None, tokens if squares else None, moments + svd, (moments + svd) / seconds)
     if r.learn.steps:

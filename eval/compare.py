@@ -24,7 +24,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 from basis_select import pipeline
 from basis_select.bases import groups
-from basis_select.decompose import second_moments, targets
+from basis_select.decompose import same_input, second_moments, targets
 from basis_select.extend import extend
 from basis_select.heal import heal
 from basis_select.learn import learn
@@ -95,7 +95,7 @@ def compressed(r, stages, parent, teacher, moments, steps):
         verb(*args, **options)
         clock[name] = round(time.monotonic() - began, 1)
 
-    decomposed = stages.decomposed(r, moments)
+    decomposed = stages.decomposed(r, lambda: moments()[r.decompose.share])
     model, _ = load(decomposed / "model")
     task, seed, options = stages.task, r.seed, {k: vars(getattr(r, k)) for k in ("learn", "prune", "heal")}
     cuts = stages.cuts(r)
@@ -118,9 +118,18 @@ def compressed(r, stages, parent, teacher, moments, steps):
 
 
 def all_moments(parent, task, r):
-    """The second moments of every layer on its own: every metric's, with and without sharing."""
-    alone = [[name] for name in targets(parent)]
-    return second_moments(parent, alone, task, r.decompose.examples, METRICS["kronecker"])
+    """`{share: second moments}`, every metric's: those of a layer on its own are blocks of its group's."""
+    layers = targets(parent)
+    members = same_input(parent, layers, task)
+    inputs, outputs = second_moments(parent, members, task, r.decompose.examples, METRICS["kronecker"])
+    alone = {name: inputs[names[0]] for names in members for name in names}, {}
+    for names in members:
+        blocks = outputs[names[0]]
+        if len(blocks) < len(names):
+            parts = [layers[name].out_features for name in names]
+            blocks = [row.split(parts, dim=1)[i] for i, row in enumerate(blocks[0].split(parts))]
+        alone[1].update({name: [block] for name, block in zip(names, blocks, strict=True)})
+    return {True: (inputs, outputs), False: alone}
 
 
 def quantized(model, width):

@@ -10,9 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from basis_select import decompose, derivatives, extend, heal, learn, load, prune, refine, save, sizes, tune
 from basis_select.bases import LowRankLinear, basis_cost, dense_cost, fold, groups, take
-from basis_select.decompose import same_input, second_moments, targets
+from basis_select.decompose import same_input, targets
 from basis_select.extend import INITS
-from basis_select.linalg.metrics import METRICS
 from basis_select.linalg.scores import taylor
 from basis_select.prune import select
 from basis_select.training.data import Batches
@@ -89,29 +88,6 @@ def test_a_half_used_latent_survives_deepcopy_and_gradient_checkpointing(task, i
         m(ids, labels=ids).loss.backward()
         grads.append(groups(m)[0][0][1].weight.grad)
     assert torch.allclose(*grads, atol=1e-7)
-
-
-def test_moments_are_those_of_the_tokens_that_are_not_padding(task):
-    """Compared with one example at a time, which needs no padding."""
-    model = tiny(tied=True)
-    members = [["model.layers.0.self_attn.q_proj"], ["model.layers.1.mlp.down_proj"]]
-    seen = {name: [] for (name,) in members}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda m, a, n=name: seen[n].append(a[0][0]))
-        for (name,) in members
-    ]
-    for example in task.train[:12]:
-        logits(model, torch.tensor([example.input_ids]))
-    for hook in hooks:
-        hook.remove()
-    few = dataclasses.replace(task, train=task.train[:12])
-    inputs, outputs = second_moments(model, members, few, 12, METRICS["kronecker"])
-    for (name,) in members:
-        x = torch.cat(seen[name])
-        assert torch.allclose(inputs[name], x.T @ x / len(x), rtol=2e-2, atol=2e-2 * float((x**2).mean()))
-        assert outputs[name].shape == (model.get_submodule(name).out_features,) * 2
-        values = torch.linalg.eigvalsh(outputs[name].double())
-        assert values[0] > -1e-6 * values[-1]
 
 
 def test_what_cannot_be_decomposed_is_named(task, caplog):

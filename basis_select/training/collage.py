@@ -19,8 +19,8 @@ class CollageAdamW(torch.optim.Optimizer):
     variant: "plus" and "light" are COLLAGE's. For comparison: "kahan" (compensated sums), "stochastic" (updates rounded
     up or down at random, right on average), "plain" (rounded to nearest: small updates vanish) and "master" (moments
     and a copy of the parameters in fp32). Weight decay is decoupled and part of the one update that is added, so that
-    it is not lost by itself. With "plus", beta2 is a sum of two numbers as well: 0.999 alone rounds to 1, and the second
-    moment would never decay. Limit: an update below about 2^-17 of its parameter is lost even so.
+    it is not lost by itself. With "plus", beta2 is a sum of two numbers as well: 0.999 alone rounds to 1, and the
+    second moment would never decay. Limit: an update below about 2^-17 of its parameter is lost even so.
 
     Set `measure` before a step and `quality` holds afterwards, over all parameters: `descent_quality`,
     <applied, intended> / |intended|^2, which is 1 when nothing is lost (the paper's EDQ over |intended|), and
@@ -110,7 +110,7 @@ def mul(x, low, b):
     b_low = torch.tensor(b - b_high).bfloat16().item()
     p = torch._foreach_mul(x, b_high)
     rest = torch._foreach_neg(p)
-    # x * b_high - p exactly: addcmul rounds once. So should add with alpha, but on CPUs it rounds twice at a tensor's end.
+    # x * b_high - p exactly: addcmul rounds once. Add with alpha rounds twice at a tensor's end on CPUs.
     torch._foreach_addcmul_(rest, x, [torch.full_like(t, b_high) for t in x])
     torch._foreach_add_(rest, x, alpha=b_low)
     torch._foreach_add_(rest, low, alpha=b_high)

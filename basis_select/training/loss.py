@@ -38,6 +38,21 @@ def _head_reads(model, positions):
         hook.remove()
 
 
+@contextmanager
+def activation_gradients(model):
+    """Backward passes reach activations only: no gradient of a weight is formed, the graph starts at the embedding."""
+    training, flags = model.training, {p: p.requires_grad for p in model.parameters()}
+    model.eval().requires_grad_(False)
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+        model.train(training)
+
+
 def response_logits(model, batch):
     """Logits (n, vocabulary) at `batch["positions"]`."""
     with _head_reads(model, batch["positions"].to(model.device)):

@@ -1,0 +1,71 @@
+import dataclasses
+import random
+import sys
+
+import torch
+from conftest import tiny
+
+from basis_select.decompose import second_moments
+from basis_select.linalg.metrics import METRICS
+from basis_select.training.data import Batches
+
+
+def test_moments_are_those_of_the_tokens_that_are_not_padding(task):
+    """Compared with one example at a time, which needs no padding."""
+    model = tiny(tied=True)
+    members = [[f"model.layers.0.self_attn.{x}_proj" for x in "qkv"], ["model.layers.1.mlp.down_proj"]]
+    seen = {names[0]: [] for names in members}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda m, a, n=name: seen[n].append(a[0][0].detach()))
+        for name in seen
+    ]
+    for example in task.train[:12]:
+        model(torch.tensor([example.input_ids]))
+    for hook in hooks:
+        hook.remove()
+    few = dataclasses.replace(task, train=task.train[:12])
+    inputs, outputs = second_moments(model, members, few, 12, METRICS["kronecker"])
+    for names in members:
+        x = torch.cat(seen[names[0]])
+        expected = x.T @ x / len(x)
+        assert torch.allclose(inputs[names[0]], expected, rtol=2e-2, atol=2e-2 * float((x**2).mean()))
+        (stacked,) = outputs[names[0]]
+        assert stacked.shape == (sum(model.get_submodule(n).out_features for n in names),) * 2
+        values = torch.linalg.eigvalsh(stacked.double())
+        assert values[0] > -1e-6 * values[-1]
+
+
+def test_output_moments_are_those_of_the_stacked_gradients(task, monkeypatch):
+    """Compared with gradients taken one example at a time; drawn labels are set to the task's own."""
+    model = tiny()
+    names = [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
+    few = dataclasses.replace(task, train=task.train[:6])
+    labels = []
+    monkeypatch.setattr(torch, "multinomial", lambda p, *args, **kwargs: labels.pop(0)[:, None])
+    total, tokens, seen = 0, 0, {}
+    for batch in Batches(random.Random(0).sample(few.train, 6), 8, 1, 0):
+        labels.append(batch["targets"].clamp_min(0))
+    hooks = [
+        model.get_submodule(n).register_forward_hook(lambda m, a, y, n=n: seen.update({n: y}) or None) for n in names
+    ]
+    for example in few.train:
+        ids = torch.tensor([example.input_ids])
+        out = model(input_ids=ids).logits[0, example.start - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(out, ids[0, example.start :], reduction="sum")
+        g = torch.cat(torch.autograd.grad(loss, [seen[n] for n in names]), dim=2)[0]
+        total, tokens = total + g.T @ g, tokens + len(example.input_ids)
+    for hook in hooks:
+        hook.remove()
+    near = {"rtol": 1e-3, "atol": 1e-4 * float(total.abs().max()) / tokens}
+    _, outputs = second_moments(model, [names], few, 6, METRICS["kronecker"])
+    assert torch.allclose(outputs[names[0]][0], total / tokens, **near)
+    monkeypatch.setattr(
+        sys.modules[second_moments.__module__], "MAX_MOMENT", 40
+    )
+    labels.append(batch["targets"].clamp_min(0))
+    _, apart = second_moments(model, [names], few, 6, METRICS["kronecker"])
+    sizes = [model.get_submodule(n).out_features for n in names]
+    for i, (block, row) in enumerate(zip(apart[names[0]], outputs[names[0]][0].split(sizes), strict=True)):
+        expected = row.split(sizes, dim=1)[i]
+        want = expected if sizes[i] <= 40 else expected.diagonal().mean()
+        assert torch.allclose(block, want, **near)
