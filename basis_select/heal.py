@@ -26,12 +26,14 @@ def heal(
     lr: float | None = None,
     kl: float = 1.0,
     embeddings: bool = False,
+    precision: str = "fp32",
 ):
     """Train factors, norms, biases and layers left dense on response tokens, in place; returns the model.
 
     Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Without `lr` it is `suitable_rate`. Embedding
-    and dense head stay as they are unless `embeddings`. Raises ValueError on bases that are still weighted, and without
-    both `lr` and `teacher`.
+    and dense head stay as they are unless `embeddings`. `precision` is "fp32" or a variant of training/collage.py:
+    "plus" trains wholly in bfloat16, with 12 bytes a parameter instead of 16. Raises ValueError on bases that are
+    still weighted, and without both `lr` and `teacher`.
     """
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")
@@ -48,6 +50,7 @@ def heal(
         folder=folder,
         teacher=teacher,
         kl=kl,
+        precision=precision,
     )
     model.requires_grad_(False)
     return model
@@ -57,8 +60,8 @@ def heal(
 def suitable_rate(model, task, teacher, batch_size=16, seed=0):
     """A learning rate for how far `model` is from its parent: `1.3e-4 * KL^0.7`, between 1e-5 and 1e-3.
 
-    KL(teacher || model) is in nats per response token, over the first batches of healing. A good start is harmed by what a
-    broken one needs. The rule was fitted to searches over the rate, see eval/results/healing_rate.jsonl.
+    KL(teacher || model) is in nats per response token, over the first batches of healing. A good start is harmed by
+    what a broken one needs. The rule was fitted to searches over the rate, see eval/results/healing_rate.jsonl.
     """
     if teacher is None:
         raise ValueError("how fast to heal is read off the distance to the dense parent: pass a teacher or lr")

@@ -25,6 +25,7 @@ from .prune import BUDGETS, prune
 from .refine import refine
 from .tasks import SCORES as ANSWER_SCORES
 from .tasks import load_task
+from .training.collage import VARIANTS
 from .tune import tune
 
 
@@ -120,6 +121,7 @@ def _check_values(r):
         ("prune.budget", r.prune.budget, BUDGETS),
         ("prune.score", r.prune.score, SCORES),
         ("extend.init", r.extend.init, INITS),
+        ("heal.precision", r.heal.precision, ("fp32", *VARIANTS)),
         ("dtype", r.dtype, BYTES),
         ("data.score", r.data.score, (None, *ANSWER_SCORES)),
     ):
@@ -217,6 +219,6 @@ def _checked(options, name, value, where, prefix):
         least = 0 if name in ("steps", "rank") else 1
         if value < least:
             raise ValueError(f"{where} is {value}, it should be at least {least}")
-    if name == "lr" and not value > 0:
+    if name == "lr" and value is not None and not value > 0:
         raise ValueError(f"{where} is {value}, it should be above 0")
     return value

@@ -25,6 +25,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from basis_select import pipeline
 from basis_select.bases import groups
 from basis_select.decompose import same_input, second_moments, targets
+from basis_select.embedding import table_of
 from basis_select.extend import extend
 from basis_select.heal import heal
 from basis_select.learn import learn
@@ -133,24 +134,29 @@ def all_moments(parent, task, r):
 
 
 def quantized(model, width):
-    """Round the weights of all linear layers but a tied head, in place; returns the bytes of the model.
+    """Round the weights of all linear layers but a dense tied head, in place; returns the bytes of the model.
 
     width: "int8", one scale a row; "int4", one scale for GROUP weights; any other is bfloat16. Scales, and all
-    that is no linear layer, are bfloat16.
+    that is no linear layer, are bfloat16. A table of bases is rounded too, but stored as the values that stand for it,
+    since an embedding looks up rows and not products.
     """
-    layers = list(targets(model, required=False).values())
-    layers += [m for g in groups(model) for _, layer in g for m in layer.children()]
     if width not in ("int8", "int4"):
         return 2 * sum(p.numel() for p in model.parameters())
-    weights = sum(m.weight.numel() for m in layers)
+    layers = list(targets(model, required=False).values())
+    layers += [m for g in groups(model) for _, layer in g for m in layer.children()]
+    table = table_of(model)
+    table = [] if table is None else list(table.children())
+    weights = sum(m.weight.numel() for m in layers + table)
     rest = sum(p.numel() for p in model.parameters()) - weights
     if width == "int8":
         config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-        taken = weights + 2 * sum(m.out_features for m in layers)
+        taken = weights + 2 * sum(m.out_features for m in layers + table)
     else:
         config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
         taken = weights // 2 + 2 * weights // GROUP
-    quantize_(model, config, lambda m, _: m in layers)
+    quantize_(model, config, lambda m, _: m in layers or m in table)
+    for m in table:
+        m.weight = torch.nn.Parameter(m.weight.dequantize(), requires_grad=False)
     return 2 * rest + taken
 
 

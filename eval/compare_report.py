@@ -3,6 +3,7 @@
 python eval/compare_report.py RESULTS.jsonl
 """
 
+import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -44,27 +45,60 @@ def table(results):
         if base:
             lines.append(f"{len(base[0]['nll'])} test items, seeds {', '.join(map(str, seeds))}.")
         sizes = sorted({s for t, _, s in cells if t == task and s != 1})
-        weights = {}  # of the first method at each size
-        for (name, _, size), found in cells.items():
-            if name == task:
-                weights.setdefault(size, found[0]["sizes"]["bytes"] / 1e6)
-        lines += ["", f"| method | {' | '.join(f'{s:g}x ({weights[s]:.0f} MB)' for s in sizes)} |"]
+        weights = {
+            size: statistics.mode(
+                round(v[0]["sizes"]["bytes"] / 1e6) for (t, _, s), v in cells.items() if (t, s) == (task, size)
+            )
+            for size in sizes
+        }
+        lines += ["", f"| method | {' | '.join(f'{s:g}x ({weights[s]} MB)' for s in sizes)} |"]
         lines.append("|---|" + "---|" * len(sizes))
         for method in dict.fromkeys(m for t, m, s in cells if t == task and s != 1):
             line = []
             for size in sizes:
                 found, default = cells.get((task, method, size)), cells.get((task, DEFAULT, size))
-                own = found[0]["sizes"]["bytes"] / 1e6 if found else weights[size]
+                own = round(found[0]["sizes"]["bytes"] / 1e6) if found else weights[size]
                 text = _cell(found, default if method != DEFAULT else None) if found else ""
-                line.append(text if abs(own / weights[size] - 1) < 0.01 else f"{text} at {own:.0f} MB")
+                line.append(text if own == weights[size] else f"{text} at {own} MB")
             lines.append(f"| {method} | {' | '.join(line)} |")
         lines += ["", "| not factored | bytes | NLL |", "|---|---:|---|"]
         for method in DENSE:
             if method in rows:
                 size = rows[method][0]["sizes"]["bytes"]
                 lines.append(f"| {method} | {size / 1e6:.0f} MB | {_cell(rows[method], None)} |")
+        lines += [
+            "",
+            "| best other row | NLL | bytes | the default needs | so many times fewer |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for size in sizes:
+            lines += _smaller(cells, task, size)
         lines.append("")
     return "\n".join(lines)
+
+
+def _smaller(cells, task, size):
+    """The bytes at which the default, interpolated between its sizes, has the NLL of the best other row of `size`."""
+    points = {
+        m: (v[0]["sizes"]["bytes"] / 1e6, interval(v)[0])
+        for (t, m, s), v in cells.items()
+        if (t, s) == (task, size) and not m.startswith(DEFAULT)
+    }
+    own = sorted(
+        (interval(v)[0], v[0]["sizes"]["bytes"] / 1e6) for (t, m, s), v in cells.items() if (t, m) == (task, DEFAULT)
+    )
+    if not points or not own:
+        return []
+    method, (weight, nll) = min(points.items(), key=lambda item: item[1][1])
+    quality, bytes_ = zip(*own, strict=True)
+    if nll < quality[0]:
+        needs = f"more than {bytes_[0]:.0f} MB |"
+    elif nll > quality[-1]:
+        needs = f"less than {bytes_[-1]:.0f} MB | more than {weight / bytes_[-1]:.2f}"
+    else:
+        needed = np.exp(np.interp(nll, quality, np.log(bytes_)))
+        needs = f"{needed:.0f} MB | {weight / needed:.2f}"
+    return [f"| {method} at {size:g}x | {nll:.3f} | {weight:.0f} MB | {needs} |"]
 
 
 def _cells(results):

@@ -22,7 +22,7 @@ def test_a_grid_is_measured_once_and_reported(tokenizer, tmp_path):
         "base": {"decompose.examples": 16, "heal.batch_size": 4, "learn.batch_size": 4, "prune.multiple_of": 1},
         "tasks": {"sums": {"task": str(tmp_path / "data.jsonl"), "data.test": 20, "data.validation": 10}},
         "methods": {
-            "default": {"then": "int8"},
+            "default": {"decompose.embedding": True, "prune.keep_embedding": 0.5, "then": "int8"},
             "learned": {"learn.steps": 2, "learn.rounds": 2},
             "BSI": {"decompose.metric": "plain", "prune.score": "taylor"},
         },
@@ -49,6 +49,7 @@ def test_a_grid_is_measured_once_and_reported(tokenizer, tmp_path):
     assert sum(line.startswith("| learned |") for line in lines) == 1
     value = sum(by_name["BSI", 2]["nll"]) / sum(by_name["BSI", 2]["tokens"])
     assert any(line.startswith("| BSI |") and f"{value:.3f} (" in line for line in lines)
+    assert any("best other row" in line for line in lines)
     plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 

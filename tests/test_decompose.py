@@ -59,9 +59,7 @@ def test_output_moments_are_those_of_the_stacked_gradients(task, monkeypatch):
     near = {"rtol": 1e-3, "atol": 1e-4 * float(total.abs().max()) / tokens}
     _, outputs = second_moments(model, [names], few, 6, METRICS["kronecker"])
     assert torch.allclose(outputs[names[0]][0], total / tokens, **near)
-    monkeypatch.setattr(
-        sys.modules[second_moments.__module__], "MAX_MOMENT", 40
-    )
+    monkeypatch.setattr(sys.modules[second_moments.__module__], "MAX_MOMENT", 40)
     labels.append(batch["targets"].clamp_min(0))
     _, apart = second_moments(model, [names], few, 6, METRICS["kronecker"])
     sizes = [model.get_submodule(n).out_features for n in names]

@@ -84,6 +84,11 @@ class CollageAdamW(torch.optim.Optimizer):
                 state["master"] = p.detach().to(torch.float32, copy=True)
         return state
 
+    def value(self, p):
+        """A parameter with all that is carried for it, in fp32."""
+        state = self.state.get(p, {})
+        return state["master"].clone() if "master" in state else p.detach().float() + state.get("low", 0)
+
     def load_state_dict(self, state_dict):
         """As any optimizer's, but fp32 states of bfloat16 parameters stay fp32 (torch casts them to the parameter)."""
         super().load_state_dict(state_dict)

@@ -3,6 +3,7 @@ checkpoints that hold only what trains, so that a killed stage continues bit for
 """
 
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -15,11 +16,14 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..bases import LowRankLinear, groups, take
+from .collage import CollageAdamW
 from .data import Batches
 from .loss import fast_bf16, task_loss
 
+log = logging.getLogger(__name__)
 LEARNED = ("kept", "last", "rounds")  # what `learn` keeps beside the weights, see there
 SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
+MEASURE_EVERY = 10  # steps between measurements of what bfloat16 has lost
 
 
 def train(
@@ -34,13 +38,17 @@ def train(
     teacher=None,
     kl=1.0,
     warmup=0.05,
+    precision="fp32",
     callbacks=(),
 ):
     """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
 
-    AdamW, cosine schedule, gradient clipping at 1. `folder` (default: a temporary one) receives
-    `metrics.jsonl` and the checkpoints from which a second call with the same arguments continues. Raises
-    FloatingPointError when the loss is not finite; the last checkpoint then still holds the last good state.
+    AdamW, cosine schedule, gradient clipping at 1. `precision`: "fp32", or one of collage.VARIANTS, with which the
+    model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype, with all that was
+    carried.
+    `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
+    same arguments continues. Raises FloatingPointError when the loss is not finite; the last checkpoint then still
+    holds the last good state.
     """
     if steps == 0:
         return []
@@ -57,9 +65,14 @@ def train(
                 teacher=teacher,
                 kl=kl,
                 warmup=warmup,
+                precision=precision,
                 callbacks=callbacks,
             )
     folder = Path(folder)
+    optimizer, own = None, model.dtype
+    if precision != "fp32":
+        _narrow(model)
+        optimizer = CollageAdamW([p for p in model.parameters() if p.requires_grad], lr=lr, variant=precision)
     if isinstance(teacher, nn.Module):
         teacher.eval().requires_grad_(False)
     args = TrainingArguments(
@@ -92,13 +105,36 @@ def train(
         train_dataset=Batches(task.train, batch_size, steps, seed, task.pad_id),
         data_collator=lambda items: items[0],
         callbacks=[*callbacks, record, Clock()],
+        optimizers=(optimizer, None),
         teacher=teacher,
         kl=kl,
         record=record,
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if optimizer:
+        _widen(model, optimizer, own)
     model.eval()
     return record.rows
+
+
+def _narrow(model):
+    """Everything in bfloat16 but the 1-D basis weights: `learn` trains little else, and they decide what stays."""
+    if not fast_bf16(model.device):
+        log.warning("this processor only emulates bfloat16 products: training in it will be very slow here")
+    weights = {m.weight: m.scale for m in model.modules() if isinstance(m, LowRankLinear) and hasattr(m, "weight")}
+    kept = {p: p.data for p in weights}
+    model.to(torch.bfloat16)
+    for p, value in kept.items():
+        p.data = value
+
+
+@torch.no_grad()
+def _widen(model, optimizer, dtype):
+    """Back to `dtype`, with what the optimizer carries beside the parameters where that dtype can hold it."""
+    wide = {p: optimizer.value(p) for p in model.parameters() if p.requires_grad}
+    model.to(dtype)
+    for p, value in wide.items():
+        p.copy_(value)
 
 
 class _Trainer(Trainer):
@@ -182,8 +218,12 @@ class Record(TrainerCallback):
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self.path, self.values = path, {}
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         self.began = time.monotonic()
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self.measures = isinstance(self.optimizer, CollageAdamW) and state.global_step % MEASURE_EVERY == 0
+        if self.measures:
+            self.optimizer.measure = True
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         seconds = time.monotonic() - self.began
@@ -193,6 +233,9 @@ class Record(TrainerCallback):
             "lr": lr_scheduler.get_last_lr()[0],
             "seconds": round(seconds, 4),
         }
+        if self.measures:
+            self.optimizer.measure = False
+            row |= self.optimizer.quality
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
