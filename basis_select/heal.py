@@ -3,6 +3,9 @@
 import logging
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from .bases import groups
 from .training.data import Batches
@@ -12,6 +15,7 @@ from .tune import trainable
 
 log = logging.getLogger(__name__)
 PROBES = 4  # batches on which the distance to the parent is measured
+LORA_RATE = 10  # adapters start at zero and are scaled by 1: they need about ten times the rate of the weights
 
 
 def heal(
@@ -27,19 +31,25 @@ def heal(
     kl: float = 1.0,
     embeddings: bool = False,
     precision: str = "fp32",
+    lora: int = 0,
 ):
     """Train factors, norms, biases and layers left dense on response tokens, in place; returns the model.
 
     Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Without `lr` it is `suitable_rate`. Embedding
     and dense head stay as they are unless `embeddings`. `precision` is "fp32" or a variant of training/collage.py:
-    "plus" trains wholly in bfloat16, with 12 bytes a parameter instead of 16. Raises ValueError on bases that are
-    still weighted, and without both `lr` and `teacher`.
+    "plus" trains wholly in bfloat16, with 12 bytes a parameter instead of 16. `lora` > 0 trains only adapters of that
+    rank on the factors and on layers left dense (peft), and merges them in the end: no rank changes, and gradients and
+    states are those of the adapters alone. Raises ValueError on bases that are still weighted, and without both `lr`
+    and `teacher`.
     """
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")
     if lr is None and steps:
-        lr = suitable_rate(model, task, teacher, batch_size, seed)
-    trainable(model, embeddings)
+        lr = suitable_rate(model, task, teacher, batch_size, seed) * (LORA_RATE if lora else 1)
+    if lora:
+        _add_adapters(model, lora)
+    else:
+        trainable(model, embeddings)
     train(
         model,
         task,
@@ -52,21 +62,42 @@ def heal(
         kl=kl,
         precision=precision,
     )
+    if lora:
+        _merge_adapters(model)
     model.requires_grad_(False)
     return model
 
 
-@torch.no_grad()
-def suitable_rate(model, task, teacher, batch_size=16, seed=0):
-    """A learning rate for how far `model` is from its parent: `1.3e-4 * KL^0.7`, between 1e-5 and 1e-3.
+def _add_adapters(model, rank):
+    """LoRA on every linear layer but the head; nothing else trains."""
+    head = model.get_output_embeddings()
+    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
 
-    KL(teacher || model) is in nats per response token, over the first batches of healing. A good start is harmed by
-    what a broken one needs. The rule was fitted to searches over the rate, see eval/results/healing_rate.jsonl.
+
+def _merge_adapters(model):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+
+
+def suitable_rate(model, task, teacher, batch_size=16, seed=0):
+    """A learning rate for how far `model` is from its parent: `1.3e-4 * distance^0.7`, between 1e-5 and 1e-3.
+
+    A good start is harmed by what a broken one needs. The rule was fitted to searches over the rate, see
+    eval/results/healing_rate.jsonl.
     """
     if teacher is None:
         raise ValueError("how fast to heal is read off the distance to the dense parent: pass a teacher or lr")
-    batches = Batches(task.train, batch_size, PROBES, seed + 1, task.pad_id)
-    distance = sum(float(task_loss(model, batches[i], teacher)[2]) for i in range(PROBES)) / PROBES
-    rate = min(max(1.3e-4 * distance**0.7, 1e-5), 1e-3)
-    log.info("KL to the parent %.3g nats per token: healing at a rate of %.2g", distance, rate)
+    far = distance(model, task, teacher, batch_size, seed)
+    rate = min(max(1.3e-4 * far**0.7, 1e-5), 1e-3)
+    log.info("KL to the parent %.3g nats per token: healing at a rate of %.2g", far, rate)
     return rate
+
+
+@torch.no_grad()
+def distance(model, task, teacher, batch_size=16, seed=0):
+    """KL(teacher || model) in nats per response token, over the first batches of healing."""
+    batches = Batches(task.train, batch_size, PROBES, seed + 1, task.pad_id)
+    return sum(float(task_loss(model, batches[i], teacher)[2]) for i in range(PROBES)) / PROBES

@@ -214,9 +214,10 @@ def _checked(options, name, value, where, prefix):
         "test",
         "max_length",
         "rank",
+        "lora",
         "multiple_of",
     ):
-        least = 0 if name in ("steps", "rank") else 1
+        least = 0 if name in ("steps", "rank", "lora") else 1
         if value < least:
             raise ValueError(f"{where} is {value}, it should be at least {least}")
     if name == "lr" and value is not None and not value > 0:

@@ -1,6 +1,5 @@
 import copy
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -12,11 +11,10 @@ from basis_select import decompose, derivatives, extend, heal, learn, load, prun
 from basis_select.bases import LowRankLinear, basis_cost, dense_cost, fold, groups, take
 from basis_select.decompose import same_input, targets
 from basis_select.extend import INITS
-from basis_select.heal import suitable_rate
 from basis_select.linalg.scores import taylor
 from basis_select.prune import select
 from basis_select.training.data import Batches
-from basis_select.training.loss import log_probabilities, response_nll, task_loss
+from basis_select.training.loss import response_nll, task_loss
 
 
 def logits(model, ids):
@@ -343,28 +341,6 @@ def test_refining_brings_every_block_closer_to_its_original(kind, task, ids):
     before = (hidden(model) - hidden(parent)).square().mean()
     refine(model, task, parent, steps=30, batch_size=8, lr=3e-3)
     assert (hidden(model) - hidden(parent)).square().mean() < before
-
-
-def test_healing_brings_the_loss_down(task, ids, tmp_path):
-    parent = tiny(tied=True)
-    tune(parent, task, steps=80, batch_size=8, lr=1e-2)
-    model = prune(decompose(copy.deepcopy(parent), task, metric="plain"), keep=0.15, multiple_of=1)
-    heal(model, task, parent, tmp_path, steps=80, batch_size=8, lr=3e-3)
-    kl = [json.loads(line)["kl"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert sum(kl[-5:]) < 0.8 * sum(kl[:5])
-
-
-def test_the_further_from_the_parent_the_faster_it_heals(task):
-    parent = tiny(tied=True)
-
-    def sharper(times):
-        return lambda batch: (times * log_probabilities(parent, batch)).log_softmax(-1)
-
-    rates = [suitable_rate(parent, task, sharper(times), batch_size=8) for times in (1, 8, 20, 1000)]
-    assert rates == sorted(rates)
-    assert rates[0] == 1e-5 < rates[1] < rates[2] < rates[3] <= 1e-3
-    with pytest.raises(ValueError, match="pass a teacher or lr"):
-        heal(parent, task, steps=1)
 
 
 def test_verbs_in_the_wrong_order_say_which_comes_first(task):

@@ -44,8 +44,8 @@ def train(
     """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
 
     AdamW, cosine schedule, gradient clipping at 1. `precision`: "fp32", or one of collage.VARIANTS, with which the
-    model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype, with all that was
-    carried.
+    model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype: what trained with
+    all that was carried for it, what did not rounded.
     `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
     same arguments continues. Raises FloatingPointError when the loss is not finite; the last checkpoint then still
     holds the last good state.

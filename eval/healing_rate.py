@@ -1,0 +1,58 @@
+"""How fast to heal: one start, several learning rates, the same steps and batches; what `heal.suitable_rate` was fitted to.
+
+python eval/healing_rate.py GRID.yaml FOLDER RESULTS.jsonl TASK:METHOD:SIZE:LR,LR,... ...
+
+GRID and FOLDER as in compare.py, whose parents and decompositions are used. A row of RESULTS.jsonl: the KL to the parent
+before healing, the rate, and the NLL per response token of the test split after it.
+"""
+
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from compare import Teacher, all_moments
+
+from basis_select import pipeline
+from basis_select.heal import distance, heal
+from basis_select.models import load
+from basis_select.prune import prune
+from basis_select.recipe import Recipe, override
+from basis_select.training.loss import response_nll
+
+STEPS = 30
+
+
+def main():
+    path, folder, results = map(Path, sys.argv[1:4])
+    grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for spec in sys.argv[4:]:
+        name, method, size, rates = spec.split(":")
+        changes = dict(grid["tasks"][name])
+        base = Recipe(model=grid["model"], task=changes.pop("task"))
+        base = override(override(base, grid["base"], "base"), changes, name)
+        stages = pipeline.Stages(base, folder / f"{name}-0")
+        parent, _ = load(stages.parent() / "model")
+        task, teacher = stages.task, Teacher(parent)
+        own = {k: v for k, v in grid["methods"][method].items() if k != "then"}
+        r = override(base, own, method).at(1 / float(size))
+        found = stages.decomposed(r, lambda: all_moments(parent, task, base)[r.decompose.share])  # noqa: B023
+        start, _ = load(found / "model")
+        prune(start, task, **vars(r.prune))
+        kl = distance(start, task, teacher, r.heal.batch_size)
+        for lr in map(float, rates.split(",")):
+            model = copy.deepcopy(start)
+            began = time.monotonic()
+            heal(model, task, teacher, steps=STEPS, batch_size=r.heal.batch_size, lr=lr)
+            seconds = round(time.monotonic() - began, 1)
+            row = {"task": name, "method": method, "size": float(size), "kl": round(kl, 4), "lr": lr, "steps": STEPS}
+            row |= {"test_nll": round(response_nll(model, task.test, task.pad_id), 4), "seconds": seconds}
+            print(row, flush=True)
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+import copy
+import json
+
+import pytest
+import torch
+from conftest import tiny
+
+from basis_select import decompose, heal, prune, tune
+from basis_select.heal import suitable_rate
+from basis_select.training.collage import VARIANTS
+from basis_select.training.loss import log_probabilities
+
+
+@pytest.fixture
+def broken(task):
+    """A tuned parent and what is left of it after a cut."""
+    parent = tiny(tied=True)
+    tune(parent, task, steps=60, batch_size=8, lr=1e-2)
+    return parent, prune(decompose(copy.deepcopy(parent), task, metric="plain"), keep=0.15, multiple_of=1)
+
+
+def test_healing_in_bfloat16_comes_back_with_what_was_carried(task, broken, tmp_path):
+    parent, start = broken
+    kl = {}
+    for precision in ("fp32", *VARIANTS):
+        model = heal(
+            copy.deepcopy(start),
+            task,
+            parent,
+            tmp_path / precision,
+            steps=40,
+            batch_size=8,
+            lr=3e-3,
+            precision=precision,
+        )
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        rows = [json.loads(line) for line in (tmp_path / precision / "metrics.jsonl").read_text().splitlines()]
+        kl[precision] = sum(row["kl"] for row in rows[-8:]) / 8
+        measured = [row["descent_quality"] for row in rows if "descent_quality" in row]
+        assert len(measured) == (0 if precision == "fp32" else 4)
+        carried = any((p != p.bfloat16().float()).any() for name, p in model.named_parameters() if "u.weight" in name)
+        assert carried == (precision in ("fp32", "plus", "light", "kahan", "master"))
+    assert kl["plus"] < 1.1 * kl["fp32"]
+    assert kl["plus"] < 0.9 * rows[0]["kl"]
+
+
+def test_a_killed_healing_in_bfloat16_continues_bit_for_bit(task, broken, tmp_path, monkeypatch):
+    parent, start = broken
+    monkeypatch.setattr("basis_select.training.engine.SAVE_EVERY", 0.0)
+    options = {"steps": 12, "batch_size": 8, "lr": 3e-3, "precision": "plus"}
+    calm = heal(copy.deepcopy(start), task, parent, tmp_path / "calm", **options)
+
+    class Killed(Exception):
+        pass
+
+    def dies(batch, left=[7]):  # noqa: B006
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return log_probabilities(parent, batch)
+
+    with pytest.raises(Killed):
+        heal(copy.deepcopy(start), task, dies, tmp_path / "killed", **options)
+    again = heal(copy.deepcopy(start), task, parent, tmp_path / "killed", **options)
+    for name, p in calm.named_parameters():
+        assert torch.equal(p, again.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "plus"])
+def test_adapters_are_merged_and_change_no_rank(task, broken, ids, tmp_path, precision):
+    parent, start = broken
+    options = {"steps": 40, "batch_size": 8, "lr": 1e-2, "lora": 4, "precision": precision}
+    model = heal(copy.deepcopy(start), task, parent, tmp_path, **options)
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in start.named_parameters()}
+    kl = [json.loads(line)["kl"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sum(kl[-5:]) < 0.95 * sum(kl[:5])
+    for name, p in model.named_parameters():
+        before = start.get_parameter(name)
+        before = before.bfloat16().float() if precision == "plus" else before
+        assert (p != before).any() == (".u." in name or ".v." in name), name
+
+
+def test_healing_brings_the_loss_down(task, ids, tmp_path):
+    parent = tiny(tied=True)
+    tune(parent, task, steps=80, batch_size=8, lr=1e-2)
+    model = prune(decompose(copy.deepcopy(parent), task, metric="plain"), keep=0.15, multiple_of=1)
+    heal(model, task, parent, tmp_path, steps=80, batch_size=8, lr=3e-3)
+    kl = [json.loads(line)["kl"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sum(kl[-5:]) < 0.8 * sum(kl[:5])
+
+
+def test_the_further_from_the_parent_the_faster_it_heals(task):
+    parent = tiny(tied=True)
+
+    def sharper(times):
+        return lambda batch: (times * log_probabilities(parent, batch)).log_softmax(-1)
+
+    rates = [suitable_rate(parent, task, sharper(times), batch_size=8) for times in (1, 8, 20, 1000)]
+    assert rates == sorted(rates)
+    assert rates[0] == 1e-5 < rates[1] < rates[2] < rates[3] <= 1e-3
+    with pytest.raises(ValueError, match="pass a teacher or lr"):
+        heal(parent, task, steps=1)
