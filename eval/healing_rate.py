@@ -1,9 +1,9 @@
-"""How fast to heal: one start, several learning rates, the same steps and batches; what `heal.suitable_rate` was fitted to.
+"""How fast to heal: one start, several learning rates, the same steps and batches. `suitable_rate` was fitted to this.
 
 python eval/healing_rate.py GRID.yaml FOLDER RESULTS.jsonl TASK:METHOD:SIZE:LR,LR,... ...
 
-GRID and FOLDER as in compare.py, whose parents and decompositions are used. A row of RESULTS.jsonl: the KL to the parent
-before healing, the rate, and the NLL per response token of the test split after it.
+GRID and FOLDER as in compare.py, whose parents and decompositions are used. A row of RESULTS.jsonl: the KL to the
+parent before healing, the rate, and the NLL per response token of the test split after it.
 """
 
 import copy
