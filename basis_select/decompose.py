@@ -13,7 +13,8 @@ from .embedding import decompose_embedding
 from .linalg import metrics
 from .linalg.metrics import METRICS
 from .training.data import Batches
-from .training.loss import activation_gradients, autocast, response_logits
+from .training.loss import activation_gradients, response_logits
+from .training.precision import autocast
 
 log = logging.getLogger(__name__)
 MAX_MOMENT = 16384  # a side longer than this has its moment replaced by its mean eigenvalue times the identity

@@ -44,7 +44,8 @@ from .prune import prune
 from .refine import refine
 from .sizes import sizes
 from .tasks import load_task
-from .training.loss import fast_bf16, response_nll
+from .training.loss import response_nll
+from .training.precision import fast_bf16
 from .tune import tune
 
 log = logging.getLogger(__name__)

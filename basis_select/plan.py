@@ -15,7 +15,7 @@ from .models import config_and_tokenizer
 from .recipe import RESULT
 from .tasks import load_task
 from .training.data import Batches
-from .training.loss import fast_bf16
+from .training.precision import fast_bf16
 
 EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores
 GENERATED_PER_ITEM = 2.0  # an evaluated item costs about this many plain forwards of its tokens: likelihood, generation

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from .bases import LowRankLinear, groups
 from .training.data import Batches
-from .training.loss import autocast
+from .training.precision import autocast
 
 
 def refine(model, task, parent, seed=0, *, steps: int = 0, batch_size: int = 16, lr: float = 1e-4):

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 
@@ -7,6 +8,7 @@ from conftest import tiny
 
 from basis_select import decompose, heal, prune, tune
 from basis_select.heal import suitable_rate
+from basis_select.training import precision
 from basis_select.training.collage import VARIANTS
 from basis_select.training.loss import log_probabilities
 
@@ -22,26 +24,42 @@ def broken(task):
 def test_healing_in_bfloat16_comes_back_with_what_was_carried(task, broken, tmp_path):
     parent, start = broken
     kl = {}
-    for precision in ("fp32", *VARIANTS):
+    for kind in ("fp32", *VARIANTS):
         model = heal(
             copy.deepcopy(start),
             task,
             parent,
-            tmp_path / precision,
+            tmp_path / kind,
             steps=40,
             batch_size=8,
             lr=3e-3,
-            precision=precision,
+            precision=kind,
         )
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        rows = [json.loads(line) for line in (tmp_path / precision / "metrics.jsonl").read_text().splitlines()]
-        kl[precision] = sum(row["kl"] for row in rows[-8:]) / 8
+        rows = [json.loads(line) for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()]
+        kl[kind] = sum(row["kl"] for row in rows[-8:]) / 8
         measured = [row["descent_quality"] for row in rows if "descent_quality" in row]
-        assert len(measured) == (0 if precision == "fp32" else 4)
+        assert len(measured) == (0 if kind == "fp32" else 4)
         carried = any((p != p.bfloat16().float()).any() for name, p in model.named_parameters() if "u.weight" in name)
-        assert carried == (precision in ("fp32", "plus", "light", "kahan", "master"))
+        assert carried == (kind in ("fp32", "plus", "light", "kahan", "master"))
     assert kl["plus"] < 1.1 * kl["fp32"]
     assert kl["plus"] < 0.9 * rows[0]["kl"]
+
+
+def test_bfloat16_products_in_fp32_are_rounded_once(ids, monkeypatch):
+    """On a processor without native bf16: the same values as torch's emulation, gradients too, to one rounding."""
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
+    model, found = tiny("qwen2").bfloat16().requires_grad_(True), []
+    for context in (precision.autocast(model), contextlib.nullcontext()):
+        with context:
+            loss = model(input_ids=ids, labels=ids).loss
+        grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        found.append([loss, *grads])
+    for mine, other in zip(*found, strict=True):
+        assert mine.dtype == other.dtype
+        scale = other.float().square().mean().sqrt()
+        assert ((mine.float() - other.float()).square().mean().sqrt()) <= 0.05 * scale
+    assert type(precision.autocast(tiny())) is torch.autocast
 
 
 def test_a_killed_healing_in_bfloat16_continues_bit_for_bit(task, broken, tmp_path, monkeypatch):
@@ -66,17 +84,17 @@ def test_a_killed_healing_in_bfloat16_continues_bit_for_bit(task, broken, tmp_pa
         assert torch.equal(p, again.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "plus"])
-def test_adapters_are_merged_and_change_no_rank(task, broken, ids, tmp_path, precision):
+@pytest.mark.parametrize("kind", ["fp32", "plus"])
+def test_adapters_are_merged_and_change_no_rank(task, broken, tmp_path, kind):
     parent, start = broken
-    options = {"steps": 40, "batch_size": 8, "lr": 1e-2, "lora": 4, "precision": precision}
+    options = {"steps": 40, "batch_size": 8, "lr": 1e-2, "lora": 4, "precision": kind}
     model = heal(copy.deepcopy(start), task, parent, tmp_path, **options)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in start.named_parameters()}
     kl = [json.loads(line)["kl"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert sum(kl[-5:]) < 0.95 * sum(kl[:5])
     for name, p in model.named_parameters():
         before = start.get_parameter(name)
-        before = before.bfloat16().float() if precision == "plus" else before
+        before = before.bfloat16().float() if kind == "plus" else before
         assert (p != before).any() == (".u." in name or ".v." in name), name
 
 

@@ -3,7 +3,6 @@ checkpoints that hold only what trains, so that a killed stage continues bit for
 """
 
 import json
-import logging
 import math
 import shutil
 import tempfile
@@ -18,9 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..bases import LowRankLinear, groups, take
 from .collage import CollageAdamW
 from .data import Batches
-from .loss import fast_bf16, task_loss
+from .loss import task_loss
+from .precision import fast_bf16
 
-log = logging.getLogger(__name__)
 LEARNED = ("kept", "last", "rounds")  # what `learn` keeps beside the weights, see there
 SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
 MEASURE_EVERY = 10  # steps between measurements of what bfloat16 has lost
@@ -119,8 +118,6 @@ def train(
 
 def _narrow(model):
     """Everything in bfloat16 but the 1-D basis weights: `learn` trains little else, and they decide what stays."""
-    if not fast_bf16(model.device):
-        log.warning("this processor only emulates bfloat16 products: training in it will be very slow here")
     weights = {m.weight: m.scale for m in model.modules() if isinstance(m, LowRankLinear) and hasattr(m, "weight")}
     kept = {p: p.data for p in weights}
     model.to(torch.bfloat16)

@@ -7,20 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import Batches
-
-
-def fast_bf16(device):
-    """Whether bf16 matmuls are native on this device; emulated ones are slower than fp32."""
-    if device.type == "cpu":
-        return torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def autocast(model):
-    """bf16 matmuls for an fp32 model where the device has them; a model in bf16 is left as it is."""
-    device = model.device
-    enabled = model.dtype == torch.float32 and fast_bf16(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+from .precision import autocast
 
 
 @contextmanager
