@@ -1,6 +1,7 @@
 """Retrain the smaller model on task data, taught by its dense parent."""
 
 import logging
+import random
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -14,7 +15,7 @@ from .training.loss import task_loss
 from .tune import trainable
 
 log = logging.getLogger(__name__)
-PROBES = 4  # batches on which the distance to the parent is measured
+PROBES = 64  # examples on which the distance to the parent is measured
 LORA_RATE = 10  # adapters start at zero and are scaled by 1: they need about ten times the rate of the weights
 
 
@@ -45,7 +46,7 @@ def heal(
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")
     if lr is None and steps:
-        lr = suitable_rate(model, task, teacher, batch_size, seed) * (LORA_RATE if lora else 1)
+        lr = suitable_rate(model, task, teacher, seed) * (LORA_RATE if lora else 1)
     if lora:
         _add_adapters(model, lora)
     else:
@@ -82,22 +83,26 @@ def _merge_adapters(model):
             model.set_submodule(name, module.get_base_layer())
 
 
-def suitable_rate(model, task, teacher, batch_size=16, seed=0):
-    """A learning rate for how far `model` is from its parent: `1.3e-4 * distance^0.7`, between 1e-5 and 1e-3.
+def suitable_rate(model, task, teacher, seed=0):
+    """A learning rate for how far `model` is from its parent: `1e-4 * distance^0.7`, between 1e-5 and 1e-3.
 
     A good start is harmed by what a broken one needs. The rule was fitted to searches over the rate, see
     eval/results/healing_rate.jsonl.
     """
     if teacher is None:
         raise ValueError("how fast to heal is read off the distance to the dense parent: pass a teacher or lr")
-    far = distance(model, task, teacher, batch_size, seed)
-    rate = min(max(1.3e-4 * far**0.7, 1e-5), 1e-3)
+    far = distance(model, task, teacher, seed)
+    rate = min(max(1e-4 * far**0.7, 1e-5), 1e-3)
     log.info("KL to the parent %.3g nats per token: healing at a rate of %.2g", far, rate)
     return rate
 
 
 @torch.no_grad()
-def distance(model, task, teacher, batch_size=16, seed=0):
-    """KL(teacher || model) in nats per response token, over the first batches of healing."""
-    batches = Batches(task.train, batch_size, PROBES, seed + 1, task.pad_id)
-    return sum(float(task_loss(model, batches[i], teacher)[2]) for i in range(PROBES)) / PROBES
+def distance(model, task, teacher, seed=0):
+    """KL(teacher || model) in nats per response token of PROBES training examples."""
+    examples = random.Random(seed).sample(task.train, min(PROBES, len(task.train)))
+    batches = Batches(examples, 16, -(-len(examples) // 16), seed, task.pad_id)
+    kl, tokens = torch.tensor(
+        [(float(task_loss(model, b, teacher)[2]), int((b["targets"] >= 0).sum())) for b in batches]
+    ).T
+    return float((kl * tokens).sum() / tokens.sum())

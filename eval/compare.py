@@ -27,7 +27,7 @@ from basis_select.bases import groups
 from basis_select.decompose import same_input, second_moments, targets
 from basis_select.embedding import table_of
 from basis_select.extend import extend
-from basis_select.heal import heal
+from basis_select.heal import heal, suitable_rate
 from basis_select.learn import learn
 from basis_select.linalg.metrics import METRICS
 from basis_select.models import load
@@ -110,9 +110,11 @@ def compressed(r, stages, parent, teacher, moments, steps):
         timed("refine", refine, model, task, parent, seed=seed, **vars(r.refine))
     before = response_nll(model, task.validation, task.pad_id)
     left = steps - r.learn.steps - r.refine.steps
-    timed("heal", heal, model, task, teacher, seed=seed, **{**options["heal"], "steps": left})
+    lr = r.heal.lr or suitable_rate(model, task, teacher, seed)
+    timed("heal", heal, model, task, teacher, seed=seed, **{**options["heal"], "steps": left, "lr": lr})
     return rounded(model), {
         "validation_nll": {"unhealed": before, "healed": response_nll(model, task.validation, task.pad_id)},
+        "lr": lr,
         "steps": {"learn": r.learn.steps, "refine": r.refine.steps, "heal": left},
         "seconds": clock,
     }

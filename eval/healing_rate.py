@@ -41,7 +41,7 @@ def main():
         found = stages.decomposed(r, lambda: all_moments(parent, task, base)[r.decompose.share])  # noqa: B023
         start, _ = load(found / "model")
         prune(start, task, **vars(r.prune))
-        kl = distance(start, task, teacher, r.heal.batch_size)
+        kl = distance(start, task, teacher)
         for lr in map(float, rates.split(",")):
             model = copy.deepcopy(start)
             began = time.monotonic()

@@ -113,7 +113,7 @@ def test_the_further_from_the_parent_the_faster_it_heals(task):
     def sharper(times):
         return lambda batch: (times * log_probabilities(parent, batch)).log_softmax(-1)
 
-    rates = [suitable_rate(parent, task, sharper(times), batch_size=8) for times in (1, 8, 20, 1000)]
+    rates = [suitable_rate(parent, task, sharper(times)) for times in (1, 8, 20, 1000)]
     assert rates == sorted(rates)
     assert rates[0] == 1e-5 < rates[1] < rates[2] < rates[3] <= 1e-3
     with pytest.raises(ValueError, match="pass a teacher or lr"):
