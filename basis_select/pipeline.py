@@ -7,16 +7,12 @@ rows share the stages they have in common. State passes between stages only thro
 bit-identical to an undisturbed one.
 """
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import platform
-import resource
 import shutil
 import time
 from functools import cached_property
@@ -42,6 +38,16 @@ from .models import config_and_tokenizer, load
 from .plan import check_budget, dense_on_meta, keep_of
 from .prune import prune
 from .refine import refine
+from .rundir import (
+    alone,
+    fingerprint,
+    forget_peak_memory,
+    peak_memory,
+    publish,
+    read_json,
+    replace_text,
+    require_disk,
+)
 from .sizes import sizes
 from .tasks import load_task
 from .training.loss import response_nll
@@ -60,15 +66,15 @@ def run(recipe, folder):
     """
     folder = Path(folder)
     (folder / "stages").mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        _write(folder / "recipe.yaml", recipes.write(recipe))
+    with alone(folder):
+        replace_text(folder / "recipe.yaml", recipes.write(recipe))
         stages = Stages(recipe, folder)
         rows = {recipes.RESULT: recipe, **recipe.family(), **recipe.variants()}
         loaded = stages.loaded()
         for row in rows.values():  # what cannot be met is said before hours are spent on tuning
             check_budget(row, loaded / "model", stages.task)
         parent = stages.parent()
-        _write(folder / "manifest.json", json.dumps(_manifest(recipe, parent, stages.task), indent=1))
+        replace_text(folder / "manifest.json", json.dumps(_manifest(recipe, parent, stages.task), indent=1))
         finals = {"parent": stages.final(parent)}
         for name, row in rows.items():
             finals[name] = stages.final(stages.compressed(row))
@@ -77,12 +83,12 @@ def run(recipe, folder):
         results = {
             name: _row(name, finals[name], evaluations[name], evaluations["parent"], speeds[name]) for name in finals
         }
-        _publish(finals[recipes.RESULT], folder / "final")
+        publish(finals[recipes.RESULT], folder / "final")
         for size, name in zip(recipe.sizes, recipe.family(), strict=True):
-            _publish(finals[name], folder / f"final-{size}")
+            publish(finals[name], folder / f"final-{size}")
         results[recipes.RESULT]["reloaded"] = verify(folder / "final")
-        _write(folder / "results.json", json.dumps(results, indent=1))
-        _write(folder / "results.md", table(results))
+        replace_text(folder / "results.json", json.dumps(results, indent=1))
+        replace_text(folder / "results.md", table(results))
         if recipe.sizes:
             curve({name: results[name] for name in ("parent", recipes.RESULT, *recipe.family())}, folder)
     return results
@@ -94,7 +100,7 @@ class Stages:
     def __init__(self, recipe, folder):
         self.recipe, self.folder = recipe, folder
         local = (recipe.data.options or {}).get("data_dir", recipe.task)
-        data = [recipe.task, recipe.seed, dataclasses.asdict(recipe.data), _fingerprint(local)]
+        data = [recipe.task, recipe.seed, dataclasses.asdict(recipe.data), fingerprint(local)]
         self.data_key = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def loaded(self):
@@ -106,7 +112,7 @@ class Stages:
             save(model, tokenizer, out / "model")
             return {"sizes": sizes(model, out / "model")}
 
-        return self.stage("load", {"model": source, "files": _fingerprint(source)}, [], work)
+        return self.stage("load", {"model": source, "files": fingerprint(source)}, [], work)
 
     def parent(self):
         """The dense model that the task runs well on, in fp32."""
@@ -201,7 +207,7 @@ class Stages:
         if r.prune.mass is not None:
             return {"mass": r.prune.mass, **how}
         dense = dense_on_meta(config_and_tokenizer(self.loaded() / "model")[0])
-        targeted = _read(self.loaded() / "stage.json")["sizes"]["targeted"]
+        targeted = read_json(self.loaded() / "stage.json")["sizes"]["targeted"]
         return {"keep": min(keep_of(row, dense, targeted) for row in (r, *r.family().values())), **how}
 
     def final(self, stage):
@@ -222,16 +228,16 @@ class Stages:
     def evaluated(self, final):
         def work(out):
             result = evaluate(*self.load_final(final), self.task)
-            _write(out / "evaluation.json", json.dumps(result, indent=1))
+            replace_text(out / "evaluation.json", json.dumps(result, indent=1))
 
-        return _read(self.stage("evaluate", {}, [final], work) / "evaluation.json")
+        return read_json(self.stage("evaluate", {}, [final], work) / "evaluation.json")
 
     def timed(self, finals):
         def work(out):
             speeds = decode_speed({name: self.load_final(final)[0] for name, final in finals.items()})
-            _write(out / "speed.json", json.dumps(speeds, indent=1))
+            replace_text(out / "speed.json", json.dumps(speeds, indent=1))
 
-        return _read(self.stage("time", {}, list(finals.values()), work) / "speed.json")
+        return read_json(self.stage("time", {}, list(finals.values()), work) / "speed.json")
 
     def change(self, verb, source, out, options, *arguments):
         """A verb without training: `verb(model, *arguments, **options)`."""
@@ -272,12 +278,12 @@ class Stages:
         if target.exists():
             return target
         log.warning("%s", target.name)
-        _require_disk(target.parent, upstream)
+        require_disk(target.parent, upstream)
         partial = target.with_name(f".{target.name}")
         partial.mkdir(exist_ok=True)
         if (partial / "model").exists():  # killed between its last two writes
             shutil.rmtree(partial / "model")
-        _forget_peak_memory()
+        forget_peak_memory()
         began = time.monotonic()
         set_seed(self.recipe.seed)
         facts = {
@@ -286,25 +292,18 @@ class Stages:
             "upstream": [u.name for u in upstream],
             **(work(partial) or {}),
         }
-        facts |= {"seconds": round(time.monotonic() - began, 2), "peak_memory_bytes": _peak_memory()}
+        facts |= {"seconds": round(time.monotonic() - began, 2), "peak_memory_bytes": peak_memory()}
         if (partial / "model").exists():
             facts["weights_sha256"] = weight_hash(partial / "model")
-        _write(partial / "stage.json", json.dumps(facts, indent=1))
+        replace_text(partial / "stage.json", json.dumps(facts, indent=1))
         shutil.rmtree(partial / "trainer", ignore_errors=True)
         partial.rename(target)
         _collect_metrics(self.folder)
         return target
 
 
-def _fingerprint(source):
-    """What tells one state of a local file or folder from another; empty for what is not on disk."""
-    path = Path(source)
-    found = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in found]
-
-
 def _row(name, final, evaluation, parent, speed):
-    facts = _read(final / "stage.json")
+    facts = read_json(final / "stage.json")
     return {
         "accuracy": evaluation["accuracy"],
         "nll": evaluation["nll"],
@@ -322,7 +321,7 @@ def _history(stage):
     seen = {}
 
     def visit(path):
-        facts = _read(path / "stage.json")
+        facts = read_json(path / "stage.json")
         for name in facts["upstream"]:
             if name not in seen:
                 visit(path.parent / name)
@@ -335,19 +334,11 @@ def _history(stage):
     return list(seen.values())
 
 
-def _publish(final, target):
-    partial = target.with_name(f".{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(final / "model", partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-
-
 def _collect_metrics(folder):
     lines = []
     for path in sorted(folder.glob("stages/*/metrics.jsonl"), key=lambda p: p.stat().st_mtime):
         lines += [json.dumps({"stage": path.parent.name, **json.loads(row)}) for row in path.read_text().splitlines()]
-    _write(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
+    replace_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
 
 
 def _manifest(recipe, parent, task):
@@ -358,7 +349,7 @@ def _manifest(recipe, parent, task):
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "seed": recipe.seed,
-        "parent_weights_sha256": _read(parent / "stage.json")["weights_sha256"],
+        "parent_weights_sha256": read_json(parent / "stage.json")["weights_sha256"],
         "data_sha256": hashlib.sha256(encoded.encode()).hexdigest(),
         "data": {
             "train": len(task.train),
@@ -374,50 +365,3 @@ def _installed(name):
         return bool(version(name))
     except PackageNotFoundError:
         return False
-
-
-def _require_disk(folder, upstream):
-    """Stop before a stage whose checkpoint and training state would not fit."""
-    weights = [p.stat().st_size for u in upstream for p in u.glob("model/*.safetensors")]
-    need, free = 4 * max(weights, default=0), shutil.disk_usage(folder).free
-    if free < need:
-        raise OSError(
-            errno.ENOSPC,
-            f"the next stage may write {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-            str(folder),
-        )
-
-
-def _forget_peak_memory():
-    """Start counting anew where the kernel can (Linux); elsewhere the peak is that of the process so far."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory():
-    """Bytes resident at the worst moment since `_forget_peak_memory`."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-
-
-@contextlib.contextmanager
-def _alone(folder):
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is using {folder}: wait for it or name another folder") from None
-        yield
-
-
-def _read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path, text):
-    """Replace a file in one step: readers see the old text or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -1,0 +1,72 @@
+"""A run's folder on disk: files replaced in one step, one run at a time, room and memory watched."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import platform
+import resource
+import shutil
+from pathlib import Path
+
+
+def fingerprint(source):
+    """What tells one state of a local file or folder from another; empty for what is not on disk."""
+    path = Path(source)
+    found = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in found]
+
+
+def publish(final, target):
+    partial = target.with_name(f".{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(final / "model", partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def require_disk(folder, upstream):
+    """Stop before a stage whose checkpoint and training state would not fit."""
+    weights = [p.stat().st_size for u in upstream for p in u.glob("model/*.safetensors")]
+    need, free = 4 * max(weights, default=0), shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(
+            errno.ENOSPC,
+            f"the next stage may write {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            str(folder),
+        )
+
+
+def forget_peak_memory():
+    """Start counting anew where the kernel can (Linux); elsewhere the peak is that of the process so far."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory():
+    """Bytes resident at the worst moment since `forget_peak_memory`."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+@contextlib.contextmanager
+def alone(folder):
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is using {folder}: wait for it or name another folder") from None
+        yield
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def replace_text(path, text):
+    """Replace a file in one step: readers see the old text or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
