@@ -56,9 +56,7 @@ class Teacher:
 def compare(grid, folder, results):
     done = {(r["task"], r["seed"], r["method"], r["size"]) for r in read(results)}
     for seed in grid["seeds"]:
-        for name, changes in grid["tasks"].items():
-            base = Recipe(model=grid["model"], task=changes["task"], seed=seed)
-            base = override(override(base, grid["base"], "base"), {k: changes[k] for k in changes if k != "task"}, name)
+        for name in grid["tasks"]:
             rows = [
                 (name, seed, method, size)
                 for size in grid["sizes"]
@@ -68,9 +66,7 @@ def compare(grid, folder, results):
             dense = [(name, seed, m, 1) for m in ("parent", "int8", "int4") if (name, seed, m, 1) not in done]
             if not rows and not dense:
                 continue
-            (folder / f"{name}-{seed}" / "stages").mkdir(parents=True, exist_ok=True)
-            stages = pipeline.Stages(base, folder / f"{name}-{seed}")
-            parent, _ = load(stages.parent() / "model")
+            base, stages, parent = setting(grid, name, seed, folder)
             for row in dense:
                 write(results, row, measure(rounded(copy.deepcopy(parent)), stages.task, row[2]))
             teacher = Teacher(parent)
@@ -85,6 +81,26 @@ def compare(grid, folder, results):
                 if width:
                     row = (*row[:2], f"{row[2]}, {width}", row[3])
                     write(results, row, {**measure(model, stages.task, width), **facts})
+
+
+def setting(grid, name, seed, folder):
+    """The recipe that all rows of a task differ from, its stages and its parent."""
+    changes = dict(grid["tasks"][name])
+    base = Recipe(model=grid["model"], task=changes.pop("task"), seed=seed)
+    base = override(override(base, grid["base"], "base"), changes, name)
+    (folder / f"{name}-{seed}" / "stages").mkdir(parents=True, exist_ok=True)
+    stages = pipeline.Stages(base, folder / f"{name}-{seed}")
+    return base, stages, load(stages.parent() / "model")[0]
+
+
+def cut(grid, name, method, size, folder):
+    """`(recipe, task, teacher, model)` of one row of a grid after `prune`: where healing starts."""
+    base, stages, parent = setting(grid, name, 0, folder)
+    own = {k: v for k, v in grid["methods"][method].items() if k != "then"}
+    r = override(base, own, method).at(1 / size)
+    found = stages.decomposed(r, lambda: all_moments(parent, stages.task, base)[r.decompose.share])
+    model, _ = load(found / "model")
+    return r, stages.task, Teacher(parent), prune(model, stages.task, **vars(r.prune))
 
 
 def compressed(r, stages, parent, teacher, moments, steps):

@@ -13,13 +13,9 @@ import time
 from pathlib import Path
 
 import yaml
-from compare import Teacher, all_moments
+from compare import cut
 
-from basis_select import pipeline
 from basis_select.heal import distance, heal
-from basis_select.models import load
-from basis_select.prune import prune
-from basis_select.recipe import Recipe, override
 from basis_select.training.loss import response_nll
 
 STEPS = 30
@@ -30,17 +26,7 @@ def main():
     grid = yaml.safe_load(path.read_text(encoding="utf-8"))
     for spec in sys.argv[4:]:
         name, method, size, rates = spec.split(":")
-        changes = dict(grid["tasks"][name])
-        base = Recipe(model=grid["model"], task=changes.pop("task"))
-        base = override(override(base, grid["base"], "base"), changes, name)
-        stages = pipeline.Stages(base, folder / f"{name}-0")
-        parent, _ = load(stages.parent() / "model")
-        task, teacher = stages.task, Teacher(parent)
-        own = {k: v for k, v in grid["methods"][method].items() if k != "then"}
-        r = override(base, own, method).at(1 / float(size))
-        found = stages.decomposed(r, lambda: all_moments(parent, task, base)[r.decompose.share])  # noqa: B023
-        start, _ = load(found / "model")
-        prune(start, task, **vars(r.prune))
+        r, task, teacher, start = cut(grid, name, method, float(size), folder)
         kl = distance(start, task, teacher)
         for lr in map(float, rates.split(",")):
             model = copy.deepcopy(start)
