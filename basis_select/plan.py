@@ -37,12 +37,13 @@ def plan(recipe):
         f"test examples of {sum(len(e.input_ids) for e in task.train) / len(task.train):.0f} tokens on average",
         "",
     ]
-    rows, disk = {}, 4 * total
+    rows, disk, moments = {}, 4 * total, 0
     for name, row in {RESULT: recipe, **recipe.family(), **recipe.variants()}.items():
         shapes = _shapes(row, model, layers, task)
         keep = _fraction(row, model, shapes)
         stages, after = _stages(row, task, model, shapes, keep, rates)
         rows[name] = stages
+        moments = max(moments, _moments(row, shapes))
         kept = total - targeted + after - _saved(row, model)
         lines.append(
             f"{name}: {after / 1e6:.2f} M targeted parameters ({targeted / after:.2f}x fewer), "
@@ -60,7 +61,8 @@ def plan(recipe):
             lines.append(
                 f"{name[:20]:22}{stage:12}{steps or '':>7}{tokens or '':>11}{flops / 1e12:>9.1f}{cost:>7.0f} s"
             )
-    memory = total * 4 * (4 if recipe.tune.steps else 2) + (targeted * 4 * 3 if recipe.learn.steps else 0)
+    training = total * 4 * (4 if recipe.tune.steps else 2) + (targeted * 4 * 3 if recipe.learn.steps else 0)
+    memory = max(training, 4 * (total + targeted + moments))
     lines += [
         "",
         f"about {seconds / 60:.0f} minutes here ({rates['train'] / 1e9:.0f} GFLOP/s in training matmuls), "
@@ -86,6 +88,18 @@ class _Shape:
     rank = property(lambda self: min(self.reads, sum(self.writes)))
     basis_cost = property(lambda self: self.reads + sum(self.writes))
     dense_cost = property(lambda self: self.reads * sum(self.writes))
+
+    @property
+    def square(self):
+        """Entries of the output moment."""
+        whole = sum(self.writes)
+        return whole**2 if whole <= MAX_MOMENT else sum(w * w for w in self.writes)
+
+
+def _moments(r, shapes):
+    """Entries of the second moments: of outputs with the task's labels and again with labels drawn from the model."""
+    uses = METRICS[r.decompose.metric]
+    return sum(bool(uses.inputs) * g.reads**2 + 2 * bool(uses.outputs) * g.square for g in shapes)
 
 
 def _shapes(r, model, layers, task):
@@ -145,16 +159,11 @@ def _stages(r, task, model, shapes, keep, rates):
     uses = METRICS[r.decompose.metric]
     examples = min(r.decompose.examples, len(task.train))
     tokens = examples * per_step // r.tune.batch_size
-    stacked = [sum(g.writes) ** 2 if sum(g.writes) <= MAX_MOMENT else sum(w * w for w in g.writes) for g in shapes]
-    gradients = 2 * bool(uses.outputs)  # with the task's labels and with labels drawn from the model
-    # Half of a Gram matrix is computed: one multiplication and one addition for every entry.
-    squares = sum(bool(uses.inputs) * g.reads**2 + gradients * s for g, s in zip(shapes, stacked, strict=True))
+    squares = _moments(r, shapes)
     # The metric and a Gram matrix of the smaller side, its eigenvectors, one more product: in float64.
-    svd = sum(
-        2 * bool(uses.outputs) * s * g.rank + 6 * g.dense_cost * g.rank + 10 * g.rank**3
-        for g, s in zip(shapes, stacked, strict=True)
-    )
-    moments = tokens * (squares + (2 + 2 * gradients) * targeted * bool(squares))
+    svd = sum(2 * bool(uses.outputs) * g.square * g.rank + 6 * g.dense_cost * g.rank + 10 * g.rank**3 for g in shapes)
+    # Half of a Gram matrix is computed: one multiplication and one addition for every entry.
+    moments = tokens * (squares + (6 if uses.outputs else 2) * targeted * bool(squares))
     seconds = moments / rates["train"] + svd / rates["float64"]
     add("decompose", r.decompose, None, tokens if squares else None, moments + svd, (moments + svd) / seconds)
     if r.learn.steps:
