@@ -68,7 +68,7 @@ def test_one_command_does_it_all(recipe, tmp_path):
     for stage in (out / "stages").iterdir():
         if (stage / "model").exists():
             bs.load(stage / "model")
-    assert yaml.safe_load((out / "recipe.yaml").read_text())["heal"]["lr"] == 3e-5
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["heal"]["kl"] == 1.0
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["versions"]["torch"].startswith(torch.__version__)
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

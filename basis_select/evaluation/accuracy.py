@@ -18,6 +18,7 @@ def evaluate(model, tokenizer, task, limit=None, batch_size=64):
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise ValueError("evaluation needs the eval extra: pip install 'basis-select[eval]'") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -27,6 +28,7 @@ def evaluate(model, tokenizer, task, limit=None, batch_size=64):
         out = lm_eval.simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)),
             tasks=_lm_eval_tasks(task, examples),
+            task_manager=TaskManager(include_defaults=False),  # else it reads thousands of task files first
             bootstrap_iters=0,
             verbosity="ERROR",
         )
