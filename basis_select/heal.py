@@ -4,8 +4,6 @@ import logging
 import random
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .bases import groups
@@ -71,12 +69,16 @@ def heal(
 
 def _add_adapters(model, rank):
     """LoRA on every linear layer but the head; nothing else trains."""
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
+
     head = model.get_output_embeddings()
     names = [name for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
 
 
 def _merge_adapters(model):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
