@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .bases import groups
+from .embedding import table_of
 from .training.data import Batches
 from .training.engine import train
 from .training.loss import task_loss
@@ -34,8 +35,8 @@ def heal(
 ):
     """Train factors, norms, biases and layers left dense on response tokens, in place; returns the model.
 
-    Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Without `lr` it is `suitable_rate`. Embedding
-    and dense head stay as they are unless `embeddings`. `precision` is "fp32" or a variant of training/collage.py:
+    Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Without `lr` it is `suitable_rate`. A dense
+    embedding and head stay as they are unless `embeddings`. `precision` is "fp32" or a variant of training/collage.py:
     "plus" trains wholly in bfloat16, with 12 bytes a parameter instead of 16. `lora` > 0 trains only adapters of that
     rank on the factors and on layers left dense (peft), and merges them in the end: no rank changes, and gradients and
     states are those of the adapters alone. Raises ValueError on bases that are still weighted, and without both `lr`
@@ -68,11 +69,12 @@ def heal(
 
 
 def _add_adapters(model, rank):
-    """LoRA on every linear layer but the head; nothing else trains."""
+    """LoRA on every linear layer but the head and the bases of the embedding; nothing else trains."""
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
 
-    head = model.get_output_embeddings()
-    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+    table = table_of(model)
+    left = {model.get_output_embeddings(), *(table.children() if table else ())}
+    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and m not in left]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
 
 

@@ -7,6 +7,8 @@ import torch
 from conftest import tiny
 
 from basis_select import decompose, heal, prune, tune
+from basis_select.bases import groups
+from basis_select.embedding import table_of
 from basis_select.heal import suitable_rate
 from basis_select.training import precision
 from basis_select.training.collage import VARIANTS
@@ -96,6 +98,14 @@ def test_adapters_are_merged_and_change_no_rank(task, broken, tmp_path, kind):
         before = start.get_parameter(name)
         before = before.bfloat16().float() if kind == "plus" else before
         assert (p != before).any() == (".u." in name or ".v." in name), name
+
+
+def test_adapters_leave_the_bases_of_the_embedding_alone(task):
+    parent = tiny(tied=True)
+    start = prune(decompose(copy.deepcopy(parent), task, embedding=True), keep=0.5, keep_embedding=0.5, multiple_of=1)
+    model = heal(copy.deepcopy(start), task, parent, steps=2, batch_size=8, lr=1e-2, lora=2)
+    assert torch.equal(table_of(model).u.weight, table_of(start).u.weight)
+    assert not torch.equal(groups(model)[0][0][1].u.weight, groups(start)[0][0][1].u.weight)
 
 
 def test_healing_brings_the_loss_down(task, ids, tmp_path):
