@@ -96,7 +96,7 @@ def suitable_rate(model, task, teacher, seed=0):
     if teacher is None:
         raise ValueError("how fast to heal is read off the distance to the dense parent: pass a teacher or lr")
     far = distance(model, task, teacher, seed)
-    rate = min(max(1e-4 * far**0.7, 1e-5), 1e-3)
+    rate = min(max(1e-4 * max(far, 0.0) ** 0.7, 1e-5), 1e-3)  # rounding can leave a KL of zero below it
     log.info("KL to the parent %.3g nats per token: healing at a rate of %.2g", far, rate)
     return rate
 

@@ -29,7 +29,7 @@ def test_embedding_as_bases(kind, tied, task, ids, tmp_path, tokenizer):
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     assert facts["parameters_dense"] == dense
     assert table_of(model).rank == table_rank(0.5, 128, 64, 2)[0]
-    bs.heal(model, task, steps=2, batch_size=4)
+    bs.heal(model, task, steps=2, batch_size=4, lr=1e-4)
     bs.save(model, tokenizer, tmp_path / "model")
     again, _ = bs.load(tmp_path / "model")
     assert torch.equal(logits(again, ids), logits(model, ids))
