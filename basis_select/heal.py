@@ -31,12 +31,13 @@ def heal(
     kl: float = 1.0,
     embeddings: bool = False,
     precision: str = "fp32",
+    checkpointing: bool = False,
     lora: int = 0,
 ):
     """Train factors, norms, biases and layers left dense on response tokens, in place; returns the model.
 
     Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Without `lr` it is `suitable_rate`. A dense
-    embedding and head stay as they are unless `embeddings`. `precision` is "fp32" or a variant of training/collage.py:
+    embedding and head stay as they are unless `embeddings`. `precision` and `checkpointing` as in training/engine.py:
     "plus" trains wholly in bfloat16, with 12 bytes a parameter instead of 16. `lora` > 0 trains only adapters of that
     rank on the factors and on layers left dense (peft), and merges them in the end: no rank changes, and gradients and
     states are those of the adapters alone. Raises ValueError on bases that are still weighted, and without both `lr`
@@ -61,6 +62,7 @@ def heal(
         teacher=teacher,
         kl=kl,
         precision=precision,
+        checkpointing=checkpointing,
     )
     if lora:
         _merge_adapters(model)

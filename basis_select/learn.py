@@ -32,6 +32,8 @@ def learn(
     square: bool = False,
     new: int = 0,
     rest: bool = False,
+    precision: str = "fp32",
+    checkpointing: bool = False,
 ):
     """Train the weight of every basis, `y = u((v x) * s) + b`, in place; returns the model.
 
@@ -42,6 +44,7 @@ def learn(
     what is alive. In the end all bases are there again, with the weight they last had and, in `survived`, how many
     cuts they outlived: `prune` gives any size from that. `new` adds new bases that train from the first step and
     are never pruned (Basel), `rest` trains everything that is not a basis as well: embeddings, norms, biases.
+    `precision` and `checkpointing` as in training/engine.py; the weights of bases are fp32 in any.
     Loss: CE + `kl` * KL(teacher || model).
     """
     found = groups(model)
@@ -75,6 +78,8 @@ def learn(
         folder=folder,
         teacher=teacher,
         kl=kl,
+        precision=precision,
+        checkpointing=checkpointing,
         callbacks=[prunings] if prunings else [],
     )
     if prunings:

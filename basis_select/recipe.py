@@ -121,7 +121,7 @@ def _check_values(r):
         ("prune.budget", r.prune.budget, BUDGETS),
         ("prune.score", r.prune.score, SCORES),
         ("extend.init", r.extend.init, INITS),
-        ("heal.precision", r.heal.precision, ("fp32", *VARIANTS)),
+        *((f"{s}.precision", getattr(r, s).precision, ("fp32", *VARIANTS)) for s in ("tune", "learn", "heal")),
         ("dtype", r.dtype, BYTES),
         ("data.score", r.data.score, (None, *ANSWER_SCORES)),
     ):

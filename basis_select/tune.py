@@ -5,10 +5,25 @@ from .embedding import LowRankEmbedding
 from .training.engine import train
 
 
-def tune(model, task, folder=None, seed=0, *, steps: int = 0, batch_size: int = 16, lr: float = 1e-4):
-    """Train everything but the embeddings on response tokens with cross-entropy, in place; returns the model."""
+def tune(
+    model,
+    task,
+    folder=None,
+    seed=0,
+    *,
+    steps: int = 0,
+    batch_size: int = 16,
+    lr: float = 1e-4,
+    precision: str = "fp32",
+    checkpointing: bool = False,
+):
+    """Train everything but the embeddings on response tokens with cross-entropy, in place; returns the model.
+
+    `precision` and `checkpointing` as in training/engine.py.
+    """
     trainable(model)
-    train(model, task, steps=steps, batch_size=batch_size, lr=lr, seed=seed, folder=folder)
+    options = {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision}
+    train(model, task, seed=seed, folder=folder, checkpointing=checkpointing, **options)
     return model
 
 

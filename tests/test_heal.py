@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny
 
-from basis_select import decompose, heal, prune, tune
+from basis_select import decompose, heal, learn, prune, tune
 from basis_select.bases import groups
 from basis_select.embedding import table_of
 from basis_select.heal import suitable_rate
@@ -62,6 +62,31 @@ def test_bfloat16_products_in_fp32_are_rounded_once(ids, monkeypatch):
         scale = other.float().square().mean().sqrt()
         assert ((mine.float() - other.float()).square().mean().sqrt()) <= 0.05 * scale
     assert type(precision.autocast(tiny())) is torch.autocast
+
+
+@pytest.mark.parametrize("kind", ["fp32", "plus"])
+def test_checkpointing_changes_no_gradient(task, broken, kind):
+    parent, start = broken
+    options = {"steps": 3, "batch_size": 8, "lr": 1e-3, "precision": kind}
+    models = [heal(copy.deepcopy(start), task, parent, checkpointing=on, **options) for on in (False, True)]
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6 if kind == "fp32" else 1e-3), name
+    assert not models[1].is_activation_checkpointing
+
+
+def test_weights_learned_in_bfloat16_stay_whole(task):
+    """The factors compute in bfloat16; the weights that decide what stays, and what comes back, are fp32."""
+    parent = tiny()
+    learned = [
+        learn(decompose(copy.deepcopy(parent), task), task, parent, keep=0.4, steps=8, batch_size=8, precision=kind)
+        for kind in ("fp32", "plus")
+    ]
+    fp32, plus = ([members[0][1].leader for members in groups(m)] for m in learned)
+    for a, b in zip(fp32, plus, strict=True):
+        assert torch.equal(a.v.weight, b.v.weight)
+        assert torch.equal(a.scale, b.scale)
+        assert not torch.equal(b.weight, b.weight.bfloat16().float())
+        assert (a.weight - b.weight).abs().mean() < 0.2 * (a.weight - 1).abs().mean()
 
 
 def test_a_killed_healing_in_bfloat16_continues_bit_for_bit(task, broken, tmp_path, monkeypatch):

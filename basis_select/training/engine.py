@@ -38,13 +38,15 @@ def train(
     kl=1.0,
     warmup=0.05,
     precision="fp32",
+    checkpointing=False,
     callbacks=(),
 ):
     """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
 
     AdamW, cosine schedule, gradient clipping at 1. `precision`: "fp32", or one of collage.VARIANTS, with which the
     model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype: what trained with
-    all that was carried for it, what did not rounded.
+    all that was carried for it, what did not rounded. `checkpointing` keeps only the inputs of the decoder layers and
+    computes the rest anew in the backward pass.
     `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
     same arguments continues. Raises FloatingPointError when the loss is not finite; the last checkpoint then still
     holds the last good state.
@@ -65,6 +67,7 @@ def train(
                 kl=kl,
                 warmup=warmup,
                 precision=precision,
+                checkpointing=checkpointing,
                 callbacks=callbacks,
             )
     folder = Path(folder)
@@ -84,6 +87,8 @@ def train(
         warmup_steps=math.ceil(warmup * steps),
         weight_decay=0.0,
         optim="adamw_torch_fused",
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         bf16=fast_bf16(model.device) and model.dtype == torch.float32,
         seed=seed,
         save_strategy="no",  # Clock asks for checkpoints by time
@@ -112,17 +117,19 @@ def train(
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if optimizer:
         _widen(model, optimizer, own)
+    if checkpointing:
+        model.activation_checkpointing_disable()
     model.eval()
     return record.rows
 
 
 def _narrow(model):
     """Everything in bfloat16 but the 1-D basis weights: `learn` trains little else, and they decide what stays."""
-    weights = {m.weight: m.scale for m in model.modules() if isinstance(m, LowRankLinear) and hasattr(m, "weight")}
-    kept = {p: p.data for p in weights}
+    weighted = [m for m in model.modules() if isinstance(m, LowRankLinear) and hasattr(m, "scale")]
+    kept = [(m, m.weight.data, m.scale) for m in weighted]
     model.to(torch.bfloat16)
-    for p, value in kept.items():
-        p.data = value
+    for m, weight, scale in kept:
+        m.weight.data, m.scale = weight, scale
 
 
 @torch.no_grad()
