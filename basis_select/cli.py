@@ -59,11 +59,15 @@ def run(
 
 
 @_command
-def plan(recipe: RecipeFile, changes: Changes = None):
+def plan(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    ranks: Annotated[int, typer.Option(min=1, help="processes that share the work, a machine each")] = 1,
+):
     """Say what a recipe will do and cost, without doing it."""
     from .plan import plan as make
 
-    typer.echo(make(_recipe(recipe, changes)))
+    typer.echo(make(_recipe(recipe, changes), ranks))
 
 
 @_command

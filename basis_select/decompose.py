@@ -17,6 +17,7 @@ from .training.loss import activation_gradients, response_logits
 from .training.precision import autocast
 
 log = logging.getLogger(__name__)
+EXAMPLES_TOGETHER = 8  # a batch of those that second moments are averaged over
 MAX_MOMENT = 16384  # a side longer than this has its moment replaced by its mean eigenvalue times the identity
 
 
@@ -194,7 +195,7 @@ def second_moments(model, members, task, examples, uses):
     width = {name: model.get_submodule(name).out_features for names in members for name in names}
     handles = [model.get_submodule(n).register_forward_hook(on_forward(names, n)) for names in members for n in names]
     generator = torch.Generator(model.device).manual_seed(0)
-    size = 8
+    size = EXAMPLES_TOGETHER
     rows = random.Random(0).sample(task.train, min(examples, len(task.train)))
     try:
         batches = Batches(rows, batch_size=size, steps=-(-len(rows) // size), seed=0)

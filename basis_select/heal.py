@@ -48,7 +48,7 @@ def heal(
     if lr is None and steps:
         lr = suitable_rate(model, task, teacher, seed) * (LORA_RATE if lora else 1)
     if lora:
-        _add_adapters(model, lora)
+        add_adapters(model, lora)
     else:
         trainable(model, embeddings)
     train(
@@ -70,7 +70,7 @@ def heal(
     return model
 
 
-def _add_adapters(model, rank):
+def add_adapters(model, rank):
     """LoRA on every linear layer but the head and the bases of the embedding; nothing else trains."""
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
 

@@ -55,7 +55,6 @@ def learn(
     if cuts and not 1 <= rounds <= steps - int(unpruned * steps):
         raise ValueError(f"rounds={rounds} prunings do not fit into steps={steps} with unpruned={unpruned}")
     generator = torch.Generator().manual_seed(seed)
-    model.requires_grad_(rest)
     for members in found:
         leader = members[0][1].leader
         if square and leader.power == 1:
@@ -63,10 +62,7 @@ def learn(
             leader.scale = torch.ones_like(leader.scale)
         if new:
             add_new(members, new, generator)
-        for _, layer in members:
-            layer.u.weight.requires_grad_(False)
-        leader.v.weight.requires_grad_(False)
-        leader.weight.requires_grad_(True)
+    weights(model, rest)
     prunings = _Prunings(model, task, seed, steps, rounds, unpruned, cut) if cuts else None
     train(
         model,
@@ -86,6 +82,19 @@ def learn(
         prunings.restore()
     model.requires_grad_(False)
     return model
+
+
+def weights(model, rest=False):
+    """What learn trains: the weights of bases, new bases and, with `rest`, everything that is not a basis."""
+    model.requires_grad_(rest)
+    for members in groups(model):
+        leader = members[0][1].leader
+        for _, layer in members:
+            layer.u.weight.requires_grad_(False)
+            if layer.new is not None:
+                layer.new.requires_grad_(True)
+        leader.v.weight.requires_grad_(False)
+        leader.weight.requires_grad_(True)
 
 
 class _Prunings(TrainerCallback):

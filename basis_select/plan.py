@@ -1,28 +1,38 @@
 """What a recipe will do and cost, from the model's config and the task's token counts alone: no weights are read."""
 
 import dataclasses
+import functools
 import time
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from .decompose import MAX_MOMENT, same_input, targets
+from .cost import moments_step, training_step
+from .decompose import EXAMPLES_TOGETHER, MAX_MOMENT, same_input, targets
 from .derivatives import PROBES
+from .embedding import module_name
+from .heal import add_adapters
+from .learn import weights
 from .linalg.budget import BYTES, allocate, keep_for, table_rank, uniform_scores
 from .linalg.metrics import METRICS
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer
 from .recipe import RESULT
+from .rundir import resident_memory
 from .tasks import load_task
 from .training.data import Batches
 from .training.precision import fast_bf16
+from .tune import trainable
 
 EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores
 GENERATED_PER_ITEM = 2.0  # an evaluated item costs about this many plain forwards of its tokens: likelihood, generation
 
 
-def plan(recipe):
-    """The text of `basis-select plan`. Raises ValueError, like `run`, for data or budgets that cannot work."""
+def plan(recipe, ranks=1):
+    """The text of `basis-select plan` for `ranks` processes. Raises ValueError, like `run`, for data or budgets that
+    cannot work.
+    """
+    base = resident_memory()
     config, tokenizer = config_and_tokenizer(recipe.model)
     model = dense_on_meta(config)
     task = load_task(recipe.task, tokenizer, recipe.seed, **dataclasses.asdict(recipe.data))
@@ -37,38 +47,48 @@ def plan(recipe):
         f"test examples of {sum(len(e.input_ids) for e in task.train) / len(task.train):.0f} tokens on average",
         "",
     ]
-    rows, disk, moments = {}, 4 * total, 0
+    stages, known, disk = {}, {}, 4 * total
     for name, row in {RESULT: recipe, **recipe.family(), **recipe.variants()}.items():
         shapes = _shapes(row, model, layers, task)
         keep = _fraction(row, model, shapes)
-        stages, after = _stages(row, task, model, shapes, keep, rates)
-        rows[name] = stages
-        moments = max(moments, _moments(row, shapes))
+        for stage in _stages(row, task, model, shapes, keep, rates, ranks, known):
+            stages.setdefault((stage.name, stage.options), (name, stage))  # rows share it
+        after = keep * targeted
         kept = total - targeted + after - _saved(row, model)
         lines.append(
             f"{name}: {after / 1e6:.2f} M targeted parameters ({targeted / after:.2f}x fewer), "
             f"{kept / 1e6:.2f} M in all, {kept * BYTES[row.dtype] / 1e6:.0f} MB in {row.dtype}"
         )
         disk += 4 * total + 8 * targeted + 12 * kept
-    lines += ["", f"{'stage':34}{'steps':>7}{'tokens':>11}{'TFLOP':>9}{'about':>9}"]
-    seconds, seen = 0.0, set()
-    for name, stages in rows.items():
-        for stage, options, steps, tokens, flops, cost in stages:
-            if (stage, options) in seen:  # rows share it
-                continue
-            seen.add((stage, options))
-            seconds += cost
-            lines.append(
-                f"{name[:20]:22}{stage:12}{steps or '':>7}{tokens or '':>11}{flops / 1e12:>9.1f}{cost:>7.0f} s"
-            )
-    training = total * 4 * (4 if recipe.tune.steps else 2) + (targeted * 4 * 3 if recipe.learn.steps else 0)
-    memory = max(training, 4 * (total + targeted + moments))
+    lines += ["", f"{'stage':34}{'steps':>7}{'tokens':>11}{'TFLOP':>11}{'about':>9}{'memory':>11}"]
+    for name, s in stages.values():
+        memory = f"{(base + s.memory) / 2**30:.1f} GiB" if s.memory else ""
+        lines.append(
+            f"{name[:20]:22}{s.name:12}{s.steps or '':>7}{s.tokens or '':>11}{s.flops / 1e12:>11.1f}"
+            f"{s.seconds:>7.0f} s{memory:>11}"
+        )
+    where = "here" if ranks == 1 else f"on {ranks} machines like this one"
     lines += [
         "",
-        f"about {seconds / 60:.0f} minutes here ({rates['train'] / 1e9:.0f} GFLOP/s in training matmuls), "
-        f"{memory / 2**30:.1f} GiB of memory, {disk / 1e9:.1f} GB of disk for stages",
+        f"about {sum(s.seconds for _, s in stages.values()) / 60:.0f} minutes {where} "
+        f"({rates['train'] / 1e9:.0f} GFLOP/s in training matmuls), "
+        f"{(base + max(s.memory for _, s in stages.values())) / 2**30:.1f} GiB of memory"
+        f"{'' if ranks == 1 else ' a process'}, {disk / 1e9:.1f} GB of disk for stages",
     ]
     return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What one stage costs; `flops` of products, `memory` in bytes beside the libraries' own (0: less than others)."""
+
+    name: str
+    steps: int | None
+    tokens: int | None
+    flops: float
+    seconds: float
+    memory: float = 0
+    options: str = ""
 
 
 def check_budget(recipe, source, task):
@@ -82,6 +102,7 @@ def check_budget(recipe, source, task):
 class _Shape:
     """Layers that will share one input basis."""
 
+    names: tuple
     reads: int
     writes: tuple
 
@@ -104,7 +125,7 @@ def _moments(r, shapes):
 
 def _shapes(r, model, layers, task):
     members = same_input(model, layers, task) if r.decompose.share else [[n] for n in layers]
-    return [_Shape(layers[g[0]].in_features, tuple(layers[n].out_features for n in g)) for g in members]
+    return [_Shape(tuple(g), layers[g[0]].in_features, tuple(layers[n].out_features for n in g)) for g in members]
 
 
 def dense_on_meta(config):
@@ -130,90 +151,140 @@ def _fraction(r, model, shapes):
     """The fraction of the targeted parameters that stays; 1 where it is an outcome. ValueError if it cannot be met."""
     if r.prune.mass is not None or r.prune.max_drop is not None:
         return 1.0
-    costs, dense = [g.basis_cost for g in shapes], [g.dense_cost for g in shapes]
-    keep = keep_of(r, model, sum(dense))
-    scores = [uniform_scores(g.rank, g.basis_cost, g.dense_cost) for g in shapes]
-    room = int(keep * sum(dense)) - (r.extend.rank + r.learn.new) * sum(costs)
-    try:
-        allocate(scores, costs, dense, room, r.prune.multiple_of)
-    except ValueError as error:
-        how = f"prune.keep={r.prune.keep}" if r.prune.size is None else f"prune.size={r.prune.size}"
-        raise ValueError(f"{how} with extend.rank={r.extend.rank}: {error}") from None
+    keep = keep_of(r, model, sum(g.dense_cost for g in shapes))
+    _ranks(r, shapes, keep)
     return keep
 
 
-def _stages(r, task, model, shapes, keep, rates):
-    """`[(name, options, steps, tokens, flops, seconds), ...]` of one row, and its targeted parameters."""
+def _ranks(r, shapes, keep):
+    """`{layer: rank}` of what `keep` leaves, the same share of every layer, without those that stay dense."""
+    costs, dense = [g.basis_cost for g in shapes], [g.dense_cost for g in shapes]
+    scores = [uniform_scores(g.rank, g.basis_cost, g.dense_cost) for g in shapes]
+    room = int(keep * sum(dense)) - (r.extend.rank + r.learn.new) * sum(costs)
+    try:
+        found = allocate(scores, costs, dense, room, r.prune.multiple_of)
+    except ValueError as error:
+        how = f"prune.keep={r.prune.keep}" if r.prune.size is None else f"prune.size={r.prune.size}"
+        raise ValueError(f"{how} with extend.rank={r.extend.rank}: {error}") from None
+    more = r.extend.rank + r.learn.new
+    return {n: rank + more for g, rank in zip(shapes, found, strict=True) if rank is not None for n in g.names}
+
+
+def _stages(r, task, model, shapes, keep, rates, processes, known):
+    """Every Stage of one row, in order; known: those that train, by what they depend on, which grows."""
     targeted = sum(g.dense_cost for g in shapes)
     after = keep * targeted
-    head = model.get_output_embeddings().weight.numel()
-    per_step, responses = _tokens(task, r.tune.batch_size)
-    forward = 2 * targeted * per_step + 2 * head * responses
     stages = []
 
-    def add(name, options, steps, tokens, flops, rate):
-        stages.append((name, repr(options), steps, tokens, flops, flops / rate))
+    def add(stage, *options):
+        stages.append(dataclasses.replace(stage, options=repr(options)))
+
+    def train(name, options, seed, trains, bases=None, sharded=True):
+        key = repr((name, options, bases))
+        if key not in known:
+            known[key] = _training(name, options, task, seed, model.config, rates, processes, trains, bases, sharded)
+        return known[key]
 
     if r.tune.steps:
-        add("tune", r.tune, r.tune.steps, r.tune.steps * per_step, 3 * forward * r.tune.steps, rates["train"])
-    uses = METRICS[r.decompose.metric]
-    examples = min(r.decompose.examples, len(task.train))
-    tokens = examples * per_step // r.tune.batch_size
-    squares = _moments(r, shapes)
-    # The metric and a Gram matrix of the smaller side, its eigenvectors, one more product: in float64.
-    svd = sum(2 * bool(uses.outputs) * g.square * g.rank + 6 * g.dense_cost * g.rank + 10 * g.rank**3 for g in shapes)
-    # Half of a Gram matrix is computed: one multiplication and one addition for every entry.
-    moments = tokens * (squares + (6 if uses.outputs else 2) * targeted * bool(squares))
-    seconds = moments / rates["train"] + svd / rates["float64"]
-    add("decompose", r.decompose, None, tokens if squares else None, moments + svd, (moments + svd) / seconds)
+        add(train("tune", r.tune, r.seed, trainable), r.tune)
+    add(_decomposition(r, task, model, shapes, rates), r.decompose)
     if r.learn.steps:
-        bases = sum(g.basis_cost * g.rank for g in shapes)
-        rounds = r.learn.rounds
-        alive = sum(max(after, min(bases, keep ** (k / rounds) * targeted)) for k in range(1, rounds + 1))
-        alive = alive / rounds if rounds else bases
-        teacher = forward if r.learn.kl else 0
-        flops = r.learn.steps * (teacher + 4 * alive * per_step + 4 * head * responses)
-        add(
-            "learn",
-            (r.learn, r.decompose, r.sizes or r.prune),
-            r.learn.steps,
-            r.learn.steps * per_step,
-            flops,
-            rates["train"],
-        )
+        learned = _bases(r, model, shapes, {n: g.rank for g in shapes for n in g.names}, weighted=1, new=r.learn.new)
+        stage = train("learn", r.learn, r.seed, functools.partial(weights, rest=r.learn.rest), learned, False)
+        if r.learn.rounds and keep < 1:  # what is alive shrinks from cut to cut
+            whole, rounds = sum(g.basis_cost * g.rank for g in shapes), r.learn.rounds
+            alive = sum(max(after, min(whole, keep ** (k / rounds) * targeted)) for k in range(1, rounds + 1)) / rounds
+            less = 4 * stage.tokens * (whole - alive) * (1 - r.learn.unpruned)
+            shorter = stage.seconds * (1 - less / stage.flops)
+            stage = dataclasses.replace(stage, flops=stage.flops - less, seconds=shorter)
+        add(stage, r.learn, r.decompose, r.sizes or r.prune)
     if SCORES[r.prune.score].derivatives and not (r.learn.steps and r.learn.rounds):
         # Two gradients of the full set of bases for every probe, in fp32.
-        tokens = PROBES * 8 * per_step // r.tune.batch_size
+        tokens = PROBES * _batch_shapes(task, 8, PROBES, r.seed)[2]
         flops = 2 * tokens * 4 * sum(g.basis_cost * g.rank for g in shapes)
-        add("derivatives", (r.decompose, r.learn), PROBES, tokens, flops, rates["train"] / 2)
+        add(Stage("derivatives", PROBES, tokens, flops, 2 * flops / rates["train"]), r.decompose, r.learn)
+    cut = (r.decompose, r.learn, r.prune)
     if r.refine.steps:
-        flops = r.refine.steps * (2 * targeted + 8 * after) * per_step
-        options = (r.refine, r.decompose, r.learn, r.prune)
-        add("refine", options, r.refine.steps, r.refine.steps * per_step, flops, rates["train"])
+        tokens = r.refine.steps * _batch_shapes(task, r.refine.batch_size, r.refine.steps, r.seed)[2]
+        flops = (2 * targeted + 8 * after) * tokens
+        add(Stage("refine", r.refine.steps, tokens, flops, flops / rates["train"]), r.refine, *cut)
     if r.heal.steps:
-        teacher = forward if r.heal.kl else 0
-        flops = r.heal.steps * (teacher + 6 * after * per_step + 4 * head * responses)
-        add(
-            "heal",
-            (r.heal, r.decompose, r.learn, r.prune),
-            r.heal.steps,
-            r.heal.steps * per_step,
-            flops,
-            rates["train"],
-        )
+        healed = _bases(r, model, shapes, _ranks(r, shapes, keep), cut=True) if keep < 1 else {}
+        trains = functools.partial(trainable, embeddings=r.heal.embeddings)
+        if r.heal.lora:
+            trains = functools.partial(add_adapters, rank=r.heal.lora)
+        add(train("heal", r.heal, r.seed + 1, trains, healed), r.heal, *cut)
     test = sum(len(e.input_ids) for e in task.test)
-    flops = GENERATED_PER_ITEM * test * 2 * (after + head)
-    add("evaluate", (r.decompose, r.learn, r.prune, r.heal), None, test, flops, rates["train"] / 3)
-    return stages, after
+    flops = GENERATED_PER_ITEM * test * 2 * (after + model.get_output_embeddings().weight.numel())
+    add(Stage("evaluate", None, test, flops, 3 * flops / rates["train"]), r.heal, *cut)
+    return stages
 
 
-def _tokens(task, batch_size):
-    """Padded tokens and response tokens of an average batch."""
-    batches = [batch for batch, _ in zip(Batches(task.train, batch_size, 32, 0), range(32), strict=False)]
-    return (
-        sum(b["input_ids"].numel() for b in batches) // len(batches),
-        sum(len(b["targets"]) for b in batches) // len(batches),
-    )
+def _training(name, options, task, seed, config, rates, processes, trains, bases, sharded):
+    """The Stage of a verb that trains, on `processes` of which each takes its part of every batch."""
+    shape, share, tokens = _batch_shapes(task, options.batch_size, options.steps, seed, processes)
+    how = {"precision": options.precision, "checkpointing": options.checkpointing}
+    how["taught"] = getattr(options, "kl", 0) > 0
+    step = training_step(config, shape, trains, bases=bases, **how)
+    flops = options.steps * processes * _average(step, share)
+    memory = step.held + step.passing
+    if sharded and processes > 1:  # weights, states and gradients in parts, but the layers at work
+        memory += (step.held + step.gradients) * (1 / processes - 1) + 2 * step.block
+    return Stage(name, options.steps, options.steps * tokens, flops, flops / rates["train"] / processes, memory)
+
+
+def _decomposition(r, task, model, shapes, rates):
+    uses = METRICS[r.decompose.metric]
+    size = min(EXAMPLES_TOGETHER, r.decompose.examples)
+    steps = -(-min(r.decompose.examples, len(task.train)) // size)
+    shape, share, tokens = _batch_shapes(task, size, steps, 0)
+    squares = _moments(r, shapes)
+    # Half of a Gram matrix is computed: one multiplication and one addition for every entry.
+    step = moments_step(model.config, shape) if squares else None
+    moments = steps * (tokens * squares + _average(step, share)) if squares else 0
+    # The metric and a Gram matrix of the smaller side, its eigenvectors, one more product: in float64.
+    svd = sum(2 * bool(uses.outputs) * g.square * g.rank + 6 * g.dense_cost * g.rank + 10 * g.rank**3 for g in shapes)
+    widest = max(shapes, key=lambda g: g.dense_cost)
+    work = 8 * (4 * widest.dense_cost + 4 * widest.rank**2 + bool(uses.outputs) * widest.square)
+    factors = 4 * sum(g.basis_cost * g.rank for g in shapes)
+    passing = step.passing if squares else 0
+    memory = 4 * sum(p.numel() for p in model.parameters()) + max(4 * squares + max(passing, work), factors + work)
+    seconds = moments / rates["train"] + svd / rates["float64"]
+    return Stage("decompose", None, steps * tokens if squares else None, moments + svd, seconds, memory)
+
+
+def _bases(r, model, shapes, ranks, cut=False, **more):
+    """What checkpoint/format.py needs to build a model with these ranks."""
+    names = [[n for n in g.names if n in ranks] for g in shapes]
+    found = {"ranks": ranks, "groups": [g for g in names if len(g) > 1], **more}
+    if r.decompose.embedding:
+        table = model.get_input_embeddings()
+        rank = table_rank(r.prune.keep_embedding, *table.weight.shape, r.prune.multiple_of)[0]
+        tied = model.get_output_embeddings().weight is table.weight
+        rank = rank if cut else min(table.weight.shape)
+        found["embedding"] = {"name": module_name(model, table), "rank": rank, "tied": tied}
+    return found
+
+
+def _batch_shapes(task, batch_size, steps, seed, processes=1):
+    """Of a stage's batches: the largest (rows, length, responses), what share of its tokens and of its responses the
+    average has, and the average's tokens, padding counted.
+
+    The shape is what one of `processes` sees, the tokens are those of all.
+    """
+    steps = min(steps, 64)
+    batches = list(Batches(task.train, batch_size, steps, seed))
+    tokens = [b["input_ids"].numel() for b in batches]
+    responses = [len(b["targets"]) for b in batches]
+    length = max(b["input_ids"].shape[1] for b in batches)
+    rows = -(-batch_size // processes)
+    share = (sum(tokens) / steps / (batch_size * length), sum(responses) / steps / max(responses))
+    return (rows, length, -(-max(responses) // processes)), share, round(sum(tokens) / steps)
+
+
+def _average(step, share):
+    """FLOPs of an average step from those of the largest."""
+    return step.flops * share[0] + step.head_flops * share[1]
 
 
 def _rates():

@@ -45,9 +45,18 @@ def forget_peak_memory():
 
 def peak_memory():
     """Bytes resident at the worst moment since `forget_peak_memory`."""
+    return _status("VmHWM")
+
+
+def resident_memory():
+    """Bytes resident now."""
+    return _status("VmRSS")
+
+
+def _status(field):
     status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if field in line)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 

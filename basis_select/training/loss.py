@@ -48,9 +48,9 @@ def response_logits(model, batch):
 
 @torch.no_grad()
 def log_probabilities(teacher, batch):
-    """What `task_loss` compares with: log-probabilities (m, vocabulary) of the m response tokens, fp32."""
+    """What `task_loss` compares with: log-probabilities (n, vocabulary) at `batch["positions"]`, fp32."""
     with autocast(teacher):
-        return response_logits(teacher, batch)[(batch["targets"] >= 0).to(teacher.device)].float().log_softmax(-1)
+        return response_logits(teacher, batch).float().log_softmax(-1)
 
 
 def task_loss(model, batch, teacher=None, kl=1.0, mixed=True):
@@ -60,15 +60,17 @@ def task_loss(model, batch, teacher=None, kl=1.0, mixed=True):
     zero. `mixed=False` computes an fp32 model in fp32.
     """
     targets = batch["targets"].to(model.device)
-    real = targets >= 0
+    real = targets >= 0  # masked, not indexed: shapes then do not depend on data
+    count = real.sum()
     with autocast(model) if mixed else nullcontext():
         logits = response_logits(model, batch)
-    log_q = logits[real].float().log_softmax(-1)
-    ce = F.nll_loss(log_q, targets[real])
+    log_q = logits.float().log_softmax(-1)
+    ce = F.nll_loss(log_q, targets, reduction="sum") / count
     if teacher is None or kl == 0:
         return ce, ce, torch.zeros_like(ce)
     log_p = log_probabilities(teacher, batch) if isinstance(teacher, nn.Module) else teacher(batch)
-    divergence = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    each = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    divergence = (each * real).sum() / count
     return ce + kl * divergence, ce, divergence
 
 

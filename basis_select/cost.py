@@ -1,0 +1,154 @@
+"""What a training step computes and keeps in memory: the step itself, run on tensors that have no data."""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoModelForCausalLM
+
+from .bases import LowRankLinear
+from .checkpoint.format import BasisSelectConfig, build
+from .embedding import module_name
+from .training.collage import CollageAdamW
+from .training.loss import activation_gradients, task_loss
+
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only the GPU's
+_FLOPS = {
+    _CPU_ATTENTION: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, out_shape=None, **__: (
+        sdpa_backward_flop_count(g, q, k, v)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step: `flops` of products, the output head's apart; `held`, bytes of weights, a teacher's too, and of
+    optimizer states; `gradients`, bytes; `passing`, bytes beyond `held` at the worst moment: activations, logits,
+    gradients; `block`, bytes of the largest decoder layer's weights, which a process needs whole when all is sharded.
+    """
+
+    flops: int
+    head_flops: int
+    held: int
+    gradients: int
+    passing: int
+    block: int
+
+
+def count_flops():
+    """A context that counts the FLOPs of products, attention included; ask it for `get_total_flops()`."""
+    return FlopCounterMode(display=False, custom_mapping=_FLOPS)
+
+
+def _model(config, dtype=torch.float32, **bases):
+    """A model of `config`, with factored layers if any are given; the weights of bases are fp32 as in training."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if bases:
+        build(model, BasisSelectConfig(**bases))
+    for module in model.modules():
+        if isinstance(module, LowRankLinear) and hasattr(module, "scale"):
+            module.scale = module.scale.float()
+            module.weight = torch.nn.Parameter(module.weight.float())
+    return model
+
+
+def training_step(
+    config, shape, trains, taught=False, precision="fp32", checkpointing=False, teacher="float32", bases=None
+):
+    """The Cost of one step of training/engine.py on a batch of `shape`, (rows, length, response tokens).
+
+    trains: function that sets what of a model requires gradients; bases: a dict, how checkpoint/format.py describes the
+    factored layers, none if dense; teacher: the dtype of the dense parent, if `taught` by one.
+    """
+    with FakeTensorMode():
+        model = _model(config, torch.float32 if precision == "fp32" else torch.bfloat16, **(bases or {}))
+        trains(model)
+        if checkpointing:
+            model.train().activation_checkpointing_enable({"use_reentrant": False})
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if precision == "fp32":
+            optimizer = torch.optim.AdamW(parameters, fused=True)
+        else:
+            optimizer = CollageAdamW(parameters, variant=precision)
+        parent = _model(config, getattr(torch, teacher)).requires_grad_(False) if taught else None
+        batch = _batch(*shape)
+        for p in parameters:  # the first step makes the states; the second is the one that counts
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        memory = _Memory([*model.parameters(), *(parent.parameters() if taught else ())])
+        for state in optimizer.state.values():
+            memory.see([x for x in state.values() if torch.is_tensor(x)])
+        held = memory.now
+        with count_flops() as flops, memory:
+            task_loss(model, batch, parent)[0].backward()
+            gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+            optimizer.step()
+    return Cost(*_split(flops, model), held, gradients, memory.peak - held, _largest_block(model))
+
+
+def moments_step(config, shape):
+    """The Cost of one batch of decompose.second_moments without the moments: two backward passes to activations."""
+    with FakeTensorMode():
+        model = _model(config)
+        memory = _Memory(model.parameters())
+        held = memory.now
+        with count_flops() as flops, memory, activation_gradients(model):
+            loss = task_loss(model, _batch(*shape))[0]
+            loss.backward(retain_graph=True)
+            loss.backward()
+    return Cost(*_split(flops, model), held, 0, memory.peak - held, _largest_block(model))
+
+
+def _split(flops, model):
+    """`(all but the head's, the head's)`; a teacher of the same class counts with it."""
+    head = f"{type(model).__name__}.{module_name(model, model.get_output_embeddings())}"
+    at_head = sum(flops.get_flop_counts()[head].values())
+    return flops.get_total_flops() - at_head, at_head
+
+
+def _batch(rows, length, responses):
+    positions = torch.zeros(responses, dtype=torch.long)
+    return {
+        "input_ids": torch.zeros(rows, length, dtype=torch.long),
+        "positions": positions,
+        "targets": positions.clone(),
+    }
+
+
+def _largest_block(model):
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    blocks = max(stacks, key=lambda m: sum(p.numel() for p in m.parameters()))
+    return max(sum(p.nbytes for p in block.parameters()) for block in blocks)
+
+
+class _Memory(TorchDispatchMode):
+    """Bytes of all storages alive, `now` and at the `peak`: of `tensors` and of what operations here make."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+        self.see(list(tensors))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.see([x for x in tree_leaves(out) if torch.is_tensor(x)])
+        return out
+
+    def see(self, tensors):
+        for x in tensors:
+            storage = x.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.alive:
+                self.alive[key] = weakref.ref(storage, lambda _, key=key, size=size: self._gone(key, size))
+                self.now += size
+                self.peak = max(self.peak, self.now)
+
+    def _gone(self, key, size):
+        del self.alive[key]
+        self.now -= size
