@@ -6,7 +6,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
-from .decompose import MAX_MOMENT, same_input, targets
+from .decompose import MAX_MOMENT, moment_bytes, moment_room, passes, same_input, targets
 from .derivatives import PROBES
 from .linalg.budget import BYTES, allocate, keep_for, table_rank, uniform_scores
 from .linalg.metrics import METRICS
@@ -43,7 +43,7 @@ def plan(recipe):
         keep = _fraction(row, model, shapes)
         stages, after = _stages(row, task, model, shapes, keep, rates)
         rows[name] = stages
-        moments = max(moments, _moments(row, shapes))
+        moments = max(moments, *_moments(row, shapes, total))
         kept = total - targeted + after - _saved(row, model)
         lines.append(
             f"{name}: {after / 1e6:.2f} M targeted parameters ({targeted / after:.2f}x fewer), "
@@ -62,7 +62,7 @@ def plan(recipe):
                 f"{name[:20]:22}{stage:12}{steps or '':>7}{tokens or '':>11}{flops / 1e12:>9.1f}{cost:>7.0f} s"
             )
     training = total * 4 * (4 if recipe.tune.steps else 2) + (targeted * 4 * 3 if recipe.learn.steps else 0)
-    memory = max(training, 4 * (total + targeted + moments))
+    memory = max(training, 4 * (total + targeted) + moments)
     lines += [
         "",
         f"about {seconds / 60:.0f} minutes here ({rates['train'] / 1e9:.0f} GFLOP/s in training matmuls), "
@@ -96,10 +96,13 @@ class _Shape:
         return whole**2 if whole <= MAX_MOMENT else sum(w * w for w in self.writes)
 
 
-def _moments(r, shapes):
-    """Entries of the second moments: of outputs with the task's labels and again with labels drawn from the model."""
+def _moments(r, shapes, total):
+    """Bytes of the second moments that each pass of `decompose` over its examples collects: one number for a pass."""
     uses = METRICS[r.decompose.metric]
-    return sum(bool(uses.inputs) * g.reads**2 + 2 * bool(uses.outputs) * g.square for g in shapes)
+    sizes = [moment_bytes(g.reads, g.writes, uses) for g in shapes]
+    coming = 4 * (total + sum(g.rank * g.basis_cost for g in shapes))  # the model and its factors
+    parts = passes(range(len(shapes)), sizes, moment_room(torch.device("cpu"), coming))
+    return [sum(sizes[i] for i in part) for part in parts]
 
 
 def _shapes(r, model, layers, task):
@@ -159,11 +162,14 @@ def _stages(r, task, model, shapes, keep, rates):
     uses = METRICS[r.decompose.metric]
     examples = min(r.decompose.examples, len(task.train))
     tokens = examples * per_step // r.tune.batch_size
-    squares = _moments(r, shapes)
+    collected = _moments(r, shapes, sum(p.numel() for p in model.parameters()))
+    squares, times = sum(collected) / 4, len(collected)
     # The metric and a Gram matrix of the smaller side, its eigenvectors, one more product: in float64.
     svd = sum(2 * bool(uses.outputs) * g.square * g.rank + 6 * g.dense_cost * g.rank + 10 * g.rank**3 for g in shapes)
     # Half of a Gram matrix is computed: one multiplication and one addition for every entry.
-    moments = tokens * (squares + (6 if uses.outputs else 2) * targeted * bool(squares))
+    # Every pass goes forward through the model; backward, twice, only as far as the layers whose moments it collects.
+    walks = 2 * times + (2 * (times + 1) if uses.outputs else 0)
+    moments = tokens * (squares + walks * targeted * bool(squares))
     seconds = moments / rates["train"] + svd / rates["float64"]
     add("decompose", r.decompose, None, tokens if squares else None, moments + svd, (moments + svd) / seconds)
     if r.learn.steps:
