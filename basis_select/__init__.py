@@ -25,6 +25,7 @@ from .models import load
 from .prune import prune
 from .refine import refine
 from .sizes import sizes
+from .stream import decompose_checkpoint
 from .tasks import Task, load_task
 from .tune import tune
 
@@ -34,6 +35,7 @@ __all__ = [
     "Task",
     "compare",
     "decompose",
+    "decompose_checkpoint",
     "derivatives",
     "evaluate",
     "extend",

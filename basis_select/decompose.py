@@ -3,6 +3,7 @@
 import logging
 import random
 
+import psutil
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -66,60 +67,118 @@ def decompose(
 
     `metric` is one of METRICS. `share`: layers that read the same tensor get one input basis. The second
     moments of metrics that use them come from `examples` training examples of `task`, drawn at random, whose tokens
-    all count except padding; `moments` are those of an earlier `second_moments`. `embedding`: the token embedding, and
-    the head if tied to it, become bases too. Raises ValueError for an unknown metric, a missing task, a
-    model that is already decomposed, and, with the layer's name, for non-finite weights or moments. The Fisher
-    information as a product of A and G is K-FAC's (arXiv 1503.05671); the formulas stand in linalg/metrics.py.
+    all count except padding, in as many passes over the examples as memory asks for; `moments` are those of an
+    earlier `second_moments`. `embedding`: the token embedding, and the head if tied to it, become bases too. Raises
+    ValueError for an unknown metric, a missing task, a model that is already decomposed, and, with the layer's name,
+    for non-finite weights or moments. The Fisher information as a product of A and G is K-FAC's (arXiv 1503.05671);
+    the formulas stand in linalg/metrics.py.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
     if any(isinstance(m, LowRankLinear) for m in model.modules()):
         raise ValueError("this model is decomposed already")
     uses = METRICS[metric]
-    if task is None and (share or embedding or uses.inputs or uses.outputs):
-        raise ValueError(f"metric {metric!r} with share={share} looks at task data: pass a task")
+    measured = moments is None and bool(uses.inputs or uses.outputs)
+    if task is None and (measured or embedding):
+        raise ValueError(f"metric {metric!r} with embedding={embedding} looks at task data: pass a task")
     layers = targets(model)
     members = same_input(model, layers, task) if share else [[name] for name in layers]
-    inputs, outputs = {}, {}
-    if uses.inputs or uses.outputs:
-        inputs, outputs = map(dict, moments or second_moments(model, members, task, examples, uses))
-    for names in tqdm(members, desc="decompose", unit="layer"):
-        linears = [layers[name] for name in names]
-        if (uses.inputs and names[0] not in inputs) or (uses.outputs and names[0] not in outputs):
-            log.warning("%s is never reached by the task's data: left dense", ", ".join(names))
-            continue
-        try:  # moments are dropped as they are used: at most one layer's float64 work exists at a time
-            u, s, v = metrics.decompose(
-                [linear.weight for linear in linears],
-                [uses.outputs(moment) for moment in outputs.pop(names[0])] if uses.outputs else None,
-                uses.inputs(inputs.pop(names[0])) if uses.inputs else None,
-            )
-        except ValueError as error:
-            raise ValueError(f"{' + '.join(names)}: {error}") from error
-        _install(model, names, linears, u, s, v)
+    parts, made = [members], []
+    if measured:
+        shapes = [(layers[g[0]].in_features, [layers[n].out_features for n in g]) for g in members]
+        factors = sum(min(reads, sum(writes)) * (reads + sum(writes)) for reads, writes in shapes)
+        room = moment_room(model.device, factors * model.dtype.itemsize)
+        parts = passes(members, [moment_bytes(*shape, uses) for shape in shapes], room)
+    for part in parts:
+        found = second_moments(model, part, task, examples, uses) if measured else moments
+        for names in tqdm(part, desc="decompose", unit="layer"):
+            if reached(names, found, uses):
+                made += zip(names, factored(names, [layers[n] for n in names], found, uses), strict=True)
+            if part is parts[-1]:  # until then every pass must see the dense model
+                while made:
+                    model.set_submodule(*made.pop(0))
+        del found  # before the next pass makes its own
     return decompose_embedding(model, task) if embedding else model
 
 
-def _install(model, names, linears, u, s, v):
-    leader = None
-    for name, linear, block in zip(names, linears, u.split([m.out_features for m in linears]), strict=True):
-        layer = LowRankLinear.like(linear, len(s), weighted=True, leader=leader)
+def reached(names, moments, uses):
+    """Whether there are moments of this group, where the metric uses any; a warning if not."""
+    wanted = [side for side, used in zip(moments or (), (uses.inputs, uses.outputs), strict=False) if used]
+    missing = any(names[0] not in side for side in wanted)
+    if missing:
+        log.warning("%s is never reached by the task's data: left dense", ", ".join(names))
+    return not missing
+
+
+def factored(names, linears, moments, uses, rank=None):
+    """A weighted LowRankLinear for every layer of a group, leader first, with all bases or only the best `rank`.
+
+    moments: `(inputs, outputs)` as from `second_moments`, read only where the metric uses them. At most one group's
+    float64 work exists at a time. Raises ValueError with the names for non-finite weights or moments.
+    """
+    try:
+        u, s, v = metrics.decompose(
+            [linear.weight for linear in linears],
+            [uses.outputs(moment) for moment in moments[1][names[0]]] if uses.outputs else None,
+            uses.inputs(moments[0][names[0]]) if uses.inputs else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"{' + '.join(names)}: {error}") from error
+    return fill(linears, u[:, :rank], s[:rank], v[:rank])
+
+
+def fill(linears, u, s, v):
+    """The layers that `u: (sum out, r)`, `s: (r,)`, `v: (r, in)` make of nn.Linear that share one `v`."""
+    made = []
+    for linear, block in zip(linears, u.split([m.out_features for m in linears]), strict=True):
+        layer = LowRankLinear.like(linear, len(s), weighted=True, leader=made[0] if made else None)
         layer.u.weight.copy_(block)
         if linear.bias is not None:
             layer.u.bias.copy_(linear.bias)
-        if leader is None:
-            leader = layer
-            leader.v.weight.copy_(v)
-            leader.scale.copy_(s)
-        layer.requires_grad_(False)
-        model.set_submodule(name, layer)
+        made.append(layer.requires_grad_(False))
+    made[0].v.weight.copy_(v)
+    made[0].scale.copy_(s)
+    return made
+
+
+def passes(members, sizes, room):
+    """`members` cut, in order, into parts whose `sizes` sum to at most `room`; a larger one is a part of its own."""
+    parts, left = [], 0
+    for names, size in zip(members, sizes, strict=True):
+        if not parts or size > left:
+            parts.append([])
+            left = room
+        parts[-1].append(names)
+        left -= size
+    return parts
+
+
+def moment_bytes(reads, writes, uses):
+    """What `second_moments` holds for layers of `reads` inputs and `writes` outputs each: outputs for both labels."""
+
+    def entries(n):
+        return n * n if n <= MAX_MOMENT else 1
+
+    outputs = entries(sum(writes)) if sum(writes) <= MAX_MOMENT else sum(map(entries, writes))
+    return 4 * (bool(uses.inputs) * entries(reads) + 2 * bool(uses.outputs) * outputs)
+
+
+def moment_room(device, coming):
+    """Bytes that second moments may take: half of the memory free now after the `coming` bytes are held as well.
+
+    The other half is for activations and the float64 work on one layer.
+    """
+    on_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_cuda else psutil.virtual_memory().available
+    return (free - coming) // 2
 
 
 @torch.no_grad()
 def same_input(model, layers, task):
     """Names of layers that read the very same tensor, found by watching one forward: `[[q, k, v], [o], ...]`.
 
-    A layer that is not called in it (an unused expert) stands alone.
+    One of an example of `task`, or of any tokens if it is None. A layer that is not called in it (an unused expert)
+    stands alone.
     """
     seen, order, held = {}, {}, []
 
@@ -131,8 +190,9 @@ def same_input(model, layers, task):
         return hook
 
     handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in layers.items()]
+    ids = next(iter(Batches(task.train[:1], 1, 1, seed=0)))["input_ids"] if task else torch.zeros(1, 8).long()
     try:
-        model(input_ids=next(iter(Batches(task.train[:1], 1, 1, seed=0)))["input_ids"].to(model.device))
+        model(input_ids=ids.to(model.device))
     finally:
         for handle in handles:
             handle.remove()
@@ -164,7 +224,7 @@ def second_moments(model, members, task, examples, uses):
         else:
             if key not in store:
                 store[key] = x.new_zeros(x.shape[1], x.shape[1])
-            _add_gram(store[key], x)
+            metrics.add_product(store[key], x, x)
 
     def seen(name, x):
         return x.detach().flatten(0, -2)[mask["head" if name == head else "body"]].float()
@@ -187,7 +247,7 @@ def second_moments(model, members, task, examples, uses):
         def hook(module, args, output):
             if name == names[0] and uses.inputs:
                 add(inputs, name, seen(name, args[0]))
-            if uses.outputs and output.requires_grad:
+            if uses.outputs:
                 output.register_hook(lambda g: on_gradient(names, name, g))
 
         return hook
@@ -199,7 +259,8 @@ def second_moments(model, members, task, examples, uses):
     rows = random.Random(0).sample(task.train, min(examples, len(task.train)))
     try:
         batches = Batches(rows, batch_size=size, steps=-(-len(rows) // size), seed=0)
-        with activation_gradients(model), torch.enable_grad():
+        watched = [model.get_submodule(n) for names in members for n in names] if uses.outputs else []
+        with activation_gradients(model, watched), torch.enable_grad():
             for batch in tqdm(batches, desc="second moments", unit="batch"):
                 mask["body"] = batch["real"].flatten().to(model.device)
                 targets = batch["targets"].to(model.device)
@@ -237,16 +298,3 @@ def _trace(moment):
 def _complete(moment):
     """The lower triangle mirrored, in place."""
     return moment.copy_(moment.tril() + moment.tril(-1).T) if moment.dim() else moment
-
-
-def _add_gram(total, x):
-    """Add `x^T x` to the lower triangle of `total: (n, n)` with little more than half the work of a full product."""
-    n = x.shape[1]
-    if n <= 256:
-        total.addmm_(x.T, x)
-        return
-    half = n // 2
-    first, last = x[:, :half], x[:, half:]
-    total[half:, :half].addmm_(last.T, first)
-    _add_gram(total[:half, :half], first)
-    _add_gram(total[half:, half:], last)

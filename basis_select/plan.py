@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .cost import moments_step, training_step
-from .decompose import EXAMPLES_TOGETHER, MAX_MOMENT, same_input, targets
+from .decompose import EXAMPLES_TOGETHER, MAX_MOMENT, moment_bytes, moment_room, passes, same_input, targets
 from .derivatives import PROBES
 from .embedding import module_name
 from .heal import add_adapters
@@ -117,10 +117,13 @@ class _Shape:
         return whole**2 if whole <= MAX_MOMENT else sum(w * w for w in self.writes)
 
 
-def _moments(r, shapes):
-    """Entries of the second moments: of outputs with the task's labels and again with labels drawn from the model."""
+def _moments(r, shapes, total):
+    """Bytes of the second moments that each pass of `decompose` over its examples collects: one number for a pass."""
     uses = METRICS[r.decompose.metric]
-    return sum(bool(uses.inputs) * g.reads**2 + 2 * bool(uses.outputs) * g.square for g in shapes)
+    sizes = [moment_bytes(g.reads, g.writes, uses) for g in shapes]
+    coming = 4 * (total + sum(g.rank * g.basis_cost for g in shapes))  # the model and its factors
+    parts = passes(range(len(shapes)), sizes, moment_room(torch.device("cpu"), coming))
+    return [sum(sizes[i] for i in part) for part in parts]
 
 
 def _shapes(r, model, layers, task):
@@ -238,19 +241,24 @@ def _decomposition(r, task, model, shapes, rates):
     size = min(EXAMPLES_TOGETHER, r.decompose.examples)
     steps = -(-min(r.decompose.examples, len(task.train)) // size)
     shape, share, tokens = _batch_shapes(task, size, steps, 0)
-    squares = _moments(r, shapes)
+    total = sum(p.numel() for p in model.parameters())
+    collected = _moments(r, shapes, total) if uses.inputs or uses.outputs else []
     # Half of a Gram matrix is computed: one multiplication and one addition for every entry.
-    step = moments_step(model.config, shape) if squares else None
-    moments = steps * (tokens * squares + _average(step, share)) if squares else 0
-    # The metric and a Gram matrix of the smaller side, its eigenvectors, one more product: in float64.
-    svd = sum(2 * bool(uses.outputs) * g.square * g.rank + 6 * g.dense_cost * g.rank + 10 * g.rank**3 for g in shapes)
+    moments, passing = steps * tokens * sum(collected) / 4, 0
+    if collected:
+        step = moments_step(model.config, shape)
+        moments += len(collected) * steps * _average(step, share)
+        passing = step.passing
+    # The metric and half of a Gram matrix of the smaller side, its eigenvectors, one more product: in float64.
+    svd = sum(2 * bool(uses.outputs) * g.square * g.rank + 4 * g.dense_cost * g.rank + 10 * g.rank**3 for g in shapes)
     widest = max(shapes, key=lambda g: g.dense_cost)
     work = 8 * (4 * widest.dense_cost + 4 * widest.rank**2 + bool(uses.outputs) * widest.square)
     factors = 4 * sum(g.basis_cost * g.rank for g in shapes)
-    passing = step.passing if squares else 0
-    memory = 4 * sum(p.numel() for p in model.parameters()) + max(4 * squares + max(passing, work), factors + work)
+    memory = 4 * total + max(max(collected, default=0) + passing, max(collected, default=0) + work, factors + work)
+    if len(collected) > 1:
+        memory += factors  # those of earlier passes
     seconds = moments / rates["train"] + svd / rates["float64"]
-    return Stage("decompose", None, steps * tokens if squares else None, moments + svd, seconds, memory)
+    return Stage("decompose", None, len(collected) * steps * tokens or None, moments + svd, seconds, memory)
 
 
 def _bases(r, model, shapes, ranks, cut=False, **more):

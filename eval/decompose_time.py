@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from basis_select import load, load_task, prune
-from basis_select.decompose import _install, same_input, second_moments, targets
+from basis_select.decompose import fill, same_input, second_moments, targets
 from basis_select.linalg import metrics
 from basis_select.linalg.metrics import METRICS
 from basis_select.training.loss import response_nll
@@ -61,7 +61,8 @@ def main():
             found = by_eigenvectors(weights, g, a) if "SVD" in kind else metrics.decompose(weights, [g], a)
             seconds[kind] += time.perf_counter() - began
             with torch.no_grad():
-                _install(model, names, [model.get_submodule(n) for n in names], *found)
+                for n, layer in zip(names, fill([model.get_submodule(n) for n in names], *found), strict=True):
+                    model.set_submodule(n, layer)
     result["parent_nll"] = response_nll(parent, task.validation, task.pad_id)
     for kind, model in models.items():
         nll = {}

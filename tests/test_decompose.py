@@ -2,10 +2,12 @@ import dataclasses
 import random
 import sys
 
+import pytest
 import torch
 from conftest import tiny
 
-from basis_select.decompose import second_moments
+from basis_select import decompose
+from basis_select.decompose import moment_bytes, passes, same_input, second_moments, targets
 from basis_select.linalg.metrics import METRICS
 from basis_select.training.data import Batches
 
@@ -36,7 +38,8 @@ def test_moments_are_those_of_the_tokens_that_are_not_padding(task):
 
 
 def test_output_moments_are_those_of_the_stacked_gradients(task, monkeypatch):
-    """Compared with gradients taken one example at a time; drawn labels are set to the task's own."""
+    """Compared in fp32 with gradients taken one example at a time; drawn labels are set to the task's own."""
+    monkeypatch.setattr("basis_select.training.precision.fast_bf16", lambda device: False)
     model = tiny()
     names = [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
     few = dataclasses.replace(task, train=task.train[:6])
@@ -67,3 +70,45 @@ def test_output_moments_are_those_of_the_stacked_gradients(task, monkeypatch):
         expected = row.split(sizes, dim=1)[i]
         want = expected if sizes[i] <= 40 else expected.diagonal().mean()
         assert torch.allclose(block, want, **near)
+
+
+@pytest.mark.parametrize(("metric", "some"), [("kronecker", 400_000), ("whitened", 60_000)])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_any_number_of_passes_gives_the_same_bits(kind, metric, some, task, monkeypatch):
+    module = sys.modules[second_moments.__module__]
+    collected = []
+
+    def counted(model, members, *args):
+        assert len(targets(model)) == 15  # every pass sees the dense model
+        collected.append(len(members))
+        return second_moments(model, members, *args)
+
+    monkeypatch.setattr(module, "second_moments", counted)
+    found = {}
+    for room in (10**9, some, -1):
+        monkeypatch.setattr(module, "moment_room", lambda device, coming, room=room: room)
+        found[room] = decompose(tiny(kind), task, metric=metric, examples=16).state_dict()
+    assert collected[0] == 9  # groups in one pass, then in several, then one by one
+    assert 1 < len(collected) - 10 < 9
+    assert collected[-9:] == [1] * 9
+    for other in (some, -1):
+        assert all(torch.equal(x, found[other][name]) for name, x in found[10**9].items())
+
+
+def test_passes_stay_within_the_room_that_there_is():
+    sizes = {"a": 5, "b": 3, "c": 9, "d": 1, "e": 1}
+    assert passes(sizes, sizes.values(), 8) == [["a", "b"], ["c"], ["d", "e"]]
+
+
+def test_the_room_is_counted_as_it_is_taken(task):
+    model = tiny()
+    layers = targets(model)
+    members = same_input(model, layers, task)
+    for uses in METRICS.values():
+        if not (uses.inputs or uses.outputs):
+            continue
+        inputs, outputs = second_moments(model, members, task, 8, uses)
+        for g in members:
+            size = moment_bytes(layers[g[0]].in_features, [layers[n].out_features for n in g], uses)
+            drawn = sum(x.nbytes for x in outputs.get(g[0], []))  # of the size of those with the task's own labels
+            assert size == drawn * 2 + (inputs[g[0]].nbytes if uses.inputs else 0)

@@ -1,5 +1,6 @@
 """Save, load and check checkpoints. Nothing is half-written, nothing is loaded unchecked."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -27,19 +28,30 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     `dtype` ("bfloat16", "float32") casts the weights on the way out; the model in memory is not touched. Raises
     FileExistsError if `folder` holds anything.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: choose another folder or remove it first")
     if groups(model):
         describe(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole(folder) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if dtype is not None:
             _cast(partial, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def whole(folder):
+    """A folder to fill with a checkpoint; it becomes `folder`, hashes added, if the block ends without an error.
+
+    Raises FileExistsError if `folder` holds anything.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: choose another folder or remove it first")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
         files = {p.name: sha256(p) for p in sorted(partial.glob("*.safetensors"))}
         (partial / SIDECAR).write_text(json.dumps({"sha256": files}, indent=1))
         if folder.exists():
@@ -51,7 +63,6 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return folder
 
 
 def _cast(folder, dtype):

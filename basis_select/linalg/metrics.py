@@ -71,13 +71,12 @@ def decompose(weights, outputs=None, inputs=None):
     (n,) a diagonal, or () a multiple of the identity. Returns `u: (sum out_i, r)`, `s: (r,)` descending, `v: (r, in)`
     in float64 with `cat(weights) = u diag(s) v`, r = min(sum out_i, in). Raises ValueError on non-finite weights.
     """
-    w = torch.cat([x.double() for x in weights])
+    w = torch.cat(weights).double()
     if not torch.isfinite(w).all():
         raise ValueError("the weight holds non-finite values")
-    one = w.new_ones(())
     whole = outputs is None or len(outputs) == 1
-    rows = [(o, n) for o, n in zip(outputs or [one], [len(w)] if whole else map(len, weights), strict=True)]
-    columns = [(one if inputs is None else inputs, w.shape[1])]
+    rows = list(zip(outputs or [None], [len(w)] if whole else map(len, weights), strict=True))
+    columns = [(inputs, w.shape[1])]
     if w.shape[0] >= w.shape[1]:
         return _bases(w, rows, columns)
     v, s, u = _bases(w.T, columns, rows)
@@ -89,20 +88,38 @@ def _bases(w, rows, columns):
     root = [(_root(m), n) for m, n in columns]
     wl = _by_block(lambda r, x: r.T @ x if r.dim() else r * x, root, w.T).T
     weighted = _by_block(lambda m, x: m @ x if m.dim() == 2 else m.reshape(-1, 1) * x, rows, wl)
-    values, v = torch.linalg.eigh(wl.T @ weighted)
+    gram = wl.new_zeros(wl.shape[1], wl.shape[1])
+    add_product(gram, wl, weighted)
+    del weighted
+    values, v = torch.linalg.eigh(gram)  # reads the lower triangle
+    del gram
     s = values.flip(0).clamp_min(LEAST**2 * values[-1]).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
     v = v.flip(1)
     solve = lambda r, x: torch.linalg.solve_triangular(r.T, x, upper=True) if r.dim() else x / r  # noqa: E731
-    return wl @ v / s, s, _by_block(solve, root, v).T
+    return (wl @ v).div_(s), s, _by_block(solve, root, v).T
+
+
+def add_product(total, x, y):
+    """Add `x^T y`, which is symmetric, to the lower triangle of `total: (n, n)`, at little more than half its work."""
+    n = x.shape[1]
+    if n <= 256:
+        total.addmm_(x.T, y)
+        return
+    half = n // 2
+    total[half:, :half].addmm_(x[:, half:].T, y[:, :half])
+    add_product(total[:half, :half], x[:, :half], y[:, :half])
+    add_product(total[half:, half:], x[:, half:], y[:, half:])
 
 
 def _root(moment):
-    """Lower triangular, or () for a multiple of the identity."""
-    if not moment.dim():
-        return moment.sqrt()
+    """Lower triangular, () for a multiple of the identity, or None for the identity itself."""
+    if moment is None or not moment.dim():
+        return moment if moment is None else moment.sqrt()
     return moment.sqrt().diag() if moment.dim() == 1 else torch.linalg.cholesky(moment)
 
 
 def _by_block(work, blocks, x):
-    """`work(block, its rows of x)` one under the other."""
+    """`work(block, its rows of x)` one under the other; x itself, not a copy, where the block is the identity."""
+    if blocks[0][0] is None:
+        return x
     return torch.cat([work(m, part) for (m, _), part in zip(blocks, x.split([n for _, n in blocks]), strict=True)])

@@ -1,0 +1,212 @@
+"""The decomposition of a model that does not fit into memory: from shards on disk to shards on disk.
+
+    bs.decompose_checkpoint("llama-70b", "llama-70b-bases", keep=0.5)
+
+Layers that share a basis are read, decomposed and written before the next are read; where each factor goes is known
+beforehand from the config alone, so no shard is ever held in memory.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
+
+from .checkpoint.files import is_compressed, whole
+from .checkpoint.format import BasisSelectConfig, build, describe
+from .decompose import factored, reached, same_input, targets
+from .linalg.metrics import METRICS
+from .models import config_and_tokenizer
+
+DTYPES = {  # safetensors' names
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@torch.no_grad()
+def decompose_checkpoint(
+    source,
+    folder,
+    moments=None,
+    *,
+    metric: str = "plain",
+    share: bool = True,
+    keep: float | None = None,
+    dtype: str | None = None,
+    max_shard_size="5GB",
+):
+    """Decompose the checkpoint in the folder `source` into `folder`, all of it or none; returns `folder`.
+
+    The files are those that `load(source, dtype)`, `decompose` and `save` would write, but no more than one group of
+    layers is in memory. metric, share: as in `decompose`. moments: `(inputs, outputs)` as from `second_moments` where
+    the metric uses them; any mappings will do, and each is asked for one group at a time. keep: of every group only
+    its best bases, so many that they have fewer parameters than this fraction of the dense layers (with 1 the result is
+    no larger than the source): what `prune` removes at such sizes need not be stored, but it can no longer leave
+    such a layer dense. Raises ValueError or FileNotFoundError, with the file and the tensor and before anything is
+    written, for a source that is not whole.
+    """
+    source, uses = Path(source), METRICS.get(metric)
+    if uses is None:
+        raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
+    if moments is None and (uses.inputs or uses.outputs):
+        raise ValueError(f"metric {metric!r} needs second moments: pass moments, or use metric 'plain'")
+    if keep is not None and not 0 < keep <= 1:
+        raise ValueError(f"keep={keep} is not a fraction above 0 and up to 1")
+    if not (source / "config.json").exists():
+        raise FileNotFoundError(f"{source} is not a model folder: it has no config.json")
+    if is_compressed(source):
+        raise ValueError(f"{source} is decomposed already")
+    config, tokenizer = config_and_tokenizer(source)
+    files = _files(source)
+    dtype = getattr(torch, dtype) if dtype else config.dtype or _read(files, next(iter(files))).dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if (source / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    _check(source, files, _tensors(model))
+    layers = targets(model)
+    members = same_input(model, layers, None) if share else [[name] for name in layers]
+    members = [names for names in members if reached(names, moments, uses)]
+    ranks = {names[0]: _rank(names, [layers[n] for n in names], keep) for names in members}
+    shared = [names for names in members if len(names) > 1]
+    build(model, BasisSelectConfig({n: ranks[names[0]] for names in members for n in names}, shared, weighted=1))
+    describe(model)
+    with whole(folder) as partial:
+        tensors = _tensors(model)
+        places = _lay_out(partial, tensors, max_shard_size, model.num_parameters())
+        for names in tqdm(members, desc="decompose", unit="layer"):
+            linears = [_linear(model, name, layers[name], files) for name in names]
+            for name, layer in zip(names, factored(names, linears, moments, uses, ranks[names[0]]), strict=True):
+                made = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+                for key, tensor in revert_weight_conversion(model, made).items():
+                    _write(*places.pop(key), tensor)
+        for name, place in places.items():  # what is no factor
+            _write(*place, _read(files, name).to(tensors[name].dtype))
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.save_pretrained(partial)
+        if model.can_generate():
+            model.generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return Path(folder)
+
+
+def _files(source):
+    """`{name of a tensor: file that holds it}`."""
+    index = source / "model.safetensors.index.json"
+    if index.exists():
+        return {name: source / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    path = source / "model.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{source} holds neither {path.name} nor {index.name}")
+    with _opened(path, "any tensor") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def _opened(path, name):
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: it should hold {name}")
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file, {name} cannot be read: {error}") from None
+
+
+def _check(source, files, tensors):
+    """Raise unless every one of `tensors` is in its file, whole and of that shape. Only headers are read."""
+    for name in tensors:
+        if name not in files:
+            raise ValueError(f"{source} holds no tensor {name}, which its config.json asks for")
+    for path in dict.fromkeys(files.values()):
+        names = [name for name in tensors if files[name] == path]
+        with _opened(path, names[0] if names else "nothing that is needed") as file:
+            held = set(file.keys())
+            for name in names:
+                if name not in held:
+                    raise ValueError(f"{path} does not hold {name}, which the index says it does")
+                shape, wanted = file.get_slice(name).get_shape(), list(tensors[name].shape)
+                if shape != wanted:
+                    raise ValueError(f"{path} holds {name} of shape {shape}, config.json asks for {wanted}")
+
+
+def _read(files, name):
+    """A tensor whose memory is the mapped file: its pages go when it does."""
+    with safe_open(files[name], "pt") as file:
+        return file.get_tensor(name)
+
+
+def _tensors(model):
+    """`{name: tensor on the meta device}` of everything that a checkpoint of this model holds."""
+    state, tied = model.state_dict(), model.all_tied_weights_keys
+    names = sorted((name for name in state if name not in tied), key=dot_natural_key)  # as a loaded model is saved
+    stored = revert_weight_conversion(model, {name: state[name] for name in names})
+    return {name: tensor.clone() for name, tensor in stored.items()}  # not a view: its own size is what is asked for
+
+
+def _rank(names, linears, keep):
+    reads, writes = linears[0].in_features, sum(m.out_features for m in linears)
+    if keep is None:
+        return min(reads, writes)
+    rank = min(reads, writes, math.ceil(keep * reads * writes / (reads + writes)) - 1)
+    if rank < 1:
+        raise ValueError(f"keep={keep} leaves no basis in {names[0]}, {reads} to {writes}")
+    return rank
+
+
+def _linear(model, name, meta, files):
+    """The nn.Linear of which `meta` is the shape, with its weights."""
+    linear = nn.Linear(meta.in_features, meta.out_features, meta.bias is not None, device="meta")
+    values = {}
+    for part, like in meta.named_parameters():
+        (stored,) = revert_weight_conversion(model, {f"{name}.{part}": like})
+        values[part] = _read(files, stored).to(like.dtype)
+    linear.load_state_dict(values, assign=True)
+    return linear
+
+
+def _lay_out(folder, tensors, max_shard_size, parameters):
+    """Files of the right size with only their headers written, and the index; returns `{name: (path, offset)}`."""
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    places = {}
+    for file, names in split.filename_to_tensors.items():
+        header, end, starts = {"__metadata__": {"format": "pt"}}, 0, {}
+        # The order in which the library writes them, which keeps all of them aligned.
+        for name in sorted(names, key=lambda n: (-tensors[n].itemsize, not tensors[n].is_floating_point(), n)):
+            tensor, starts[name] = tensors[name], end
+            end += tensor.nbytes
+            where = {"shape": list(tensor.shape), "data_offsets": [starts[name], end]}
+            header[name] = {"dtype": DTYPES[tensor.dtype], **where}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + end)
+        places |= {name: (folder / file, 8 + len(text) + start) for name, start in starts.items()}
+    if split.is_sharded:
+        metadata = {"total_parameters": parameters, **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return places
+
+
+def _write(path, offset, tensor):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
