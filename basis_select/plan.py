@@ -32,12 +32,9 @@ def plan(recipe, ranks=1):
     """The text of `basis-select plan` for `ranks` processes. Raises ValueError, like `run`, for data or budgets that
     cannot work.
     """
-    base = resident_memory()
-    config, tokenizer = config_and_tokenizer(recipe.model)
-    model = dense_on_meta(config)
-    task = load_task(recipe.task, tokenizer, recipe.seed, **dataclasses.asdict(recipe.data))
+    base, rates = resident_memory(), _rates()
+    model, task, rows, stages = forecast(recipe, ranks, rates)
     layers = targets(model)
-    rates = _rates()
     total = sum(p.numel() for p in model.parameters())
     targeted = sum(m.weight.numel() for m in layers.values())
     lines = [
@@ -47,12 +44,8 @@ def plan(recipe, ranks=1):
         f"test examples of {sum(len(e.input_ids) for e in task.train) / len(task.train):.0f} tokens on average",
         "",
     ]
-    stages, known, disk = {}, {}, 4 * total
-    for name, row in {RESULT: recipe, **recipe.family(), **recipe.variants()}.items():
-        shapes = _shapes(row, model, layers, task)
-        keep = _fraction(row, model, shapes)
-        for stage in _stages(row, task, model, shapes, keep, rates, ranks, known):
-            stages.setdefault((stage.name, stage.options), (name, stage))  # rows share it
+    disk = 4 * total
+    for name, (row, keep) in rows.items():
         after = keep * targeted
         kept = total - targeted + after - _saved(row, model)
         lines.append(
@@ -60,22 +53,40 @@ def plan(recipe, ranks=1):
             f"{kept / 1e6:.2f} M in all, {kept * BYTES[row.dtype] / 1e6:.0f} MB in {row.dtype}"
         )
         disk += 4 * total + 8 * targeted + 12 * kept
-    lines += ["", f"{'stage':34}{'steps':>7}{'tokens':>11}{'TFLOP':>11}{'about':>9}{'memory':>11}"]
-    for name, s in stages.values():
+    lines += ["", f"{'stage':34}{'steps':>7}{'tokens':>11}{'TFLOP':>11}{'about':>11}{'memory':>11}"]
+    for name, s in stages:
         memory = f"{(base + s.memory) / 2**30:.1f} GiB" if s.memory else ""
         lines.append(
             f"{name[:20]:22}{s.name:12}{s.steps or '':>7}{s.tokens or '':>11}{s.flops / 1e12:>11.1f}"
-            f"{s.seconds:>7.0f} s{memory:>11}"
+            f"{s.seconds:>9.0f} s{memory:>11}"
         )
     where = "here" if ranks == 1 else f"on {ranks} machines like this one"
     lines += [
         "",
-        f"about {sum(s.seconds for _, s in stages.values()) / 60:.0f} minutes {where} "
+        f"about {sum(s.seconds for _, s in stages) / 60:.0f} minutes {where} "
         f"({rates['train'] / 1e9:.0f} GFLOP/s in training matmuls), "
-        f"{(base + max(s.memory for _, s in stages.values())) / 2**30:.1f} GiB of memory"
+        f"{(base + max(s.memory for _, s in stages)) / 2**30:.1f} GiB of memory"
         f"{'' if ranks == 1 else ' a process'}, {disk / 1e9:.1f} GB of disk for stages",
     ]
     return "\n".join(lines)
+
+
+def forecast(recipe, ranks=1, rates=None):
+    """`(model on the meta device, task, {row: (its recipe, fraction kept)}, [(row, Stage), ...])` of a recipe.
+
+    A stage that rows share is there once. rates: FLOP/s, measured if not given.
+    """
+    config, tokenizer = config_and_tokenizer(recipe.model)
+    model, rates = dense_on_meta(config), rates or _rates()
+    task = load_task(recipe.task, tokenizer, recipe.seed, **dataclasses.asdict(recipe.data))
+    layers, rows, stages, known = targets(model), {}, {}, {}
+    for name, row in {RESULT: recipe, **recipe.family(), **recipe.variants()}.items():
+        shapes = _shapes(row, model, layers, task)
+        keep = _fraction(row, model, shapes)
+        rows[name] = row, keep
+        for stage in _stages(row, task, model, shapes, keep, rates, ranks, known):
+            stages.setdefault((stage.name, stage.options), (name, stage))
+    return model, task, rows, list(stages.values())
 
 
 @dataclasses.dataclass(frozen=True)

