@@ -61,12 +61,31 @@ def test_bfloat16_products_in_fp32_are_rounded_once(ids, monkeypatch):
         assert mine.dtype == other.dtype
         scale = other.float().square().mean().sqrt()
         assert ((mine.float() - other.float()).square().mean().sqrt()) <= 0.05 * scale
-    assert type(precision.autocast(tiny())) is torch.autocast
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox"])
+def test_short_attention_is_attention(kind, ids, monkeypatch):
+    """Values and gradients of an fp32 model in mixed precision, fused kernel and plain products: to bf16's rounding."""
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: True)
+    model, found, calls = tiny(kind).requires_grad_(True), [], []
+    apply = precision._CausalAttention.apply
+    monkeypatch.setattr(precision._CausalAttention, "apply", lambda *args: calls.append(1) or apply(*args))
+    for longest in (0, 128):
+        monkeypatch.setattr(precision._ShortAttention, "LONGEST", longest)
+        with precision.autocast(model):
+            loss = model(input_ids=ids, labels=ids).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert len(calls) == model.config.num_hidden_layers
+    for mine, other in zip(*found, strict=True):
+        scale = other.float().square().mean().sqrt()
+        assert (mine.float() - other.float()).square().mean().sqrt() <= 0.05 * scale
+
+
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("kind", ["fp32", "plus"])
-def test_checkpointing_changes_no_gradient(task, broken, kind):
+def test_checkpointing_changes_no_gradient(task, broken, kind, native, monkeypatch):
     parent, start = broken
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: native)
     options = {"steps": 3, "batch_size": 8, "lr": 1e-3, "precision": kind}
     models = [heal(copy.deepcopy(start), task, parent, checkpointing=on, **options) for on in (False, True)]
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):

@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from ..bases import LowRankLinear, groups, take
 from .collage import CollageAdamW
 from .data import Batches
 from .loss import task_loss
-from .precision import fast_bf16
+from .precision import fast_bf16, products
 
 LEARNED = ("kept", "last", "rounds")  # what `learn` keeps beside the weights, see there
 SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
@@ -77,6 +78,9 @@ def train(
         optimizer = CollageAdamW([p for p in model.parameters() if p.requires_grad], lr=lr, variant=precision)
     if isinstance(teacher, nn.Module):
         teacher.eval().requires_grad_(False)
+    if checkpointing:
+        anew = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), products(model))}
+        model.activation_checkpointing_enable(anew)
     args = TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=steps,
@@ -87,8 +91,6 @@ def train(
         warmup_steps=math.ceil(warmup * steps),
         weight_decay=0.0,
         optim="adamw_torch_fused",
-        activation_checkpointing=checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
         bf16=fast_bf16(model.device) and model.dtype == torch.float32,
         seed=seed,
         save_strategy="no",  # Clock asks for checkpoints by time
