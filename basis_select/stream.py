@@ -89,11 +89,9 @@ def decompose_checkpoint(
         tensors = _tensors(model)
         places = _lay_out(partial, tensors, max_shard_size, model.num_parameters())
         for names in tqdm(members, desc="decompose", unit="layer"):
-            linears = [_linear(model, name, layers[name], files) for name in names]
-            for name, layer in zip(names, factored(names, linears, moments, uses, ranks[names[0]]), strict=True):
-                made = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-                for key, tensor in revert_weight_conversion(model, made).items():
-                    _write(*places.pop(key), tensor)
+            rank = ranks[names[0]]
+            for name, tensor in _factors(model, names, layers, files, moments, uses, rank).items():
+                _write(*places.pop(name), tensor)
         for name, place in places.items():  # what is no factor
             _write(*place, _read(files, name).to(tensors[name].dtype))
         model.config.architectures = [type(model).__name__]
@@ -165,6 +163,14 @@ def _rank(names, linears, keep):
     if rank < 1:
         raise ValueError(f"keep={keep} leaves no basis in {names[0]}, {reads} to {writes}")
     return rank
+
+
+def _factors(model, names, layers, files, moments, uses, rank):
+    """`{name: tensor}` of what a checkpoint holds instead of the weights of a group."""
+    linears = [_linear(model, name, layers[name], files) for name in names]
+    made = zip(names, factored(names, linears, moments, uses, rank), strict=True)
+    state = {f"{name}.{key}": tensor for name, layer in made for key, tensor in layer.state_dict().items()}
+    return revert_weight_conversion(model, state)
 
 
 def _linear(model, name, meta, files):
