@@ -89,7 +89,7 @@ def measured(source, out, layers, keep, send):
     sampler = threading.Thread(target=sample)
     sampler.start()
     began = time.perf_counter()
-    decompose_checkpoint(source, out, keep=keep, max_shard_size="1.5GB")
+    decompose_checkpoint(source, out, metric="plain", keep=keep, max_shard_size="1.5GB")
     seconds = time.perf_counter() - began
     done.set()
     sampler.join()
