@@ -138,8 +138,9 @@ def deal(shapes, ranks):
 
 def _from_owner(model, names, layers, source, group):
     """The layers of a group in every process, sent by `source`, which has made them; None if it left them dense."""
-    rank = torch.tensor(layers[0].rank if layers else 0, device=model.device)
-    dist.broadcast(rank, source, group)
+    sent = torch.tensor(layers[0].rank if layers else 0, device=model.device)
+    dist.broadcast(sent, source, group)
+    rank = int(sent)
     if not rank:
         return None
     linears = [model.get_submodule(name) for name in names]
