@@ -21,6 +21,7 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 from .checkpoint.files import is_compressed, whole
 from .checkpoint.format import BasisSelectConfig, build, describe
 from .decompose import factored, moment_bytes, moment_room, passes, reached, same_input, second_moments, targets
+from .linalg.budget import BYTES
 from .linalg.metrics import METRICS
 from .models import config_and_tokenizer, load
 
@@ -70,6 +71,8 @@ def decompose_checkpoint(
         raise ValueError(f"metric {metric!r} needs second moments: pass a task or moments, or use metric 'plain'")
     if keep is not None and not 0 < keep <= 1:
         raise ValueError(f"keep={keep} is not a fraction above 0 and up to 1")
+    if dtype is not None and dtype not in BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(BYTES)}")
     if not (source / "config.json").exists():
         raise FileNotFoundError(f"{source} is not a model folder: it has no config.json")
     if is_compressed(source):

@@ -192,6 +192,7 @@ def test_options_that_cannot_be_met(checkpoint, tmp_path):
         ({"metric": "cholesky"}, "unknown metric"),
         ({"metric": "kronecker"}, "needs second moments"),
         ({"keep": 1.5}, "keep=1.5 is not"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"keep": 0.01}, "keep=0.01 leaves no basis in"),
     ):
         with pytest.raises(ValueError, match=message):
