@@ -1,10 +1,12 @@
 """Every targeted nn.Linear becomes a LowRankLinear with all its bases: the function does not change yet."""
 
 import logging
+import os
 import random
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -57,6 +59,7 @@ def decompose(
     model,
     task=None,
     moments=None,
+    group=None,
     *,
     metric: str = "kronecker",
     share: bool = True,
@@ -68,10 +71,11 @@ def decompose(
     `metric` is one of METRICS. `share`: layers that read the same tensor get one input basis. The second
     moments of metrics that use them come from `examples` training examples of `task`, drawn at random, whose tokens
     all count except padding, in as many passes over the examples as memory asks for; `moments` are those of an
-    earlier `second_moments`. `embedding`: the token embedding, and the head if tied to it, become bases too. Raises
-    ValueError for an unknown metric, a missing task, a model that is already decomposed, and, with the layer's name,
-    for non-finite weights or moments. The Fisher information as a product of A and G is K-FAC's (arXiv 1503.05671);
-    the formulas stand in linalg/metrics.py.
+    earlier `second_moments`. `group`: a torch.distributed group, every process of which calls this with the same
+    model: layers are dealt over them, and all end with the bits that one process would give. `embedding`: the token
+    embedding, and the head if tied to it, become bases too. Raises ValueError for an unknown metric, a missing task,
+    a model that is already decomposed, and, with the layer's name, for non-finite weights or moments. The Fisher
+    information as a product of A and G is K-FAC's (arXiv 1503.05671); the formulas stand in linalg/metrics.py.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
@@ -81,24 +85,74 @@ def decompose(
     measured = moments is None and bool(uses.inputs or uses.outputs)
     if task is None and (measured or embedding):
         raise ValueError(f"metric {metric!r} with embedding={embedding} looks at task data: pass a task")
-    layers = targets(model)
-    members = same_input(model, layers, task) if share else [[name] for name in layers]
-    parts, made = [members], []
+    members, shapes = _shapes(model, task, share)
+    owners = deal(shapes, dist.get_world_size(group) if group else 1)
+    mine = [i for i, owner in enumerate(owners) if owner == (dist.get_rank(group) if group else 0)]
+    parts, made = [mine], {}
     if measured:
-        shapes = [(layers[g[0]].in_features, [layers[n].out_features for n in g]) for g in members]
         factors = sum(min(reads, sum(writes)) * (reads + sum(writes)) for reads, writes in shapes)
         room = moment_room(model.device, factors * model.dtype.itemsize)
-        parts = passes(members, [moment_bytes(*shape, uses) for shape in shapes], room)
+        parts = passes(mine, [moment_bytes(*shapes[i], uses) for i in mine], room)
     for part in parts:
-        found = second_moments(model, part, task, examples, uses) if measured else moments
-        for names in tqdm(part, desc="decompose", unit="layer"):
-            if reached(names, found, uses):
-                made += zip(names, factored(names, [layers[n] for n in names], found, uses), strict=True)
-            if part is parts[-1]:  # until then every pass must see the dense model
+        found = second_moments(model, [members[i] for i in part], task, examples, uses) if measured else moments
+        for i in tqdm(part, desc="decompose", unit="layer"):
+            if reached(members[i], found, uses):
+                made[i] = factored(members[i], [model.get_submodule(n) for n in members[i]], found, uses)
+            if part is parts[-1] and not group:  # until then every pass must see the dense model
                 while made:
-                    model.set_submodule(*made.pop(0))
+                    _install(model, members, *made.popitem())
         del found  # before the next pass makes its own
+    if group:
+        for i, owner in enumerate(owners):
+            layers = _from_owner(model, members[i], made.pop(i, None), dist.get_global_rank(group, owner), group)
+            if layers:
+                _install(model, members, i, layers)
     return decompose_embedding(model, task) if embedding else model
+
+
+def _shapes(model, task, share):
+    """Groups of names, and of each group `(inputs, [outputs of each layer])`."""
+    layers = targets(model)
+    members = same_input(model, layers, task) if share else [[name] for name in layers]
+    return members, [(layers[g[0]].in_features, [layers[n].out_features for n in g]) for g in members]
+
+
+def _install(model, members, i, layers):
+    for name, layer in zip(members[i], layers, strict=True):
+        model.set_submodule(name, layer)
+
+
+def deal(shapes, ranks):
+    """Which of `ranks` processes decomposes each group: the costliest first, always to the one with least to do."""
+
+    def cost(shape):
+        reads, writes = shape[0], sum(shape[1])
+        r = min(reads, writes)
+        return 3 * reads * writes * r + 10 * r**3  # products, eigenvectors
+
+    load, owners = [0] * ranks, [0] * len(shapes)
+    for i in sorted(range(len(shapes)), key=lambda i: -cost(shapes[i])):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += cost(shapes[i])
+    return owners
+
+
+def _from_owner(model, names, layers, source, group):
+    """The layers of a group in every process, sent by `source`, which has made them; None if it left them dense."""
+    sent = torch.tensor(layers[0].rank if layers else 0, device=model.device)
+    dist.broadcast(sent, source, group)
+    rank = int(sent)
+    if not rank:
+        return None
+    linears = [model.get_submodule(name) for name in names]
+    if layers is None:
+        u, v = sum(m.out_features for m in linears), linears[0].in_features
+        like = linears[0].weight
+        layers = fill(linears, like.new_empty(u, rank), like.new_empty(rank), like.new_empty(rank, v))
+    for layer in layers:
+        for tensor in layer.state_dict().values():
+            dist.broadcast(tensor.view(torch.uint8), source, group)
+    return layers
 
 
 def reached(names, moments, uses):
@@ -166,10 +220,12 @@ def moment_bytes(reads, writes, uses):
 def moment_room(device, coming):
     """Bytes that second moments may take: half of the memory free now after the `coming` bytes are held as well.
 
-    The other half is for activations and the float64 work on one layer.
+    The other half is for activations and the float64 work on one layer. Processes of one machine share its memory.
     """
-    on_cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_cuda else psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return (free - coming) // 2
 
 

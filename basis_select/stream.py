@@ -1,6 +1,6 @@
 """The decomposition of a model that does not fit into memory: from shards on disk to shards on disk.
 
-    bs.decompose_checkpoint("llama-70b", "llama-70b-bases", keep=0.5)
+    bs.decompose_checkpoint("llama-70b", "llama-70b-bases", metric="plain", keep=0.5)
 
 Layers that share a basis are read, decomposed and written before the next are read; where each factor goes is known
 beforehand from the config alone, so no shard is ever held in memory.
@@ -20,9 +20,10 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 
 from .checkpoint.files import is_compressed, whole
 from .checkpoint.format import BasisSelectConfig, build, describe
-from .decompose import factored, reached, same_input, targets
+from .decompose import factored, moment_bytes, moment_room, passes, reached, same_input, second_moments, targets
+from .linalg.budget import BYTES
 from .linalg.metrics import METRICS
-from .models import config_and_tokenizer
+from .models import config_and_tokenizer, load
 
 DTYPES = {  # safetensors' names
     torch.float64: "F64",
@@ -41,10 +42,12 @@ DTYPES = {  # safetensors' names
 def decompose_checkpoint(
     source,
     folder,
+    task=None,
     moments=None,
     *,
-    metric: str = "plain",
+    metric: str = "kronecker",
     share: bool = True,
+    examples: int = 256,
     keep: float | None = None,
     dtype: str | None = None,
     max_shard_size="5GB",
@@ -52,20 +55,24 @@ def decompose_checkpoint(
     """Decompose the checkpoint in the folder `source` into `folder`, all of it or none; returns `folder`.
 
     The files are those that `load(source, dtype)`, `decompose` and `save` would write, but no more than one group of
-    layers is in memory. metric, share: as in `decompose`. moments: `(inputs, outputs)` as from `second_moments` where
-    the metric uses them; any mappings will do, and each is asked for one group at a time. keep: of every group only
-    its best bases, so many that they have fewer parameters than this fraction of the dense layers (with 1 the result is
-    no larger than the source): what `prune` removes at such sizes need not be stored, but it can no longer leave
-    such a layer dense. Raises ValueError or FileNotFoundError, with the file and the tensor and before anything is
-    written, for a source that is not whole.
+    layers is in memory. metric, share, examples: as in `decompose`. A metric that uses second moments takes them from
+    `moments`, `(inputs, outputs)` as from `second_moments` (any mappings will do, each is asked for one group at a
+    time), or from `task`: then the dense model is loaded as well, and they are collected in passes as `decompose`
+    does it. keep: of every group only its best bases, so many that they have fewer parameters than this fraction of
+    the dense layers (with 1 the result is no larger than the source): what `prune` removes at such sizes need not be
+    stored, but it can no longer leave such a layer dense. Raises ValueError or FileNotFoundError, with the file and the
+    tensor and before anything is written, for a source that is not whole.
     """
     source, uses = Path(source), METRICS.get(metric)
     if uses is None:
         raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
-    if moments is None and (uses.inputs or uses.outputs):
-        raise ValueError(f"metric {metric!r} needs second moments: pass moments, or use metric 'plain'")
+    measured = moments is None and bool(uses.inputs or uses.outputs)
+    if measured and task is None:
+        raise ValueError(f"metric {metric!r} needs second moments: pass a task or moments, or use metric 'plain'")
     if keep is not None and not 0 < keep <= 1:
         raise ValueError(f"keep={keep} is not a fraction above 0 and up to 1")
+    if dtype is not None and dtype not in BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(BYTES)}")
     if not (source / "config.json").exists():
         raise FileNotFoundError(f"{source} is not a model folder: it has no config.json")
     if is_compressed(source):
@@ -81,6 +88,11 @@ def decompose_checkpoint(
     layers = targets(model)
     members = same_input(model, layers, None) if share else [[name] for name in layers]
     members = [names for names in members if reached(names, moments, uses)]
+    parts = [members]
+    if measured:
+        parent = load(source, str(dtype).removeprefix("torch."))[0]
+        sizes = [moment_bytes(layers[g[0]].in_features, [layers[n].out_features for n in g], uses) for g in members]
+        parts = passes(members, sizes, moment_room(parent.device, 0))
     ranks = {names[0]: _rank(names, [layers[n] for n in names], keep) for names in members}
     shared = [names for names in members if len(names) > 1]
     build(model, BasisSelectConfig({n: ranks[names[0]] for names in members for n in names}, shared, weighted=1))
@@ -88,12 +100,16 @@ def decompose_checkpoint(
     with whole(folder) as partial:
         tensors = _tensors(model)
         places = _lay_out(partial, tensors, max_shard_size, model.num_parameters())
-        for names in tqdm(members, desc="decompose", unit="layer"):
-            linears = [_linear(model, name, layers[name], files) for name in names]
-            for name, layer in zip(names, factored(names, linears, moments, uses, ranks[names[0]]), strict=True):
-                made = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-                for key, tensor in revert_weight_conversion(model, made).items():
-                    _write(*places.pop(key), tensor)
+        for part in parts:
+            found = second_moments(parent, part, task, examples, uses) if measured else moments
+            for names in tqdm(part, desc="decompose", unit="layer"):
+                if not reached(names, found, uses):
+                    raise ValueError(f"{', '.join(names)} is never reached by the task's data")
+                factors = _factors(model, names, layers, files, found, uses, ranks[names[0]])
+                for name, tensor in factors.items():
+                    _write(*places.pop(name), tensor)
+                del factors, tensor  # before the next group is read
+            del found
         for name, place in places.items():  # what is no factor
             _write(*place, _read(files, name).to(tensors[name].dtype))
         model.config.architectures = [type(model).__name__]
@@ -165,6 +181,14 @@ def _rank(names, linears, keep):
     if rank < 1:
         raise ValueError(f"keep={keep} leaves no basis in {names[0]}, {reads} to {writes}")
     return rank
+
+
+def _factors(model, names, layers, files, moments, uses, rank):
+    """`{name: tensor}` of what a checkpoint holds instead of the weights of a group."""
+    linears = [_linear(model, name, layers[name], files) for name in names]
+    made = zip(names, factored(names, linears, moments, uses, rank), strict=True)
+    state = {f"{name}.{key}": tensor for name, layer in made for key, tensor in layer.state_dict().items()}
+    return revert_weight_conversion(model, state)
 
 
 def _linear(model, name, meta, files):

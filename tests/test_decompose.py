@@ -4,10 +4,13 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from conftest import tiny
+from safetensors.torch import load_file, save_file
 
 from basis_select import decompose
-from basis_select.decompose import moment_bytes, passes, same_input, second_moments, targets
+from basis_select.decompose import deal, moment_bytes, passes, same_input, second_moments, targets
 from basis_select.linalg.metrics import METRICS
 from basis_select.training.data import Batches
 
@@ -112,3 +115,25 @@ def test_the_room_is_counted_as_it_is_taken(task):
             size = moment_bytes(layers[g[0]].in_features, [layers[n].out_features for n in g], uses)
             drawn = sum(x.nbytes for x in outputs.get(g[0], []))  # of the size of those with the task's own labels
             assert size == drawn * 2 + (inputs[g[0]].nbytes if uses.inputs else 0)
+
+
+def in_one_of_two(rank, folder, task):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = decompose(tiny("qwen2", dtype="bfloat16"), task, group=dist.group.WORLD, examples=16)
+    save_file(dict(model.state_dict()), folder / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_bits_of_one(task, tmp_path):
+    expected = decompose(tiny("qwen2", dtype="bfloat16"), task, examples=16).state_dict()
+    mp.spawn(in_one_of_two, (tmp_path, task), nprocs=2)
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+def test_layers_are_dealt_by_what_they_cost():
+    shapes = [(64, [64, 32]), (64, [64]), (64, [96, 96]), (96, [64])]
+    assert deal(shapes, 1) == [0, 0, 0, 0]
+    assert deal(shapes, 2) == [1, 0, 0, 1]

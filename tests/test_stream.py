@@ -50,7 +50,7 @@ def test_the_files_are_those_of_decompose_and_save(kind, options, share, checkpo
     source = checkpoint(kind, **options)
     model, tokenizer = bs.load(source)
     bs.save(bs.decompose(model, metric="plain", share=share), tokenizer, tmp_path / "a", max_shard_size="40KB")
-    out = bs.decompose_checkpoint(source, tmp_path / "b", share=share, max_shard_size="40KB")
+    out = bs.decompose_checkpoint(source, tmp_path / "b", metric="plain", share=share, max_shard_size="40KB")
     assert len([n for n in same_files(tmp_path / "a", out) if n.endswith(".safetensors")]) > 2
     assert torch.equal(bs.load(out)[0](ids).logits, model(ids).logits)
 
@@ -68,7 +68,7 @@ def test_experts_pass_through(checkpoint, tmp_path):
     source = checkpoint("qwen3_moe", dtype="bfloat16")
     model, tokenizer = bs.load(source)
     bs.save(bs.decompose(model, metric="plain"), tokenizer, tmp_path / "a")
-    assert same_tensors(tmp_path / "a", bs.decompose_checkpoint(source, tmp_path / "b"))
+    assert same_tensors(tmp_path / "a", bs.decompose_checkpoint(source, tmp_path / "b", metric="plain"))
 
 
 @pytest.mark.parametrize("metric", ["kronecker", "fisher", "whitened"])
@@ -78,7 +78,15 @@ def test_moments_may_come_from_elsewhere(metric, checkpoint, task, tmp_path):
     members = same_input(model, targets(model), task)
     moments = second_moments(model, members, task, 16, METRICS[metric])
     bs.save(bs.decompose(model, task, metric=metric, examples=16), tokenizer, tmp_path / "a")
-    assert same_tensors(tmp_path / "a", bs.decompose_checkpoint(source, tmp_path / "b", moments, metric=metric))
+    assert same_tensors(tmp_path / "a", bs.decompose_checkpoint(source, tmp_path / "b", None, moments, metric=metric))
+
+
+def test_moments_are_collected_in_passes_where_a_task_is_given(checkpoint, task, tmp_path, monkeypatch):
+    source = checkpoint(tied=True)
+    model, tokenizer = bs.load(source)
+    bs.save(bs.decompose(model, task, examples=16), tokenizer, tmp_path / "a")
+    monkeypatch.setattr("basis_select.stream.moment_room", lambda device, coming: 400_000)
+    assert same_tensors(tmp_path / "a", bs.decompose_checkpoint(source, tmp_path / "b", task, examples=16))
 
 
 def test_what_the_task_never_reaches_stays_dense(checkpoint, task, tmp_path, caplog):
@@ -87,7 +95,7 @@ def test_what_the_task_never_reaches_stays_dense(checkpoint, task, tmp_path, cap
     name = "model.layers.1.mlp.down_proj"
     moments = second_moments(model, same_input(model, targets(model), task), task, 8, METRICS["whitened"])
     del moments[0][name]
-    out, _ = bs.load(bs.decompose_checkpoint(source, tmp_path / "b", moments, metric="whitened"))
+    out, _ = bs.load(bs.decompose_checkpoint(source, tmp_path / "b", None, moments, metric="whitened"))
     assert f"{name} is never reached" in caplog.text
     assert torch.equal(out.get_submodule(name).weight, model.get_submodule(name).weight)
 
@@ -96,14 +104,16 @@ def test_another_dtype(checkpoint, tmp_path):
     source = checkpoint(dtype="bfloat16")
     model, tokenizer = bs.load(source, "float32")
     bs.save(bs.decompose(model, metric="plain"), tokenizer, tmp_path / "a")
-    assert same_tensors(tmp_path / "a", bs.decompose_checkpoint(source, tmp_path / "b", dtype="float32"))
+    assert same_tensors(
+        tmp_path / "a", bs.decompose_checkpoint(source, tmp_path / "b", metric="plain", dtype="float32")
+    )
 
 
 @pytest.mark.parametrize("fraction", [1, 0.5])
 def test_keep_leaves_the_best_bases_and_is_no_larger(fraction, checkpoint, tmp_path):
     source = checkpoint(tied=True)
     whole = bs.decompose(bs.load(source)[0], metric="plain")
-    part, _ = bs.load(bs.decompose_checkpoint(source, tmp_path / "b", keep=fraction))
+    part, _ = bs.load(bs.decompose_checkpoint(source, tmp_path / "b", metric="plain", keep=fraction))
     sizes = bs.sizes(part)
     assert 0.9 * fraction * sizes["targeted_dense"] < sizes["targeted"] < fraction * sizes["targeted_dense"]
     for (_, mine), (_, full) in zip(*(((g[0]) for g in groups(m)) for m in (part, whole)), strict=True):
@@ -157,7 +167,7 @@ def test_a_damaged_source_is_named_and_nothing_is_left_behind(damage, checkpoint
     do, message = DAMAGE[damage]
     do(source)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        bs.decompose_checkpoint(source, tmp_path / "out")
+        bs.decompose_checkpoint(source, tmp_path / "out", metric="plain")
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
@@ -171,7 +181,7 @@ def test_interrupted_in_the_middle_nothing_is_left_behind(checkpoint, tmp_path, 
 
     monkeypatch.setattr("basis_select.stream._write", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        bs.decompose_checkpoint(source, tmp_path / "out")
+        bs.decompose_checkpoint(source, tmp_path / "out", metric="plain")
     assert seen[0].parent.parent == tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
@@ -182,12 +192,13 @@ def test_options_that_cannot_be_met(checkpoint, tmp_path):
         ({"metric": "cholesky"}, "unknown metric"),
         ({"metric": "kronecker"}, "needs second moments"),
         ({"keep": 1.5}, "keep=1.5 is not"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"keep": 0.01}, "keep=0.01 leaves no basis in"),
     ):
         with pytest.raises(ValueError, match=message):
-            bs.decompose_checkpoint(source, tmp_path / "out", **options)
-    out = bs.decompose_checkpoint(source, tmp_path / "out")
+            bs.decompose_checkpoint(source, tmp_path / "out", **{"metric": "plain", **options})
+    out = bs.decompose_checkpoint(source, tmp_path / "out", metric="plain")
     with pytest.raises(ValueError, match="decomposed already"):
-        bs.decompose_checkpoint(out, tmp_path / "again")
+        bs.decompose_checkpoint(out, tmp_path / "again", metric="plain")
     with pytest.raises(FileExistsError):
-        bs.decompose_checkpoint(source, out)
+        bs.decompose_checkpoint(source, out, metric="plain")
