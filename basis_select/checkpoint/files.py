@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from .. import ranks
 from ..bases import groups
 from .format import METHOD, describe
 
@@ -24,10 +25,15 @@ SIDECAR = "basis_select.json"  # sha256 of every weight file, and what was saved
 def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     """Write a checkpoint to `folder`: all of it or, if anything fails, none of it.
 
-    `dtype` ("bfloat16", "float32") casts the weights on the way out; the model in memory is not touched. Raises
-    FileExistsError if `folder` holds anything.
+    `dtype` ("bfloat16", "float32") casts the weights on the way out; the model in memory is not touched. On several
+    ranks all call this and the first writes. Raises FileExistsError if `folder` holds anything.
     """
     folder = Path(folder)
+    if ranks.rank():
+        if ranks.is_sharded(model):
+            with tempfile.TemporaryDirectory() as scratch:
+                model.save_pretrained(scratch, is_main_process=False)  # hands over this rank's part
+        return folder
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: choose another folder or remove it first")
     if groups(model):
