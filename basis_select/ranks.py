@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 PATIENCE = timedelta(days=7)  # the first rank decomposes and evaluates alone
@@ -100,6 +101,13 @@ def layout():
 
 def is_sharded(model):
     return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def gather_no_more(model):
+    """Leave parameters sharded that a forward pass gathered and no backward pass let go: only those can be trained."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(x):

@@ -42,8 +42,9 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        if dtype is not None:
-            _cast(partial, dtype)
+        twins = model.all_tied_weights_keys if ranks.is_sharded(model) else {}  # gathering writes tied tensors twice
+        if dtype is not None or twins:
+            _rewrite(partial, dtype, twins)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         files = {p.name: sha256(p) for p in sorted(partial.glob("*.safetensors"))}
@@ -60,23 +61,27 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     return folder
 
 
-def _cast(folder, dtype):
-    """Cast a saved checkpoint shard by shard. (save_pretrained takes a state dict, but neither sees tied tensors in
-    a cast one nor uses it for a model that was loaded with a quantizer, ours included.)
+def _rewrite(folder, dtype, without):
+    """Cast a saved checkpoint (unless `dtype` is None) and drop the tensors named in `without`, shard by shard.
+
+    (save_pretrained takes a state dict, but neither sees tied tensors in a cast one nor uses it for a model that was
+    loaded with a quantizer, ours included.)
     """
     size = 0
     for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
+        tensors = {name: tensor for name, tensor in load_file(path).items() if name not in without}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point():
+            if dtype is not None and tensor.is_floating_point():
                 tensors[name] = tensor.to(getattr(torch, dtype))
             size += tensors[name].nbytes
         save_file(tensors, path, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
+    if dtype is not None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
     for path in folder.glob("*.index.json"):
         index = json.loads(path.read_text())
         index["metadata"]["total_size"] = size
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in without}
         path.write_text(json.dumps(index, indent=2))
 
 

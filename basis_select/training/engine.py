@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from ..bases import LowRankLinear, groups, take
 from .collage import CollageAdamW
 from .data import Batches
 from .loss import task_loss
-from .precision import fast_bf16
+from .precision import autocast, fast_bf16
 
 LEARNED = ("kept", "last", "rounds")  # what `learn` keeps beside the weights, see there
 SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
@@ -93,7 +94,11 @@ def train(
         weight_decay=0.0,
         optim="adamw_torch_fused",
         activation_checkpointing=checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing_kwargs={
+            "use_reentrant": False,
+            "context_fn": lambda: (nullcontext(), autocast(model)),  # what is computed anew is computed as before
+        },
+        use_cache=model.config.use_cache,  # Trainer writes this into the config, which is saved with the model
         bf16=fast_bf16(model.device) and model.dtype == torch.float32,
         seed=seed,
         save_strategy="no",  # Clock asks for checkpoints by time
