@@ -46,16 +46,25 @@ def run(
     recipe: RecipeFile,
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="run directory, default runs/RECIPE")] = None,
+    shard: Annotated[bool, typer.Option("--shard", help="under torchrun: spread models over the processes")] = False,
 ):
-    """Compress a model for a task as the recipe says; the same command continues a killed run."""
-    read = _recipe(recipe, changes)
-    from . import pipeline
-    from .evaluation.report import table
+    """Compress a model for a task as the recipe says; the same command continues a killed run.
 
-    folder = out or Path("runs") / recipe.stem
-    results = pipeline.run(read, folder)
-    typer.echo(table(results))
-    typer.echo(f"checkpoint: {folder / 'final'}   results: {folder / 'results.json'}")
+    Under torchrun all processes train together.
+    """
+    from . import ranks
+
+    def work():
+        read = _recipe(recipe, changes)
+        from . import pipeline
+        from .evaluation.report import table
+
+        folder = out or Path("runs") / recipe.stem
+        results = pipeline.run(read, folder, shard)
+        typer.echo(table(results))
+        typer.echo(f"checkpoint: {folder / 'final'}   results: {folder / 'results.json'}")
+
+    ranks.lead(work)
 
 
 @_command

@@ -118,6 +118,7 @@ def _batch(rows, length, responses):
         "input_ids": torch.zeros(rows, length, dtype=torch.long),
         "positions": positions,
         "targets": positions.clone(),
+        "responses": responses,
     }
 
 

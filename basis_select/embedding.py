@@ -73,6 +73,9 @@ def install(model, name, rank, tied, scale=1.0, weighted=False):
         model.set_submodule(module_name(model, model.get_output_embeddings()), table)
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
+        # Both ends of the model read the table, so where FSDP shards, it belongs to the model as a whole.
+        ends = name, module_name(model, table)
+        model._fsdp_plan = {n: style for n, style in getattr(model, "_fsdp_plan", {}).items() if n not in ends}
     return table
 
 

@@ -6,6 +6,7 @@ import random
 import torch
 from torch import nn
 
+from . import ranks
 from .bases import groups
 from .embedding import table_of
 from .training.data import Batches
@@ -43,9 +44,12 @@ def heal(
     states are those of the adapters alone. Raises ValueError on bases that are still weighted, and without both `lr`
     and `teacher`.
     """
+    ranks.join()
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")
     if lr is None and steps:
+        if precision != "fp32" and ranks.is_sharded(model):
+            raise ValueError("FSDP cannot measure a model in fp32 and then train it in another precision: pass lr")
         lr = suitable_rate(model, task, teacher, seed) * (LORA_RATE if lora else 1)
     if lora:
         add_adapters(model, lora)
@@ -100,7 +104,7 @@ def suitable_rate(model, task, teacher, seed=0):
     far = distance(model, task, teacher, seed)
     rate = min(max(1e-4 * max(far, 0.0) ** 0.7, 1e-5), 1e-3)  # rounding can leave a KL of zero below it
     log.info("KL to the parent %.3g nats per token: healing at a rate of %.2g", far, rate)
-    return rate
+    return ranks.agreed(lambda: rate)
 
 
 @torch.no_grad()

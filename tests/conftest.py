@@ -48,14 +48,18 @@ def tiny(kind="llama", tied=False, dtype="float32", seed=0, **overrides):
     return model.eval()
 
 
-@pytest.fixture
-def tokenizer():
+def make_tokenizer():
     """One token per ASCII character."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(c): c for c in range(3, VOCABULARY)}
     fast = Tokenizer(models.BPE(vocabulary, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
 
 
 @pytest.fixture

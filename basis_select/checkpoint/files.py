@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from .. import ranks
 from ..bases import groups
 from .format import METHOD, describe
 
@@ -25,15 +26,21 @@ SIDECAR = "basis_select.json"  # sha256 of every weight file, and what was saved
 def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     """Write a checkpoint to `folder`: all of it or, if anything fails, none of it.
 
-    `dtype` ("bfloat16", "float32") casts the weights on the way out; the model in memory is not touched. Raises
-    FileExistsError if `folder` holds anything.
+    `dtype` ("bfloat16", "float32") casts the weights on the way out; the model in memory is not touched. On several
+    ranks all call this and the first writes. Raises FileExistsError if `folder` holds anything.
     """
+    if ranks.rank():
+        if ranks.is_sharded(model):
+            with tempfile.TemporaryDirectory() as scratch:
+                model.save_pretrained(scratch, is_main_process=False)  # hands over this rank's part
+        return Path(folder)
     if groups(model):
         describe(model)
     with whole(folder) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        if dtype is not None:
-            _cast(partial, dtype)
+        twins = model.all_tied_weights_keys if ranks.is_sharded(model) else {}  # gathering writes tied tensors twice
+        if dtype is not None or twins:
+            _rewrite(partial, dtype, twins)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return Path(folder)
@@ -65,23 +72,27 @@ def whole(folder):
         raise
 
 
-def _cast(folder, dtype):
-    """Cast a saved checkpoint shard by shard. (save_pretrained takes a state dict, but neither sees tied tensors in
-    a cast one nor uses it for a model that was loaded with a quantizer, ours included.)
+def _rewrite(folder, dtype, without):
+    """Cast a saved checkpoint (unless `dtype` is None) and drop the tensors named in `without`, shard by shard.
+
+    (save_pretrained takes a state dict, but neither sees tied tensors in a cast one nor uses it for a model that was
+    loaded with a quantizer, ours included.)
     """
     size = 0
     for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
+        tensors = {name: tensor for name, tensor in load_file(path).items() if name not in without}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point():
+            if dtype is not None and tensor.is_floating_point():
                 tensors[name] = tensor.to(getattr(torch, dtype))
             size += tensors[name].nbytes
         save_file(tensors, path, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
+    if dtype is not None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2))
     for path in folder.glob("*.index.json"):
         index = json.loads(path.read_text())
         index["metadata"]["total_size"] = size
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in without}
         path.write_text(json.dumps(index, indent=2))
 
 

@@ -2,6 +2,7 @@
 of the seed, so that a resumed run sees what an undisturbed one would have seen.
 """
 
+import dataclasses
 import random
 
 import torch
@@ -13,14 +14,15 @@ WINDOW = 16  # batches that are sorted by length together
 
 
 class Batches(Dataset):
-    """`steps` collated batches; item i is what step i trains on.
+    """`steps` collated batches; item i is what step i trains on, or of it the rows of one rank of several.
 
     Each is a dict of `input_ids: (B, L)` right-padded, `real: (B, L)` bool (not padding), `positions: (n,)` the
     flat indices `b * L + t` whose logits predict response tokens, and `targets: (n,)` those tokens, padded
-    with -100. Right padding needs no attention mask: under causal attention no real token sees it.
+    with -100. Right padding needs no attention mask: under causal attention no real token sees it. `tokens` and
+    `responses` count, whatever the rank, all real tokens and all response tokens of the step.
     """
 
-    def __init__(self, examples, batch_size, steps, seed, pad_id=0):
+    def __init__(self, examples, batch_size, steps, seed, pad_id=0, rank=0, world=1):
         if not examples:
             raise ValueError("there are no examples to make batches of")
         self.examples, self.batch_size, self.steps, self.seed, self.pad_id = (
@@ -30,6 +32,7 @@ class Batches(Dataset):
             seed,
             pad_id,
         )
+        self.rank, self.world = rank, world
         self._epoch = (-1, [])
 
     def __len__(self):
@@ -39,7 +42,13 @@ class Batches(Dataset):
         if not 0 <= step < self.steps:
             raise IndexError(step)
         per_epoch = -(-len(self.examples) // self.batch_size)
-        return self.collate([self.examples[i] for i in self._order(step // per_epoch)[step % per_epoch]])
+        rows = [self.examples[i] for i in self._order(step // per_epoch)[step % per_epoch]]
+        batch = self.collate(rows[self.rank :: self.world] or [_without_response(rows[0])])
+        return {
+            **batch,
+            "tokens": sum(len(e.input_ids) for e in rows),
+            "responses": sum(len(e.input_ids) - e.start for e in rows),
+        }
 
     def _order(self, epoch):
         if self._epoch[0] != epoch:
@@ -64,13 +73,18 @@ class Batches(Dataset):
             real[row, : len(tokens)] = True
             positions += [row * length + t - 1 for t in range(example.start, len(tokens))]
             targets += tokens[example.start :]
-        padding = _round_up(len(positions), RESPONSE_MULTIPLE) - len(positions)
+        padding = _round_up(max(len(positions), 1), RESPONSE_MULTIPLE) - len(positions)
         return {
             "input_ids": ids,
             "real": real,
             "positions": torch.tensor(positions + [0] * padding),
             "targets": torch.tensor(targets + [-100] * padding),
         }
+
+
+def _without_response(example):
+    """What a rank computes on when a batch has no row for it: nothing to learn, but the same graph as on others."""
+    return dataclasses.replace(example, start=len(example.input_ids))
 
 
 def _round_up(n, multiple):

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from .. import ranks
 from ..bases import LowRankLinear, groups, take
 from .collage import CollageAdamW
 from .data import Batches
@@ -49,8 +51,10 @@ def train(
     all that was carried for it, what did not rounded. `checkpointing` keeps only the inputs of the decoder layers and
     computes the rest anew in the backward pass.
     `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
-    same arguments continues. Raises FloatingPointError when the loss is not finite; the last checkpoint then still
-    holds the last good state.
+    same arguments continues. On several ranks all call this and each trains on its rows of every batch; gradients and
+    metrics are those of the whole batch, a model or teacher may be sharded (`load(..., sharded=True)`), and checkpoints
+    are whole. Raises FloatingPointError when the loss is not finite; the last checkpoint then still holds the last good
+    state.
     """
     if steps == 0:
         return []
@@ -71,6 +75,7 @@ def train(
                 checkpointing=checkpointing,
                 callbacks=callbacks,
             )
+    ranks.join()
     folder = Path(folder)
     optimizer, own = None, model.dtype
     if precision != "fp32":
@@ -91,6 +96,7 @@ def train(
         warmup_steps=math.ceil(warmup * steps),
         weight_decay=0.0,
         optim="adamw_torch_fused",
+        use_cache=model.config.use_cache,  # Trainer writes this into the config, which is saved with the model
         bf16=fast_bf16(model.device) and model.dtype == torch.float32,
         seed=seed,
         save_strategy="no",  # Clock asks for checkpoints by time
@@ -102,13 +108,13 @@ def train(
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=model.device.type != "cpu",
     )
-    resume = _last_checkpoint(args.output_dir)
+    resume = ranks.agreed(lambda: _last_checkpoint(args.output_dir))
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     record = Record(folder / "metrics.jsonl", keep=done)
     trainer = _Trainer(
         model=model,
         args=args,
-        train_dataset=Batches(task.train, batch_size, steps, seed, task.pad_id),
+        train_dataset=Batches(task.train, batch_size, steps, seed, task.pad_id, ranks.rank(), ranks.world()),
         data_collator=lambda items: items[0],
         callbacks=[*callbacks, record, Clock()],
         optimizers=(optimizer, None),
@@ -148,29 +154,59 @@ class _Trainer(Trainer):
         super().__init__(*args, **kwargs)
         self.teacher, self.kl, self.record = teacher, kl, record
         self.loss_is_scaled_for_ga = False
+        if ranks.world() > 1:
+            self.is_distributed_loading_by_transformers = True  # no DDP: `learn` changes shapes while it trains
+
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, collate_fn=self.data_collator)  # Batches has dealt the rows already
+
+    def _sync_replicated_trainable_parameters(self, model):
+        ranks.unify(model.parameters())
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        ranks.average_gradients(model.parameters())
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, ce, kl = task_loss(model, inputs, self.teacher, self.kl)
-        values = {"loss": loss.item(), "ce": ce.item(), "kl": kl.item()}
+        parts = task_loss(model, inputs, self.teacher, self.kl)
+        values = dict(zip(("loss", "ce", "kl"), ranks.total(torch.stack(parts).detach()).tolist(), strict=True))
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"the loss became {values['loss']} at step {self.state.global_step + 1}; "
                 f"the state before it is kept, a learning rate below {self.args.learning_rate:g} may help"
             )
-        self.record.values = {**values, "tokens": int(inputs["real"].sum())}
-        return loss
+        self.record.values = {**values, "tokens": inputs["tokens"]}
+        return parts[0] * ranks.world()  # gradients are averaged over ranks
 
     def _save(self, output_dir=None, state_dict=None):
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_file(_state(self.model), Path(output_dir) / "trainable.safetensors")
+        state = _state(self.model)
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(state, Path(output_dir) / "trainable.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         _restore(self.model, load_file(Path(resume_from_checkpoint) / "trainable.safetensors"))
 
+    def _save_optimizer_and_scheduler(self, output_dir):
+        state = self.optimizer.state_dict()
+        state["state"] = {i: {k: ranks.whole(v) for k, v in s.items()} for i, s in state["state"].items()}
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for p, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if torch.is_tensor(value):
+                    state[name] = ranks.sharded_like(p, value)
+
 
 def _state(model):
     """What training changes: parameters with gradients, and which bases are still alive."""
-    state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trained = [(name, ranks.whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad]
+    state = {name: p.clone() for name, p in trained if p is not None}
     for name, module in model.named_modules():
         for buffer in LEARNED:
             if isinstance(module, LowRankLinear) and hasattr(module, buffer):
@@ -189,7 +225,7 @@ def _restore(model, state):
             take(members, leader.kept)
     parameters = dict(model.named_parameters())
     for name, value in state.items():
-        parameters[name].copy_(value)
+        parameters[name].copy_(ranks.sharded_like(parameters[name], value))
 
 
 def _last_checkpoint(output_dir):
@@ -206,11 +242,13 @@ class Clock(TrainerCallback):
         self.last = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if time.monotonic() - self.last > SAVE_EVERY and state.global_step < state.max_steps:
+        if ranks.agreed(lambda: time.monotonic() - self.last > SAVE_EVERY) and state.global_step < state.max_steps:
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
+        ranks.barrier()  # all have written the state of their random numbers
+        if args.should_save:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
         self.last = time.monotonic()
 
 
@@ -220,9 +258,11 @@ class Record(TrainerCallback):
     def __init__(self, path, keep):
         lines = path.read_text().splitlines() if path.exists() else []
         self.rows = [json.loads(line) for line in lines[:keep]]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.path, self.values = path, {}
+        self.path, self.values, self.writes = path, {}, ranks.rank() == 0
+        ranks.barrier()  # all have read the file
+        if self.writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         self.began = time.monotonic()
@@ -243,5 +283,6 @@ class Record(TrainerCallback):
             self.optimizer.measure = False
             row |= self.optimizer.quality
         self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")

@@ -63,20 +63,19 @@ def task_loss(model, batch, teacher=None, kl=1.0, mixed=True):
     """Mean over response tokens of `CE(y) + kl * KL(teacher || model)`, and both parts: three scalars, in nats.
 
     `teacher` is a model or a function of a batch that returns `log_probabilities`; without one the second part is
-    zero. `mixed=False` computes an fp32 model in fp32.
+    zero. `mixed=False` computes an fp32 model in fp32. The rows of one rank give its share of the mean over the batch.
     """
     targets = batch["targets"].to(model.device)
     real = targets >= 0  # masked, not indexed: shapes then do not depend on data
-    count = real.sum()
     with autocast(model) if mixed else nullcontext():
         logits = response_logits(model, batch)
     log_q = logits.float().log_softmax(-1)
-    ce = F.nll_loss(log_q, targets, reduction="sum") / count
+    ce = F.nll_loss(log_q, targets, reduction="sum") / batch["responses"]
     if teacher is None or kl == 0:
         return ce, ce, torch.zeros_like(ce)
     log_p = log_probabilities(teacher, batch) if isinstance(teacher, nn.Module) else teacher(batch)
     each = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    divergence = (each * real).sum() / count
+    divergence = (each * real).sum() / batch["responses"]
     return ce + kl * divergence, ce, divergence
 
 

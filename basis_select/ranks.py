@@ -1,0 +1,161 @@
+"""Several processes, the ranks of torchrun: who decides, who writes, and how gradients and parameters are put together.
+
+The first rank runs the recipe; the others wait for what it hands them. Every function here does nothing, or just calls,
+in a single process. The run's folder must be on a disk that all ranks see.
+"""
+
+import contextlib
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+PATIENCE = timedelta(days=7)  # the first rank decomposes and evaluates alone
+TOGETHER = 2**24  # elements of gradients that are averaged at once
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join():
+    """Meet the other ranks that torchrun has started, if it has and they have not met yet."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+
+
+def device():
+    """Where this rank trains: on its own GPU if there are any. A single process stays where its model is loaded."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cpu")
+
+
+def lead(work):
+    """`work()` on the first rank; the others take part in what it passes to `everywhere` until it returns.
+
+    If it raises, that rank ends with the error and torchrun ends the others.
+    """
+    join()
+    if rank() == 0:
+        work()
+        _told(None)
+    else:
+        # Where the first rank is sure to fail too, the others go quietly: its sentence and its status are the run's.
+        with contextlib.suppress(FloatingPointError):
+            while job := _next_job():
+                function, arguments = job
+                function(*arguments)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _next_job():
+    try:
+        return _told(None)
+    except RuntimeError:  # the first rank is gone
+        return None
+
+
+def everywhere(function, *arguments):
+    """`function(*arguments)` on all ranks, called by the first; both are pickled. Returns the first rank's result."""
+    _told((function, arguments))
+    return function(*arguments)
+
+
+def agreed(decide):
+    """What `decide()` returns on the first rank, on every rank."""
+    return _told(decide() if rank() == 0 else None)
+
+
+def barrier():
+    agreed(bool)
+
+
+def _told(value):
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def layout():
+    """How `load(..., sharded=True)` spreads a model: over the ranks of a node, with a replica on every node."""
+    from transformers.distributed import DistributedConfig
+
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if node == 1:
+        node = world()
+    return DistributedConfig(fsdp_size=node, dp_replicate_size=world() // node)
+
+
+def is_sharded(model):
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def gather_no_more(model):
+    """Leave parameters sharded that a forward pass gathered and no backward pass let go: only those can be trained."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(x):
+    """A tensor that may be sharded as a plain one, on the first rank; None on the others. All of them must call it."""
+    if not isinstance(x, DTensor):
+        return x
+    full = x.full_tensor()
+    return full if rank() == 0 else None
+
+
+def sharded_like(p, x):
+    """The plain tensor `x`, which every rank has, spread as the parameter `p` is."""
+    if not isinstance(p, DTensor) or x.shape != p.shape:
+        return x
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
+def total(x):
+    """The sum of a tensor over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def unify(parameters):
+    """The first rank's values for what is not sharded, on all ranks."""
+    for p in _replicated(parameters):
+        dist.broadcast(p.data, src=0)
+
+
+def average_gradients(parameters):
+    """The mean over ranks of the gradients of what is not sharded (FSDP does the rest), in place, summed in fp32."""
+    bucket, size = [], 0
+    for p in _replicated(parameters):
+        bucket.append(p.grad)
+        size += p.grad.numel()
+        if size >= TOGETHER:
+            _average(bucket)
+            bucket, size = [], 0
+    if bucket:
+        _average(bucket)
+
+
+def _average(tensors):
+    mean = total(torch.cat([t.flatten().float() for t in tensors])) / world()
+    for t, part in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(part.view_as(t))
+
+
+def _replicated(parameters):
+    return [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)] if world() > 1 else []

@@ -1,0 +1,130 @@
+"""Several processes give what one gives: real torchrun, gloo, on this machine."""
+
+import copy
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_tokenizer, tiny
+from kill_resume import hashes
+from on_ranks import CASES
+from safetensors.torch import load_file
+
+import basis_select as bs
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A task, its dense model, and that model weighted, cut, and cut with its embedding as bases."""
+    folder, tokenizer = tmp_path_factory.mktemp("source"), make_tokenizer()
+    rows = [{"prompt": f"{a}+{b}=", "response": str(a + b) * (1 + a % 3)} for a in range(12) for b in range(12)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = bs.load_task(str(folder / "data.jsonl"), tokenizer, validation=10, test=20)
+    parent = tiny(tied=True)
+    bs.tune(parent, task, steps=20, batch_size=8, lr=5e-3)
+    weighted = bs.decompose(copy.deepcopy(parent), task, examples=16)
+    cut = bs.prune(copy.deepcopy(weighted), keep=0.4, multiple_of=2)
+    table = bs.decompose(copy.deepcopy(parent), task, examples=16, embedding=True)
+    bs.prune(table, keep=0.4, keep_embedding=0.5, multiple_of=2)
+    for name, model in {"parent": parent, "weighted": weighted, "cut": cut, "table": table}.items():
+        bs.save(model, tokenizer, folder / name)
+    return folder
+
+
+def launch(arguments, nodes, processes):
+    """Exit status and what was printed, of a program on `nodes` agents with so many processes each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = f"localhost:{free.getsockname()[1]}"
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--nnodes", str(nodes)]
+    run += ["--rdzv-backend", "c10d", "--rdzv-endpoint", meet, "--rdzv-id", "test"]
+    command = [sys.executable, *(run if nodes * processes > 1 else ()), *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENVIRONMENT}
+    agents = [subprocess.Popen(command, **options) for _ in range(nodes)]
+    printed = "".join(agent.communicate(timeout=300)[0] for agent in agents)
+    return max(abs(agent.returncode) for agent in agents), printed
+
+
+def trained(folder):
+    """Losses, metrics that are known exactly, and weights of a case."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    weights = load_file(folder / "model" / "model.safetensors")
+    return [row["loss"] for row in rows], [(row["step"], row["tokens"]) for row in rows], weights
+
+
+@pytest.fixture(scope="module")
+def runs(source, tmp_path_factory):
+    """Every case in one process, in two, and in two on each of two nodes."""
+    out = tmp_path_factory.mktemp("runs")
+    for nodes, processes in ((1, 1), (1, 2), (2, 2)):
+        status, printed = launch([HERE / "on_ranks.py", source, out / f"{nodes}x{processes}", *CASES], nodes, processes)
+        assert status == 0, printed
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", ["1x2", "2x2"])
+def test_several_processes_train_as_one_does(size, case, runs):
+    losses, exact, weights = trained(runs / "1x1" / case)
+    theirs = trained(runs / size / case)
+    narrow = "plus" in case
+    assert theirs[0] == pytest.approx(losses, rel=1e-3 if narrow else 1e-6)
+    assert theirs[1] == exact
+    assert {n: w.shape for n, w in theirs[2].items()} == {n: w.shape for n, w in weights.items()}
+    for name, w in weights.items():
+        assert (w - theirs[2][name]).abs().max() < (1e-3 if narrow else 1e-6), name
+
+
+def test_after_one_rank_was_killed_the_same_command_ends_with_the_same_weights(source, runs, tmp_path):
+    cases = ["learn", "heal plus sharded"]
+    command = [HERE / "on_ranks.py", source, tmp_path, *cases]
+    for case, steps in zip(cases, ("6", "11"), strict=True):
+        status, _ = launch([*command, "--dies", steps], 1, 2)
+        assert status != 0
+        assert list((tmp_path / case / "trainer").glob("checkpoint-*/complete"))
+        assert not (tmp_path / case / "model").exists()
+    status, printed = launch([*command, "--dies", "0"], 1, 2)
+    assert status == 0, printed
+    for case in cases:
+        (losses, exact, weights), calm = trained(tmp_path / case), trained(runs / "1x2" / case)
+        assert (losses, exact) == calm[:2]
+        for name, w in weights.items():
+            assert w.equal(calm[2][name]), (case, name)
+
+
+def test_a_recipe_has_the_same_stages_on_several_processes(source, tmp_path):
+    content = {
+        "model": str(source / "parent"),
+        "task": str(source / "data.jsonl"),
+        "data": {"test": 20, "validation": 10},
+        "tune": {"steps": 4, "batch_size": 6},
+        "decompose": {"examples": 16},
+        "learn": {"steps": 6, "batch_size": 6, "rounds": 3},
+        "prune": {"keep": 0.4, "multiple_of": 2},
+        "heal": {"steps": 6, "batch_size": 6},
+    }
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    command = ["-m", "basis_select", "run", recipe]
+    for name, processes, more in (("one", 1, ()), ("two", 2, ("--shard",))):
+        status, printed = launch([*command, "--out", tmp_path / name, *more], 1, processes)
+        assert status == 0, printed
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert hashes(tmp_path / "one").keys() == hashes(tmp_path / "two").keys()
+    assert two["result"]["nll"]["value"] == pytest.approx(one["result"]["nll"]["value"], rel=0.02)
+    assert two["result"]["sizes"] == one["result"]["sizes"]
+    shutil.rmtree(tmp_path / "two" / "stages")
+    status, printed = launch([*command, "prune.keep=7", "--out", tmp_path / "two"], 1, 2)
+    assert status != 0
+    assert printed.count("error: ") == 1
+    assert "prune.keep is 7.0" in printed
