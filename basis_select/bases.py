@@ -38,13 +38,14 @@ class LowRankLinear(nn.Module):
         self.new = None
         self.is_table = False  # whether it is the token embedding, which has its own budget: embedding.py
         self.u = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-        self._leader = (leader or self,)  # a tuple, so that nn.Module does not register it as a child
+        # In a tuple, so that nn.Module does not register it; never self, so that a dropped layer is freed at once.
+        self._leader = (leader,)
         self._readers = 1  # how many layers use this leader's latent
         self._latent = None
         if leader is not None:
             leader._readers += 1
 
-    leader = property(lambda self: self._leader[0])
+    leader = property(lambda self: self._leader[0] or self)
     rank = property(lambda self: self.u.in_features)
     weighted = property(lambda self: hasattr(self.leader, "weight"))
     s = property(lambda self: self.leader.scale * self.leader.weight**self.leader.power)

@@ -1,6 +1,8 @@
 import dataclasses
+import gc
 import random
 import sys
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from conftest import tiny
 from safetensors.torch import load_file, save_file
 
 from basis_select import decompose
-from basis_select.decompose import deal, moment_bytes, passes, same_input, second_moments, targets
+from basis_select.decompose import deal, factored, moment_bytes, passes, same_input, second_moments, targets
 from basis_select.linalg.metrics import METRICS
 from basis_select.training.data import Batches
 
@@ -137,3 +139,16 @@ def test_layers_are_dealt_by_what_they_cost():
     shapes = [(64, [64, 32]), (64, [64]), (64, [96, 96]), (96, [64])]
     assert deal(shapes, 1) == [0, 0, 0, 0]
     assert deal(shapes, 2) == [1, 0, 0, 1]
+
+
+def test_layers_are_freed_without_the_garbage_collector():
+    gc.disable()
+    try:
+        linears = [torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)]
+        with torch.no_grad():
+            layers = factored(["a", "b"], linears, None, METRICS["plain"])
+        seen = [weakref.ref(layer) for layer in layers]
+        del layers
+        assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
