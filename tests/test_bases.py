@@ -243,7 +243,7 @@ def test_taylor_scores_rank_bases_like_the_true_loss_change(task):
     model = decompose(parent, one, examples=8)
     batch = next(iter(Batches(one.train, 8, 1, 0)))
     found = derivatives(model, one, probes=150, batch_size=8)
-    loss = task_loss(model, batch)[0].item()
+    loss = task_loss(model, batch, mixed=False)[0].item()
     predicted, actual = [], []
     for members, (g, h) in list(zip(groups(model), found, strict=True))[:3]:
         leader = members[0][1].leader
@@ -254,7 +254,7 @@ def test_taylor_scores_rank_bases_like_the_true_loss_change(task):
                 losses = []
                 for weight in (0.0, kept * 1.01, kept * 0.99):
                     leader.weight[i] = weight
-                    losses.append(task_loss(model, batch)[0].double().item())
+                    losses.append(task_loss(model, batch, mixed=False)[0].double().item())
                 leader.weight[i] = kept
             predicted.append(estimate[i].item())
             actual.append(losses[0] - loss)

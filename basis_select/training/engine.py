@@ -21,7 +21,7 @@ from ..bases import LowRankLinear, groups, take
 from .collage import CollageAdamW
 from .data import Batches
 from .loss import task_loss
-from .precision import fast_bf16, products
+from .precision import products
 
 LEARNED = ("kept", "last", "rounds")  # what `learn` keeps beside the weights, see there
 SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
@@ -97,7 +97,7 @@ def train(
         weight_decay=0.0,
         optim="adamw_torch_fused",
         use_cache=model.config.use_cache,  # Trainer writes this into the config, which is saved with the model
-        bf16=fast_bf16(model.device) and model.dtype == torch.float32,
+        # Not bf16=True for mixed precision: that stays with the model. `task_loss` sees to it.
         seed=seed,
         save_strategy="no",  # Clock asks for checkpoints by time
         save_total_limit=2,

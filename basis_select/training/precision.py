@@ -42,9 +42,9 @@ class _ShortAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             q, k, v = args[:3]
+            bf16 = q.dtype == torch.bfloat16 or (q.dtype == torch.float32 and torch.is_autocast_enabled("cpu"))
             plain = kwargs.get("is_causal") and kwargs.get("attn_mask") is None and not kwargs.get("dropout_p")
-            trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-            if plain and trains and q.shape[-2] == k.shape[-2] <= self.LONGEST:
+            if bf16 and plain and torch.is_grad_enabled() and q.shape[-2] == k.shape[-2] <= self.LONGEST:
                 times = q.shape[-3] // k.shape[-3]
                 k, v = (x.repeat_interleave(times, dim=-3) if times > 1 else x for x in (k, v))
                 scale = kwargs.get("scale") or q.shape[-1] ** -0.5
