@@ -136,7 +136,9 @@ def test_batches_cover_each_epoch_once_and_are_a_function_of_the_seed(task):
     batches = Batches(task.train, 7, 12, seed=3)
     again = Batches(task.train, 7, 12, seed=3)
     for step in (11, 0, 5):  # any order of asking
-        assert all(torch.equal(batches[step][k], again[step][k]) for k in batches[step])
+        assert all(
+            torch.equal(torch.as_tensor(batches[step][k]), torch.as_tensor(again[step][k])) for k in batches[step]
+        )
     per_epoch = -(-len(task.train) // 7)
     for epoch in (0, 1):
         seen = [row[row > 0].tolist() for s in range(per_epoch) for row in batches[epoch * per_epoch + s]["input_ids"]]
