@@ -60,6 +60,7 @@ def lead(work):
             while job := _next_job():
                 function, arguments = job
                 function(*arguments)
+                barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -72,9 +73,14 @@ def _next_job():
 
 
 def everywhere(function, *arguments):
-    """`function(*arguments)` on all ranks, called by the first; both are pickled. Returns the first rank's result."""
+    """`function(*arguments)` on all ranks, called by the first; both are pickled.
+
+    Returns the first rank's result when all are done: only then may it move the files that they read.
+    """
     _told((function, arguments))
-    return function(*arguments)
+    result = function(*arguments)
+    barrier()
+    return result
 
 
 def agreed(decide):
@@ -83,7 +89,7 @@ def agreed(decide):
 
 
 def barrier():
-    agreed(bool)
+    total(torch.zeros(1))
 
 
 def _told(value):
