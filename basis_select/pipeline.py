@@ -296,12 +296,13 @@ def _train(verb, source, parent, task, out, options, shard):
     # `learn` changes shapes while it trains, and adapters are added later: there every rank has the whole model.
     shard = shard and verb is not learn and not options.get("lora")
     if shard and verb is heal and options["lr"] is None:
+        # On a copy, because FSDP stays with the dtype in which a model was first used.
         options["lr"] = suitable_rate(_load(source, shard)[0], task, *teacher, options["seed"])
     model, tokenizer = _load(source, shard)
     verb(model, task, *teacher, folder=out, **options)
     save(model, tokenizer, out / "model")
-    if shard:  # read anew, because FSDP stays with the dtype in which it was first used
-        ranks.barrier()
+    ranks.barrier()
+    if shard:  # for the same reason
         model, _ = _load(out, shard)
     return _measured(model, task, out)
 

@@ -25,17 +25,22 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def started():
+    """Whether torchrun has started this process, if only one."""
+    return "LOCAL_RANK" in os.environ
+
+
 def join():
-    """Meet the other ranks that torchrun has started, if it has and they have not met yet."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    """Meet the other ranks if torchrun has started this process and they have not met yet."""
+    if started() and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
 def device():
-    """Where this rank trains: on its own GPU if there are any. A single process stays where its model is loaded."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available():
+    """Where this rank trains: under torchrun on its own GPU if there are any."""
+    if started() and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device("cpu")
 
@@ -55,6 +60,7 @@ def lead(work):
             while job := _next_job():
                 function, arguments = job
                 function(*arguments)
+                barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -67,9 +73,14 @@ def _next_job():
 
 
 def everywhere(function, *arguments):
-    """`function(*arguments)` on all ranks, called by the first; both are pickled. Returns the first rank's result."""
+    """`function(*arguments)` on all ranks, called by the first; both are pickled.
+
+    Returns the first rank's result when all are done: only then may it move the files that they read.
+    """
     _told((function, arguments))
-    return function(*arguments)
+    result = function(*arguments)
+    barrier()
+    return result
 
 
 def agreed(decide):
@@ -78,7 +89,7 @@ def agreed(decide):
 
 
 def barrier():
-    agreed(bool)
+    total(torch.zeros(1))
 
 
 def _told(value):
@@ -111,16 +122,16 @@ def gather_no_more(model):
 
 
 def whole(x):
-    """A tensor that may be sharded as a plain one, on the first rank; None on the others. All of them must call it."""
+    """A tensor as it is, a sharded one gathered by all: on the first rank in its memory, None on others."""
     if not isinstance(x, DTensor):
         return x
     full = x.full_tensor()
-    return full if rank() == 0 else None
+    return full.cpu() if rank() == 0 else None
 
 
 def sharded_like(p, x):
-    """The plain tensor `x`, which every rank has, spread as the parameter `p` is."""
-    if not isinstance(p, DTensor) or x.shape != p.shape:
+    """`x`, which every rank has, spread as the parameter `p` is if it is a tensor of that shape."""
+    if not isinstance(p, DTensor) or not torch.is_tensor(x) or x.shape != p.shape:
         return x
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 

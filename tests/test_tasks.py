@@ -136,9 +136,7 @@ def test_batches_cover_each_epoch_once_and_are_a_function_of_the_seed(task):
     batches = Batches(task.train, 7, 12, seed=3)
     again = Batches(task.train, 7, 12, seed=3)
     for step in (11, 0, 5):  # any order of asking
-        assert all(
-            torch.equal(torch.as_tensor(batches[step][k]), torch.as_tensor(again[step][k])) for k in batches[step]
-        )
+        assert all(torch.equal(torch.as_tensor(batches[step][k]), torch.as_tensor(again[step][k])) for k in again[step])
     per_epoch = -(-len(task.train) // 7)
     for epoch in (0, 1):
         seen = [row[row > 0].tolist() for s in range(per_epoch) for row in batches[epoch * per_epoch + s]["input_ids"]]
@@ -147,6 +145,17 @@ def test_batches_cover_each_epoch_once_and_are_a_function_of_the_seed(task):
     predicted = batch["input_ids"].flatten()[batch["positions"] + 1]
     assert torch.equal(predicted[batch["targets"] >= 0], batch["targets"][batch["targets"] >= 0])
     assert batch["input_ids"].shape[1] % 16 == 0 == len(batch["targets"]) % 64
+
+
+@pytest.mark.parametrize("world", [2, 3, 9])
+def test_ranks_share_the_rows_of_a_batch(task, world):
+    batch = Batches(task.train, 7, 6, seed=3)[5]  # the last of an epoch, 5 rows
+    parts = [Batches(task.train, 7, 6, seed=3, rank=rank, world=world)[5] for rank in range(world)]
+    for part in parts:
+        assert (part["tokens"], part["responses"]) == (batch["real"].sum(), (batch["targets"] >= 0).sum())
+        assert len(part["targets"]) % 64 == 0 < len(part["targets"])
+    predicted = sorted(t for part in parts for t in part["targets"].tolist() if t >= 0)
+    assert predicted == sorted(t for t in batch["targets"].tolist() if t >= 0)
 
 
 def test_models_load_from_folders_adapters_and_refuse_the_rest(tokenizer, ids, tmp_path):

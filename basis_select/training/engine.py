@@ -154,7 +154,7 @@ class _Trainer(Trainer):
         super().__init__(*args, **kwargs)
         self.teacher, self.kl, self.record = teacher, kl, record
         self.loss_is_scaled_for_ga = False
-        if ranks.world() > 1:
+        if ranks.started():
             self.is_distributed_loading_by_transformers = True  # no DDP: `learn` changes shapes while it trains
 
     def get_train_dataloader(self):
@@ -196,11 +196,17 @@ class _Trainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        for p, state in self.optimizer.state.items():
-            for name, value in state.items():
-                if torch.is_tensor(value):
-                    state[name] = ranks.sharded_like(p, value)
+        if checkpoint is None:
+            return
+        saved = {
+            name: torch.load(Path(checkpoint) / f"{name}.pt", map_location="cpu", weights_only=True)
+            for name in ("optimizer", "scheduler")
+        }
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, state in saved["optimizer"]["state"].items():  # numbered in that order
+            saved["optimizer"]["state"][i] = {k: ranks.sharded_like(trained[i], v) for k, v in state.items()}
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.lr_scheduler.load_state_dict(saved["scheduler"])
 
 
 def _state(model):
