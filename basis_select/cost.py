@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from .bases import LowRankLinear
 from .checkpoint.format import BasisSelectConfig, build
-from .embedding import module_name
 from .training.collage import CollageAdamW
+from .training.engine import checkpoint_layers
 from .training.loss import activation_gradients, task_loss
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only the GPU's
@@ -69,7 +69,7 @@ def training_step(
         model = _model(config, torch.float32 if precision == "fp32" else torch.bfloat16, **(bases or {}))
         trains(model)
         if checkpointing:
-            model.train().activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         if precision == "fp32":
             optimizer = torch.optim.AdamW(parameters, fused=True)
@@ -81,35 +81,27 @@ def training_step(
             p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad()
-        memory = _Memory([*model.parameters(), *(parent.parameters() if taught else ())])
-        for state in optimizer.state.values():
-            memory.see([x for x in state.values() if torch.is_tensor(x)])
-        held = memory.now
-        with count_flops() as flops, memory:
+        states = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+        watch = _Watch(model, [*model.parameters(), *(parent.parameters() if taught else ()), *states])
+        held = watch.now
+        with watch:
             task_loss(model, batch, parent)[0].backward()
             gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
             optimizer.step()
-    return Cost(*_split(flops, model), held, gradients, memory.peak - held, _largest_block(model))
+    return watch.cost(held, gradients)
 
 
 def moments_step(config, shape):
     """The Cost of one batch of decompose.second_moments without the moments: two backward passes to activations."""
     with FakeTensorMode():
         model = _model(config)
-        memory = _Memory(model.parameters())
-        held = memory.now
-        with count_flops() as flops, memory, activation_gradients(model):
+        watch = _Watch(model, model.parameters())
+        held = watch.now
+        with watch, activation_gradients(model):
             loss = task_loss(model, _batch(*shape))[0]
             loss.backward(retain_graph=True)
             loss.backward()
-    return Cost(*_split(flops, model), held, 0, memory.peak - held, _largest_block(model))
-
-
-def _split(flops, model):
-    """`(all but the head's, the head's)`; a teacher of the same class counts with it."""
-    head = f"{type(model).__name__}.{module_name(model, model.get_output_embeddings())}"
-    at_head = sum(flops.get_flop_counts()[head].values())
-    return flops.get_total_flops() - at_head, at_head
+    return watch.cost(held, 0)
 
 
 def _batch(rows, length, responses):
@@ -128,28 +120,43 @@ def _largest_block(model):
     return max(sum(p.nbytes for p in block.parameters()) for block in blocks)
 
 
-class _Memory(TorchDispatchMode):
-    """Bytes of all storages alive, `now` and at the `peak`: of `tensors` and of what operations here make."""
+class _Watch(TorchDispatchMode):
+    """FLOPs of products; bytes of all storages alive, `now` and at the `peak`: of `tensors` and of what is made here.
 
-    def __init__(self, tensors):
+    torch's own counter tells modules apart, but by hooks that keep alive what checkpointing would free.
+    """
+
+    def __init__(self, model, tensors):
         super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
-        self.see(list(tensors))
+        self.formulas, self.vocabulary = count_flops().flop_registry, model.get_input_embeddings().num_embeddings
+        self.block, self.flops, self.head_flops = _largest_block(model), 0, 0
+        self.alive, self.now, self.peak = set(), 0, 0
+        self._see(tensors)
+
+    def cost(self, held, gradients):
+        return Cost(self.flops, self.head_flops, held, gradients, self.peak - held, self.block)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.see([x for x in tree_leaves(out) if torch.is_tensor(x)])
+        formula = self.formulas.get(function._overloadpacket)
+        if formula:
+            flops = formula(*args, **(kwargs or {}), out_val=out)
+            at_head = any(self.vocabulary in x.shape for x in args if torch.is_tensor(x))
+            self.head_flops += at_head * flops
+            self.flops += (not at_head) * flops
+        self._see(x for x in tree_leaves(out) if torch.is_tensor(x))
         return out
 
-    def see(self, tensors):
+    def _see(self, tensors):
         for x in tensors:
             storage = x.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key not in self.alive:
-                self.alive[key] = weakref.ref(storage, lambda _, key=key, size=size: self._gone(key, size))
+                self.alive.add(key)
+                weakref.finalize(storage, self._gone, key, size).atexit = False
                 self.now += size
                 self.peak = max(self.peak, self.now)
 
     def _gone(self, key, size):
-        del self.alive[key]
+        self.alive.remove(key)
         self.now -= size

@@ -164,16 +164,21 @@ class Stages:
             )
         if not r.heal.steps:
             return made
-        return self.stage("heal", r.heal, [made, parent], lambda out: self.train(heal, made, out, r.heal, parent))
+        return self.stage(
+            "heal",
+            {**dataclasses.asdict(r.heal), "teacher": r.teacher},
+            [made, parent],
+            lambda out: self.train(heal, made, out, r.heal, (parent, r.teacher)),
+        )
 
     def learned(self, r, decomposed):
         parent = self.parent()
         cuts = self.cuts(r)
         return self.stage(
             "learn",
-            {**dataclasses.asdict(r.learn), **cuts},
+            {**dataclasses.asdict(r.learn), "teacher": r.teacher, **cuts},
             [decomposed, parent],
-            lambda out: self.train(learn, decomposed, out, r.learn, parent, **cuts),
+            lambda out: self.train(learn, decomposed, out, r.learn, (parent, r.teacher), **cuts),
         )
 
     def pruned(self, r, source):
@@ -247,7 +252,10 @@ class Stages:
         return _measured(model, self.task, out)
 
     def train(self, verb, source, out, options, parent=None, **more):
-        """A verb that trains, on all ranks: `verb(model, task[, teacher], folder=, seed=, **options)`."""
+        """A verb that trains, on all ranks: `verb(model, task[, teacher], folder=, seed=, **options)`.
+
+        parent: the stage and the dtype of the teacher.
+        """
         task = dataclasses.replace(self.task, score=None)  # functions of its own cannot be sent
         options = {"seed": self.recipe.seed, **dataclasses.asdict(options), **more}
         return ranks.everywhere(_train, verb, source, parent, task, out, options, self.shard)
@@ -292,7 +300,7 @@ class Stages:
 
 def _train(verb, source, parent, task, out, options, shard):
     set_seed(options["seed"])
-    teacher = [_load(parent, shard)[0]] if parent else []
+    teacher = [_load(parent[0], shard, parent[1])[0]] if parent else []
     # `learn` changes shapes while it trains, and adapters are added later: there every rank has the whole model.
     shard = shard and verb is not learn and not options.get("lora")
     if shard and verb is heal and options["lr"] is None:
@@ -307,8 +315,8 @@ def _train(verb, source, parent, task, out, options, shard):
     return _measured(model, task, out)
 
 
-def _load(stage, shard):
-    model, tokenizer = load(stage / "model", sharded=shard)
+def _load(stage, shard, dtype=None):
+    model, tokenizer = load(stage / "model", dtype, sharded=shard)
     return model if shard else model.to(ranks.device()), tokenizer
 
 

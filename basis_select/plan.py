@@ -194,9 +194,10 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
         stages.append(dataclasses.replace(stage, options=repr(options)))
 
     def train(name, options, seed, trains, bases=None, sharded=True):
-        key = repr((name, options, bases))
+        key = repr((name, options, r.teacher, bases))
         if key not in known:
-            known[key] = _training(name, options, task, seed, model.config, rates, processes, trains, bases, sharded)
+            step = functools.partial(training_step, model.config, trains=trains, teacher=r.teacher, bases=bases)
+            known[key] = _training(name, options, task, seed, step, rates, processes, sharded)
         return known[key]
 
     if r.tune.steps:
@@ -234,12 +235,12 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
     return stages
 
 
-def _training(name, options, task, seed, config, rates, processes, trains, bases, sharded):
+def _training(name, options, task, seed, step_at, rates, processes, sharded):
     """The Stage of a verb that trains, on `processes` of which each takes its part of every batch."""
     shape, share, tokens = _batch_shapes(task, options.batch_size, options.steps, seed, processes)
     how = {"precision": options.precision, "checkpointing": options.checkpointing}
     how["taught"] = getattr(options, "kl", 0) > 0
-    step = training_step(config, shape, trains, bases=bases, **how)
+    step = step_at(shape, **how)
     flops = options.steps * processes * _average(step, share)
     memory = step.held + step.passing
     if sharded and processes > 1:  # weights, states and gradients in parts, but the layers at work

@@ -84,8 +84,7 @@ def train(
     if isinstance(teacher, nn.Module):
         teacher.eval().requires_grad_(False)
     if checkpointing:
-        anew = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), products(model))}
-        model.activation_checkpointing_enable(anew)
+        checkpoint_layers(model)
     args = TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=steps,
@@ -129,6 +128,12 @@ def train(
         model.activation_checkpointing_disable()
     model.eval()
     return record.rows
+
+
+def checkpoint_layers(model):
+    """Keep only the inputs of decoder layers while training, and compute the rest anew, in the same precision."""
+    anew = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), products(model))}
+    model.train().activation_checkpointing_enable(anew)
 
 
 def _narrow(model):

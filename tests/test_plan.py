@@ -1,0 +1,62 @@
+import functools
+
+import pytest
+from conftest import tiny
+
+from basis_select import decompose, prune
+from basis_select.bases import groups
+from basis_select.cost import count_flops, moments_step, training_step
+from basis_select.learn import weights
+from basis_select.training.data import Batches
+from basis_select.training.loss import task_loss
+from basis_select.tune import trainable
+
+
+def shape_of(batch):
+    return (*batch["input_ids"].shape, len(batch["targets"]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
+def test_a_step_without_data_costs_what_the_real_one_does(kind, task):
+    """FLOPs exactly, and the bytes of parameters and of AdamW's states."""
+    model, parent = tiny(kind), tiny(kind, seed=1).requires_grad_(False)
+    trainable(model)
+    batch = next(iter(Batches(task.train, 8, 1, 0)))
+    with count_flops() as flops:
+        task_loss(model, batch, parent)[0].backward()
+    cost = training_step(model.config, shape_of(batch), trainable, taught=True)
+    assert cost.flops + cost.head_flops == flops.get_total_flops()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = sum(2 * p.nbytes + 4 for p in trained)  # two moments, and a count of steps
+    assert cost.held == sum(p.nbytes for m in (model, parent) for p in m.parameters()) + states
+    assert cost.gradients == sum(p.nbytes for p in trained)
+    assert cost.passing > cost.gradients
+
+
+def test_what_saves_memory_is_seen_to(task):
+    config, shape = tiny(num_hidden_layers=16).config, (16, 64, 64)
+    step = functools.partial(training_step, config, shape, trainable, taught=True)
+    whole, again, narrow = step(), step(checkpointing=True), step(precision="plus", teacher="bfloat16")
+    assert again.passing < 0.7 * whole.passing
+    assert again.flops > whole.flops
+    assert narrow.held < 0.8 * whole.held
+    assert narrow.gradients == whole.gradients / 2
+    assert moments_step(config, shape).passing < whole.passing
+    assert whole.block < whole.held / 16
+
+
+def test_factored_layers_cost_what_their_ranks_say(task):
+    model = prune(decompose(tiny(), task), keep=0.4, multiple_of=4)
+    described = {
+        "ranks": {name: layer.rank for members in groups(model) for name, layer in members},
+        "groups": [[name for name, _ in members] for members in groups(model) if len(members) > 1],
+    }
+    batch = next(iter(Batches(task.train, 8, 1, 0)))
+    trainable(model)
+    with count_flops() as flops:
+        task_loss(model, batch)[0].backward()
+    cost = training_step(tiny().config, shape_of(batch), trainable, bases=described)
+    assert cost.flops + cost.head_flops == flops.get_total_flops()
+    alone = training_step(tiny().config, shape_of(batch), weights, bases={**described, "weighted": 1})
+    assert alone.gradients == 4 * sum(members[0][1].rank for members in groups(model))
+    assert alone.flops < cost.flops
