@@ -15,10 +15,40 @@ from basis_select.evaluation.report import table
 REPO = Path(__file__).parents[1]
 
 
+def healing_speed(result):
+    lines = ["| healing | tokens/s, median (range) | times stock | peak memory |", "|---|---:|---:|---:|"]
+    for kind, row in result.items():
+        if isinstance(row, dict):
+            speeds = [r["tokens_per_second"] for r in row["runs"]]
+            speed = f"{row['tokens_per_second']:.0f} ({min(speeds):.0f} to {max(speeds):.0f})"
+            memory = f"{row['peak_bytes'] / 2**30:.2f} GiB"
+            lines.append(f"| {kind} | {speed} | {row['times_stock']:.2f} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
+def plan_check(result):
+    lines = ["| model | stage | TFLOP: said, counted | GiB at the peak: said, measured |", "|---|---|---|---|"]
+    for model, stages in result.items():
+        for stage, row in stages.items() if isinstance(stages, dict) else ():
+            flops, memory = _pair(row["flops"], 1e12), _pair(row["memory"], 2**30)
+            lines.append(f"| {model} | {stage} | {flops} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
+def _pair(found, unit):
+    return f"{found['said'] / unit:.2f}, {found['measured'] / unit:.2f} ({found['said / measured'] - 1:+.0%})"
+
+
+TABLES = {"quickstart": table, "healing_speed": healing_speed, "plan_check": plan_check}
+
+
 def fill(text):
     def block(match):
         source = REPO / match[1]
-        lines = compared(read(source)) if source.suffix == ".jsonl" else table(json.loads(source.read_text()))
+        if source.suffix == ".jsonl":
+            lines = compared(read(source))
+        else:
+            lines = TABLES[source.stem](json.loads(source.read_text()))
         return f"<!-- table: {match[1]} -->\n{lines}<!-- end -->"
 
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)

@@ -112,7 +112,7 @@ def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):
     """A score that needs derivatives, Basel, refinement, the embedding as bases, max_drop: what others leave out."""
     out = tmp_path / "run"
     rows = {
-        "taylor": {"prune.score": "taylor", "learn.steps": 0, "extend.init": "gradient"},
+        "taylor": {"prune.score": "taylor", "learn.steps": 0, "extend.init": "gradient", "teacher": "bfloat16"},
         "basel": {
             "decompose.metric": "plain",
             "decompose.share": False,
@@ -150,6 +150,7 @@ def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):
 def test_inspect_verify_and_plan(recipe, tmp_path):
     out = tmp_path / "run"
     runner = CliRunner()
+    assert "GiB of memory a process" in runner.invoke(app, ["plan", str(recipe), "--ranks", "4"]).output
     text = runner.invoke(app, ["plan", str(recipe)]).output
     assert re.search(r"result: 0.0\d M targeted parameters \(2.50x fewer\)", text)
     assert not out.exists()
