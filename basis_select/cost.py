@@ -17,12 +17,15 @@ from .training.engine import checkpoint_layers
 from .training.loss import activation_gradients, task_loss
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only the GPU's
-_FLOPS = {
-    _CPU_ATTENTION: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, out_shape=None, **__: (
-        sdpa_backward_flop_count(g, q, k, v)
-    ),
-}
+_FORMULAS = FlopCounterMode(
+    display=False,
+    custom_mapping={
+        _CPU_ATTENTION: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda g, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(g, q, k, v)
+        ),
+    },
+).flop_registry
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,20 @@ class Cost:
     block: int
 
 
-def count_flops():
-    """A context that counts the FLOPs of products, attention included; ask it for `get_total_flops()`."""
-    return FlopCounterMode(display=False, custom_mapping=_FLOPS)
+class Flops(TorchDispatchMode):
+    """Counts in `flops` those of the products and of the attention that run in this context."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.flops += _flops(function, args, kwargs or {}, out)
+        return out
+
+
+def _flops(function, args, kwargs, out):
+    formula = _FORMULAS.get(function._overloadpacket)
+    return formula(*args, **kwargs, out_val=out) if formula else 0
 
 
 def _model(config, dtype=torch.float32, **bases):
@@ -123,13 +137,13 @@ def _largest_block(model):
 class _Watch(TorchDispatchMode):
     """FLOPs of products; bytes of all storages alive, `now` and at the `peak`: of `tensors` and of what is made here.
 
-    torch's own counter tells modules apart, but by hooks that keep alive what checkpointing would free.
+    torch's own counter tells modules apart, but by hooks that keep alive what would be freed.
     """
 
     def __init__(self, model, tensors):
         super().__init__()
-        self.formulas, self.vocabulary = count_flops().flop_registry, model.get_input_embeddings().num_embeddings
-        self.block, self.flops, self.head_flops = _largest_block(model), 0, 0
+        self.vocabulary, self.block = model.get_input_embeddings().num_embeddings, _largest_block(model)
+        self.flops = self.head_flops = 0
         self.alive, self.now, self.peak = set(), 0, 0
         self._see(tensors)
 
@@ -138,12 +152,11 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        formula = self.formulas.get(function._overloadpacket)
-        if formula:
-            flops = formula(*args, **(kwargs or {}), out_val=out)
-            at_head = any(self.vocabulary in x.shape for x in args if torch.is_tensor(x))
-            self.head_flops += at_head * flops
-            self.flops += (not at_head) * flops
+        flops = _flops(function, args, kwargs or {}, out)
+        if flops and any(self.vocabulary in x.shape for x in args if torch.is_tensor(x)):
+            self.head_flops += flops
+        else:
+            self.flops += flops
         self._see(x for x in tree_leaves(out) if torch.is_tensor(x))
         return out
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from basis_select import plan, rundir
 from basis_select.checkpoint.files import save
-from basis_select.cost import count_flops
+from basis_select.cost import Flops
 from basis_select.models import config_and_tokenizer, load
 from basis_select.pipeline import Stages
 from basis_select.recipe import Recipe, override
@@ -58,10 +58,10 @@ def child(model, task, folder, stage, counting):
         "learn": lambda: stages.learned(r, stages.decomposed(r)),
         "heal": lambda: stages.compressed(r),
     }
-    with count_flops() if counting else contextlib.nullcontext() as flops:
+    with Flops() if counting else contextlib.nullcontext() as count:
         found = run[stage]()
     facts = rundir.read_json(found / "stage.json")
-    print(json.dumps({"flops": flops.get_total_flops() if counting else None, **facts}))
+    print(json.dumps({"flops": count.flops if counting else None, **facts}))
 
 
 def check(model, task, scratch):
