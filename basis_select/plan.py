@@ -207,9 +207,7 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
         learned = _bases(r, model, shapes, {n: g.rank for g in shapes for n in g.names}, weighted=1, new=r.learn.new)
         stage = train("learn", r.learn, r.seed, functools.partial(weights, rest=r.learn.rest), learned, False)
         if r.learn.rounds and keep < 1:  # what is alive shrinks from cut to cut
-            whole, rounds = sum(g.basis_cost * g.rank for g in shapes), r.learn.rounds
-            alive = sum(max(after, min(whole, keep ** (k / rounds) * targeted)) for k in range(1, rounds + 1)) / rounds
-            less = 4 * stage.tokens * (whole - alive) * (1 - r.learn.unpruned)
+            less = 4 * stage.tokens / stage.steps * _set_aside(r.learn, keep, shapes)
             shorter = stage.seconds * (1 - less / stage.flops)
             stage = dataclasses.replace(stage, flops=stage.flops - less, seconds=shorter)
         add(stage, r.learn, r.decompose, r.sizes or r.prune)
@@ -233,6 +231,16 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
     flops = GENERATED_PER_ITEM * test * 2 * (after + model.get_output_embeddings().weight.numel())
     add(Stage("evaluate", None, test, flops, 3 * flops / rates["train"]), r.heal, *cut)
     return stages
+
+
+def _set_aside(options, keep, shapes):
+    """Parameters that `learn` has set aside, summed over its steps."""
+    whole, targeted = sum(g.basis_cost * g.rank for g in shapes), sum(g.dense_cost for g in shapes)
+    first, total = int(options.unpruned * options.steps), 0
+    for step in range(first, options.steps):
+        cuts = (step - first) * options.rounds // (options.steps - first) + 1
+        total += whole - min(whole, keep ** (cuts / options.rounds) * targeted)
+    return total
 
 
 def _training(name, options, task, seed, step_at, rates, processes, sharded):

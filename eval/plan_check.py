@@ -1,4 +1,4 @@
-"""What `plan` says against what happens: FLOPs and peak memory of each stage, of two models; and plans for large ones.
+"""What `plan` says against what happens: FLOPs of training and peak memory of each stage, of two models; and plans for large ones.
 
 python eval/plan_check.py TASK OUT.json      TASK is a folder written by eval/prepare_data.py
 
@@ -84,6 +84,8 @@ def check(model, task, scratch):
     for stage, row in rows.items():
         row["memory"]["said"] = base + said[stage].memory
         row["flops"]["said"] = said[stage].flops
+        if stage == "decompose":  # eigenvectors are no products, sums into a moment are not seen
+            del row["flops"]
         for kind in row:
             row[kind]["said / measured"] = round(row[kind]["said"] / row[kind]["measured"], 3)
         print(stage, json.dumps(row), flush=True)
@@ -139,7 +141,7 @@ def main(task, out):
             tokenizer.save_pretrained(folder)
             steps = {"tune.steps": 200, "learn.steps": 0, "heal.steps": 200, "decompose.examples": 256}
             bf16 = {"tune.precision": "plus", "heal.precision": "plus", "data.train": 3000}
-            for ranks in (1, 8, 64):
+            for ranks in (1, 8, 64) if config.hidden_size == 4096 else (8, 64):
                 written = plan.plan(recipe(folder, task, **steps, **bf16), ranks)
                 text += [f"## {name}, {ranks} process{'es' if ranks > 1 else ''}", "", "```", written, "```", ""]
     plans = "\n".join(text).replace(f"{scratch}/", "").replace(str(task), Path(task).name)

@@ -30,12 +30,14 @@ def plan_check(result):
     lines = ["| model | stage | TFLOP: said, counted | GiB at the peak: said, measured |", "|---|---|---|---|"]
     for model, stages in result.items():
         for stage, row in stages.items() if isinstance(stages, dict) else ():
-            flops, memory = _pair(row["flops"], 1e12), _pair(row["memory"], 2**30)
+            flops, memory = _pair(row.get("flops"), 1e12), _pair(row["memory"], 2**30)
             lines.append(f"| {model} | {stage} | {flops} | {memory} |")
     return "\n".join(lines) + "\n"
 
 
 def _pair(found, unit):
+    if found is None:
+        return ""
     return f"{found['said'] / unit:.2f}, {found['measured'] / unit:.2f} ({found['said / measured'] - 1:+.0%})"
 
 
