@@ -1,4 +1,4 @@
-"""What `plan` says against what happens: FLOPs of training and peak memory of each stage, of two models; and plans for large ones.
+"""What `plan` says against what happens, FLOPs of training and peak memory of stages, and what it says of large models.
 
 python eval/plan_check.py TASK OUT.json      TASK is a folder written by eval/prepare_data.py
 
