@@ -45,15 +45,16 @@ def forget_peak_memory():
 
 def peak_memory():
     """Bytes resident at the worst moment since `forget_peak_memory`."""
-    return _status("VmHWM")
+    return process_memory("VmHWM")
 
 
 def resident_memory():
     """Bytes resident now."""
-    return _status("VmRSS")
+    return process_memory("VmRSS")
 
 
-def _status(field):
+def process_memory(field):
+    """Bytes that Linux gives for a field of /proc/self/status; elsewhere the peak of the process."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if field in line)

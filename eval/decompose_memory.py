@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from basis_select import decompose_checkpoint, stream
 from basis_select.decompose import factored, targets
 from basis_select.linalg.metrics import METRICS
-from basis_select.rundir import forget_peak_memory, peak_memory
+from basis_select.rundir import forget_peak_memory, peak_memory, process_memory, resident_memory
 
 SHAPE = {
     "hidden_size": 3072,
@@ -40,12 +40,20 @@ SHAPE = {
 }
 
 
+def on_meta():
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16)
+
+
+def shard_sizes(folder):
+    return [path.stat().st_size for path in folder.glob("*.safetensors")]
+
+
 def generate(folder):
     """A checkpoint of random weights, made shard by shard."""
     partial = folder.with_name(f".{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16)
+    model = on_meta()
     model.config.save_pretrained(partial)
     tensors = stream._tensors(model)
     split = split_torch_state_dict_into_shards(
@@ -60,11 +68,6 @@ def generate(folder):
         partial
     )
     partial.rename(folder)
-
-
-def resident(which):
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(which))
 
 
 def measured(source, out, layers, keep, send):
@@ -82,9 +85,9 @@ def measured(source, out, layers, keep, send):
 
     def sample():
         while not done.wait(0.02):
-            anonymous.append(resident("RssAnon"))
+            anonymous.append(process_memory("RssAnon"))
 
-    before = resident("VmRSS")
+    before = resident_memory()
     forget_peak_memory()
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -147,15 +150,14 @@ def main():
     send.close()
     found = receive.recv()
     child.join()
-    sizes = lambda folder: [p.stat().st_size for p in folder.glob("*.safetensors")]  # noqa: E731
-    shards = {"in": sizes(source), "out": sizes(made)}
+    shards = {"in": shard_sizes(source), "out": shard_sizes(made)}
     shutil.rmtree(made)
     groups = found.pop("groups")
     # Weight and u, eigenvectors and a copy of them, in float64.
     workspace = max(16 * (rows * columns + min(rows, columns) ** 2) for rows, columns in (g["size"] for g in groups))
     largest = max(shards["in"])
     result = {
-        "parameters": 3_212_749_824,
+        "parameters": on_meta().num_parameters(),
         "layers_decomposed": args.layers,
         "keep": args.keep,
         "bytes_in": sum(shards["in"]),

@@ -26,7 +26,7 @@ from basis_select.decompose import decompose
 from basis_select.heal import heal
 from basis_select.models import load
 from basis_select.prune import prune
-from basis_select.rundir import forget_peak_memory, peak_memory
+from basis_select.rundir import forget_peak_memory, peak_memory, resident_memory
 from basis_select.tasks import load_task
 from basis_select.training import precision
 
@@ -41,7 +41,7 @@ def child(kind, folder, task, steps):
     who, dtype = kind.split()[:2]
     model, tokenizer = load(folder / "start", "float32")
     task = load_task(task, tokenizer, 0, validation=16, test=16)
-    empty = _resident()  # libraries, data and the model before it trains
+    empty = resident_memory()  # libraries, data and the model before it trains
     forget_peak_memory()
     teacher = None
     if kind.endswith("teacher"):
@@ -106,11 +106,6 @@ def _stock(model, task, teacher, steps, dtype):
         )
         Stock(model, args, collate, task.train, callbacks=[Clock()]).train()
     return rows
-
-
-def _resident():
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if "VmRSS" in line)
 
 
 def main(a):

@@ -113,8 +113,10 @@ def add_product(total, x, y):
 
 def _root(moment):
     """Lower triangular, () for a multiple of the identity, or None for the identity itself."""
-    if moment is None or not moment.dim():
-        return moment if moment is None else moment.sqrt()
+    if moment is None:
+        return None
+    if not moment.dim():
+        return moment.sqrt()
     return moment.sqrt().diag() if moment.dim() == 1 else torch.linalg.cholesky(moment)
 
 
