@@ -185,7 +185,7 @@ def _ranks(r, shapes, keep):
 
 
 def _stages(r, task, model, shapes, keep, rates, processes, known):
-    """Every Stage of one row, in order; known: those that train, by what they depend on, which grows."""
+    """Every Stage of one row, in order; known: those of other rows, by what they depend on; it grows."""
     targeted = sum(g.dense_cost for g in shapes)
     after = keep * targeted
     stages = []
@@ -193,16 +193,19 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
     def add(stage, *options):
         stages.append(dataclasses.replace(stage, options=repr(options)))
 
-    def train(name, options, seed, trains, bases=None, sharded=True):
-        key = repr((name, options, r.teacher, bases))
+    def once(key, make):
         if key not in known:
-            step = functools.partial(training_step, model.config, trains=trains, teacher=r.teacher, bases=bases)
-            known[key] = _training(name, options, task, seed, step, rates, processes, sharded)
+            known[key] = make()
         return known[key]
+
+    def train(name, options, seed, trains, bases=None, sharded=True):
+        step = functools.partial(training_step, model.config, trains=trains, teacher=r.teacher, bases=bases)
+        make = functools.partial(_training, name, options, task, seed, step, rates, processes, sharded)
+        return once(repr((name, options, r.teacher, bases)), make)
 
     if r.tune.steps:
         add(train("tune", r.tune, r.seed, trainable), r.tune)
-    add(_decomposition(r, task, model, shapes, rates), r.decompose)
+    add(once(repr(r.decompose), lambda: _decomposition(r, task, model, shapes, rates)), r.decompose)
     if r.learn.steps:
         learned = _bases(r, model, shapes, {n: g.rank for g in shapes for n in g.names}, weighted=1, new=r.learn.new)
         stage = train("learn", r.learn, r.seed, functools.partial(weights, rest=r.learn.rest), learned, False)
@@ -274,7 +277,7 @@ def _decomposition(r, task, model, shapes, rates):
     widest = max(shapes, key=lambda g: g.dense_cost)
     work = 8 * (4 * widest.dense_cost + 4 * widest.rank**2 + bool(uses.outputs) * widest.square)
     factors = 4 * sum(g.basis_cost * g.rank for g in shapes)
-    memory = 4 * total + max(max(collected, default=0) + passing, max(collected, default=0) + work, factors + work)
+    memory = 4 * total + max(max(collected, default=0) + max(passing, work), factors + work)
     if len(collected) > 1:
         memory += factors  # those of earlier passes
     seconds = moments / rates["train"] + svd / rates["float64"]
