@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .bases import LowRankLinear
-from .embedding import decompose_embedding
+from .embedding import TABLE, decompose_embedding, lookup_scale, token_counts
 from .linalg import metrics
 from .linalg.metrics import METRICS
 from .training.data import Batches
@@ -68,20 +68,21 @@ def decompose(
 ):
     """Write every targeted layer of `model` as a weighted sum of all its bases, in place; returns the model.
 
-    `metric` is one of METRICS. `share`: layers that read the same tensor get one input basis. The second
-    moments of metrics that use them come from `examples` training examples of `task`, drawn at random, whose tokens
-    all count except padding, in as many passes over the examples as memory asks for; `moments` are those of an
-    earlier `second_moments`. `group`: a torch.distributed group, every process of which calls this with the same
-    model: layers are dealt over them, and all end with the bits that one process would give. `embedding`: the token
-    embedding, and the head if tied to it, become bases too. Raises ValueError for an unknown metric, a missing task,
-    a model that is already decomposed, and, with the layer's name, for non-finite weights or moments. The Fisher
-    information as a product of A and G is K-FAC's (arXiv 1503.05671); the formulas stand in linalg/metrics.py.
+    `metric` is one of METRICS. `share`: layers that read the same tensor get one input basis. The second moments of
+    metrics that use them come from `examples` training examples of `task`, drawn at random, whose tokens all count
+    except padding, in as many passes over the examples as memory asks for; `moments` are those of an earlier
+    `second_moments`. `group`: a torch.distributed group, every process of which calls this with the same model: layers
+    are dealt over them, and all end with the bits that one process would give. `embedding`: the token embedding, and
+    the head if tied to it, become bases too, which the kronecker metric weighs like those of any layer. Raises
+    ValueError for an unknown metric, a missing task, a model that is already decomposed, and, with the layer's name,
+    for non-finite weights or moments. The Fisher information as a product of A and G is K-FAC's (arXiv 1503.05671); the
+    formulas stand in linalg/metrics.py.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
     if any(isinstance(m, LowRankLinear) for m in model.modules()):
         raise ValueError("this model is decomposed already")
-    uses = METRICS[metric]
+    uses, table = METRICS[metric], None
     measured = moments is None and bool(uses.inputs or uses.outputs)
     if task is None and (measured or embedding):
         raise ValueError(f"metric {metric!r} with embedding={embedding} looks at task data: pass a task")
@@ -94,7 +95,12 @@ def decompose(
         room = moment_room(model.device, factors * model.dtype.itemsize)
         parts = passes(mine, [moment_bytes(*shapes[i], uses) for i in mine], room)
     for part in parts:
-        found = second_moments(model, [members[i] for i in part], task, examples, uses) if measured else moments
+        found = moments
+        if measured:
+            first = part is parts[0]
+            found = second_moments(model, [members[i] for i in part], task, examples, uses, embedding and first)
+        if embedding and uses.inputs and uses.outputs and table is None:
+            table = _of_table(found)
         for i in tqdm(part, desc="decompose", unit="layer"):
             if reached(members[i], found, uses):
                 made[i] = factored(members[i], [model.get_submodule(n) for n in members[i]], found, uses)
@@ -107,7 +113,13 @@ def decompose(
             layers = _from_owner(model, members[i], made.pop(i, None), dist.get_global_rank(group, owner), group)
             if layers:
                 _install(model, members, i, layers)
-    return decompose_embedding(model, task) if embedding else model
+    return decompose_embedding(model, task, table) if embedding else model
+
+
+def _of_table(moments):
+    if TABLE not in moments[0]:
+        raise ValueError("these moments lack the embedding's: collect them with second_moments(..., embedding=True)")
+    return moments[0][TABLE], moments[1][TABLE][0]
 
 
 def _shapes(model, task, share):
@@ -257,7 +269,7 @@ def same_input(model, layers, task):
     return list(seen.values())
 
 
-def second_moments(model, members, task, examples, uses):
+def second_moments(model, members, task, examples, uses, embedding=False):
     """`A = E[x x^T]` and `G = E[g g^T]` by leader name, fp32, over tokens that are not padding.
 
     members: names of the layers that read the same tensor, leader first; A is that tensor's, G a list: one moment of
@@ -265,7 +277,8 @@ def second_moments(model, members, task, examples, uses):
     mean eigenvalue instead, shape (). g is the gradient, at the outputs, of the summed negative log-likelihood of a
     response: half of G is that with the task's own labels, which shows what the task asks for, half that with labels
     drawn from the model, which is the Fisher information (the curvature of KL(parent || y) at the parent) and does
-    not vanish on a parent that fits its labels. The second is scaled to the trace of the first.
+    not vanish on a parent that fits its labels. The second is scaled to the trace of the first. `embedding`: where both
+    sides are used, the moments of the token embedding (vocabulary, d) are added under TABLE, see `_TableMoments`.
     """
     inputs, outputs = {}, {"own": {}, "drawn": {}}
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
@@ -311,11 +324,13 @@ def second_moments(model, members, task, examples, uses):
     width = {name: model.get_submodule(name).out_features for names in members for name in names}
     handles = [model.get_submodule(n).register_forward_hook(on_forward(names, n)) for names in members for n in names]
     generator = torch.Generator(model.device).manual_seed(0)
+    table = _TableMoments(model, task) if embedding and uses.inputs and uses.outputs else None
     size = EXAMPLES_TOGETHER
     rows = random.Random(0).sample(task.train, min(examples, len(task.train)))
     try:
         batches = Batches(rows, batch_size=size, steps=-(-len(rows) // size), seed=0)
         watched = [model.get_submodule(n) for names in members for n in names] if uses.outputs else []
+        watched += [table.embedding] if table else []
         with activation_gradients(model, watched), torch.enable_grad():
             for batch in tqdm(batches, desc="second moments", unit="batch"):
                 mask["body"] = batch["real"].flatten().to(model.device)
@@ -326,14 +341,19 @@ def second_moments(model, members, task, examples, uses):
                     logits = response_logits(model, batch).float()
                 if not uses.outputs:
                     continue
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                p = logits.detach().softmax(-1)
+                drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
+                if table:
+                    table.add_head(p, targets, mask["head"])
                 for labels, y in (("own", targets), ("drawn", drawn.masked_fill(targets < 0, -100))):
                     nn.functional.cross_entropy(logits, y, reduction="sum").backward(retain_graph=labels == "own")
+                    if table:
+                        table.add_gradient(labels, mask["body"])
                     for names in members:  # a layer whose output led nowhere has no gradient
                         if names[0] in pending:
                             add_outputs(names, pending.pop(names[0]))
     finally:
-        for handle in handles:
+        for handle in [*handles, *(table.handles if table else ())]:
             handle.remove()
     # The loss is a sum over the tokens a layer sees: A is their mean, G is per token of the body for every
     # layer alike, so that A and G of all layers give comparable estimates.
@@ -341,14 +361,76 @@ def second_moments(model, members, task, examples, uses):
         _complete(moment.div_(count["head" if name == head else "body"]))
     found = {}
     for (name, i), own in outputs["own"].items():
-        drawn = outputs["drawn"].pop((name, i))
-        ratio = _trace(own) / _trace(drawn)
-        found.setdefault(name, []).append(_complete(own.add_(drawn, alpha=float(ratio)).div_(2 * count["body"])))
+        both = _both(own, outputs["drawn"].pop((name, i)))
+        found.setdefault(name, []).append(_complete(both.div_(count["body"])))
+    if table:
+        inputs[TABLE], rows = table.moments(count)
+        found[TABLE] = [rows]
     return inputs, found
 
 
+class _TableMoments:
+    """The moments of a token embedding E: (vocabulary, d), summed over batches: one of its columns, one of its rows.
+
+    Row t is read where token t stands, with gradient g: `F = diag(frequency) (x) E[g g^T]`. A tied head multiplies
+    hidden states h by E: `F = diag(E[(p - y)^2]) (x) E[h h^T]`, over response tokens, rows taken as independent. The
+    sum of the two is replaced by the one Kronecker product of the same trace and the same proportions.
+    """
+
+    def __init__(self, model, task):
+        self.embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        vocabulary, d = self.embedding.weight.shape
+        self.gradient, like = None, self.embedding.weight.detach()
+        self.frequency, self.scale = token_counts(task, vocabulary), lookup_scale(self.embedding)
+        self.columns = {labels: like.new_zeros(d, d, dtype=torch.float32) for labels in ("own", "drawn")}
+        self.handles = [self.embedding.register_forward_hook(self._on_embedding)]
+        self.tied = getattr(head, "weight", None) is self.embedding.weight
+        if self.tied:
+            self.hidden = like.new_zeros(d, d, dtype=torch.float32)
+            self.rows = {labels: like.new_zeros(vocabulary, dtype=torch.float32) for labels in ("own", "drawn")}
+            self.handles.append(head.register_forward_hook(self._on_head))
+
+    def _on_embedding(self, module, args, output):
+        output.register_hook(self._on_gradient)
+
+    def _on_gradient(self, g):
+        self.gradient = g
+
+    def _on_head(self, module, args, output):
+        self.states = args[0].detach().flatten(0, -2)
+
+    def add_gradient(self, labels, real):
+        g, self.gradient = self.gradient.flatten(0, -2)[real].float() * self.scale, None
+        self.columns[labels].addmm_(g.T, g)
+
+    def add_head(self, p, y, real):
+        """p: (n, vocabulary) probabilities and y: (n,) labels at the hidden states that the head has just read."""
+        if not self.tied:
+            return
+        h, p, y = self.states[real].float(), p[real], y[real]
+        self.hidden.addmm_(h.T, h)
+        square = p.square().sum(0)
+        self.rows["drawn"] += p.sum(0) - square
+        self.rows["own"] += square.index_add_(0, y, 1 - 2 * p.gather(1, y[:, None])[:, 0])
+
+    def moments(self, count):
+        """`(columns: (d, d), rows: (vocabulary,))`."""
+        parts = [(_both(*self.columns.values()) / count["body"], self.frequency / self.frequency.sum())]
+        if self.tied:
+            parts.append((self.hidden / count["head"], _both(*self.rows.values()) / count["body"]))
+        parts = [(c.double(), r.to(c.device).double()) for c, r in parts]
+        columns = sum(c * r.sum() for c, r in parts)
+        rows = sum(r * _trace(c) for c, r in parts)
+        return columns / _trace(columns), rows
+
+
+def _both(own, drawn):
+    """Half of the moment with each kind of labels, the second scaled to the trace of the first; in place of `own`."""
+    return own.add_(drawn, alpha=float(_trace(own) / _trace(drawn))).div_(2)
+
+
 def _trace(moment):
-    return (moment.diagonal() if moment.dim() else moment).sum()
+    return (moment.diagonal() if moment.dim() == 2 else moment).sum()
 
 
 def _complete(moment):

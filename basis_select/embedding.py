@@ -11,6 +11,8 @@ from torch import nn
 from .bases import LowRankLinear
 from .linalg import metrics
 
+TABLE = "token embedding"  # its name among second moments
+
 
 class LowRankEmbedding(nn.Module):
     """Drop-in for nn.Embedding over a `table`, registered here unless it is `tied`: then the head owns it.
@@ -39,20 +41,19 @@ class LowRankEmbedding(nn.Module):
 
 
 @torch.no_grad()
-def decompose_embedding(model, task):
+def decompose_embedding(model, task, moments=None):
     """Write the embedding of `model`, and its head if tied, as weighted bases, in place.
 
-    The metric weighs every row by how often the training split of `task` has the token, shrunk towards all rows
-    alike, so that tokens the task does not use stay roughly what they were.
+    moments: `(columns, rows)`, in which the weights of these bases compare with those of linear layers decomposed in
+    the kronecker metric. Without them the metric weighs every row by how often the training split of `task` has the
+    token. In both, rows are shrunk towards all alike: tokens that the task does not use stay roughly what they were.
     """
     embedding = model.get_input_embeddings()
-    scale = float(getattr(embedding, "embed_scale", 1.0))
-    if type(embedding).forward is not nn.Embedding.forward and scale == 1:
-        raise ValueError(f"the embedding is a {type(embedding).__name__}: only nn.Embedding can be written as bases")
-    counts = torch.zeros(embedding.num_embeddings, dtype=torch.float64)
-    for example in task.train:
-        counts += torch.bincount(torch.tensor(example.input_ids), minlength=len(counts))
-    u, s, v = metrics.decompose([embedding.weight.detach().cpu()], [metrics.diagonal(counts)])
+    scale = lookup_scale(embedding)
+    columns, rows = moments or (None, token_counts(task, embedding.num_embeddings))
+    weight = embedding.weight.detach()
+    rows = [metrics.diagonal(rows.to(weight.device))]
+    u, s, v = metrics.decompose([weight], rows, None if columns is None else metrics.shrunk(columns))
     tied = model.get_output_embeddings().weight is embedding.weight
     table = install(model, module_name(model, embedding), len(s), tied, scale, weighted=True)
     table.u.weight.copy_(u)
@@ -60,6 +61,22 @@ def decompose_embedding(model, task):
     table.scale.copy_(s)
     table.requires_grad_(False)
     return model
+
+
+def lookup_scale(embedding):
+    """What an embedding multiplies its rows by. Raises ValueError for one that is no nn.Embedding but for that."""
+    scale = float(getattr(embedding, "embed_scale", 1.0))
+    if type(embedding).forward is not nn.Embedding.forward and scale == 1:
+        raise ValueError(f"the embedding is a {type(embedding).__name__}: only nn.Embedding can be written as bases")
+    return scale
+
+
+def token_counts(task, vocabulary):
+    """How often the training split of `task` has each token: (vocabulary,), float64."""
+    counts = torch.zeros(vocabulary, dtype=torch.float64)
+    for example in task.train:
+        counts += torch.bincount(torch.tensor(example.input_ids), minlength=vocabulary)
+    return counts
 
 
 def install(model, name, rank, tied, scale=1.0, weighted=False):

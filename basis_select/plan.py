@@ -46,10 +46,12 @@ def plan(recipe, ranks=1):
     ]
     disk = 4 * total
     for name, (row, keep) in rows.items():
-        after = keep * targeted
-        kept = total - targeted + after - _saved(row, model)
+        shared = targeted + _shared_table(row, model)
+        after = keep * shared
+        kept = total - shared + after - _saved(row, model)
         lines.append(
-            f"{name}: {after / 1e6:.2f} M targeted parameters ({targeted / after:.2f}x fewer), "
+            f"{name}: {after / 1e6:.2f} M targeted {'and embedding ' if shared > targeted else ''}parameters "
+            f"({shared / after:.2f}x fewer), "
             f"{kept / 1e6:.2f} M in all, {kept * BYTES[row.dtype] / 1e6:.0f} MB in {row.dtype}"
         )
         disk += 4 * total + 8 * targeted + 12 * kept
@@ -111,11 +113,12 @@ def check_budget(recipe, source, task):
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """Layers that will share one input basis."""
+    """Layers that will share one input basis, or the embedding where it takes its part of their budget."""
 
     names: tuple
     reads: int
     writes: tuple
+    is_table: bool = False
 
     rank = property(lambda self: min(self.reads, sum(self.writes)))
     basis_cost = property(lambda self: self.reads + sum(self.writes))
@@ -125,7 +128,7 @@ class _Shape:
     def square(self):
         """Entries of the output moment."""
         whole = sum(self.writes)
-        return whole**2 if whole <= MAX_MOMENT else sum(w * w for w in self.writes)
+        return whole**2 if whole <= MAX_MOMENT else sum(w * w for w in self.writes if w <= MAX_MOMENT)
 
 
 def _moments(r, shapes, total):
@@ -139,7 +142,12 @@ def _moments(r, shapes, total):
 
 def _shapes(r, model, layers, task):
     members = same_input(model, layers, task) if r.decompose.share else [[n] for n in layers]
-    return [_Shape(tuple(g), layers[g[0]].in_features, tuple(layers[n].out_features for n in g)) for g in members]
+    found = [_Shape(tuple(g), layers[g[0]].in_features, tuple(layers[n].out_features for n in g)) for g in members]
+    if _shared_table(r, model):
+        table = model.get_input_embeddings()
+        vocabulary, d = table.weight.shape
+        found.append(_Shape((module_name(model, table),), d, (vocabulary,), is_table=True))
+    return found
 
 
 def dense_on_meta(config):
@@ -150,7 +158,14 @@ def dense_on_meta(config):
 def keep_of(r, model, targeted):
     """The fraction of the `targeted` parameters of a dense model, on any device, that a row of a recipe keeps."""
     total = sum(p.numel() for p in model.parameters())
-    return keep_for(total, targeted, r.dtype, r.prune.keep, r.prune.size, _saved(r, model))
+    shared = targeted + _shared_table(r, model)
+    return keep_for(total, shared, r.dtype, r.prune.keep, r.prune.size, _saved(r, model))
+
+
+def _shared_table(r, model):
+    """Parameters of the embedding if it takes its part of the budget of the targeted layers, else 0."""
+    joins = r.decompose.embedding and r.prune.keep_embedding is None
+    return model.get_input_embeddings().weight.numel() if joins else 0
 
 
 def _saved(r, model):
@@ -165,7 +180,7 @@ def _fraction(r, model, shapes):
     """The fraction of the targeted parameters that stays; 1 where it is an outcome. ValueError if it cannot be met."""
     if r.prune.mass is not None or r.prune.max_drop is not None:
         return 1.0
-    keep = keep_of(r, model, sum(g.dense_cost for g in shapes))
+    keep = keep_of(r, model, sum(g.dense_cost for g in shapes if not g.is_table))
     _ranks(r, shapes, keep)
     return keep
 
@@ -174,14 +189,15 @@ def _ranks(r, shapes, keep):
     """`{layer: rank}` of what `keep` leaves, the same share of every layer, without those that stay dense."""
     costs, dense = [g.basis_cost for g in shapes], [g.dense_cost for g in shapes]
     scores = [uniform_scores(g.rank, g.basis_cost, g.dense_cost) for g in shapes]
-    room = int(keep * sum(dense)) - (r.extend.rank + r.learn.new) * sum(costs)
+    more = r.extend.rank + r.learn.new
+    room = int(keep * sum(dense)) - more * sum(g.basis_cost for g in shapes if not g.is_table)
     try:
         found = allocate(scores, costs, dense, room, r.prune.multiple_of)
     except ValueError as error:
         how = f"prune.keep={r.prune.keep}" if r.prune.size is None else f"prune.size={r.prune.size}"
         raise ValueError(f"{how} with extend.rank={r.extend.rank}: {error}") from None
-    more = r.extend.rank + r.learn.new
-    return {n: rank + more for g, rank in zip(shapes, found, strict=True) if rank is not None for n in g.names}
+    kept = [(g, rank) for g, rank in zip(shapes, found, strict=True) if rank is not None]
+    return {n: rank if g.is_table else rank + more for g, rank in kept for n in g.names}
 
 
 def _stages(r, task, model, shapes, keep, rates, processes, known):
@@ -210,7 +226,8 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
         learned = _bases(r, model, shapes, {n: g.rank for g in shapes for n in g.names}, weighted=1, new=r.learn.new)
         stage = train("learn", r.learn, r.seed, functools.partial(weights, rest=r.learn.rest), learned, False)
         if r.learn.rounds and keep < 1:  # what is alive shrinks from cut to cut
-            less = 4 * stage.tokens / stage.steps * _set_aside(r.learn, keep, shapes)
+            cut = [g for g in shapes if not g.is_table]
+            less = 4 * stage.tokens / stage.steps * _set_aside(r.learn, keep, cut)
             shorter = stage.seconds * (1 - less / stage.flops)
             stage = dataclasses.replace(stage, flops=stage.flops - less, seconds=shorter)
         add(stage, r.learn, r.decompose, r.sizes or r.prune)
@@ -231,7 +248,8 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
             trains = functools.partial(add_adapters, rank=r.heal.lora)
         add(train("heal", r.heal, r.seed + 1, trains, healed), r.heal, *cut)
     test = sum(len(e.input_ids) for e in task.test)
-    flops = GENERATED_PER_ITEM * test * 2 * (after + model.get_output_embeddings().weight.numel())
+    head = 0 if _shared_table(r, model) else model.get_output_embeddings().weight.numel()
+    flops = GENERATED_PER_ITEM * test * 2 * (after + head)
     add(Stage("evaluate", None, test, flops, 3 * flops / rates["train"]), r.heal, *cut)
     return stages
 
@@ -286,14 +304,19 @@ def _decomposition(r, task, model, shapes, rates):
 
 def _bases(r, model, shapes, ranks, cut=False, **more):
     """What checkpoint/format.py needs to build a model with these ranks."""
-    names = [[n for n in g.names if n in ranks] for g in shapes]
-    found = {"ranks": ranks, "groups": [g for g in names if len(g) > 1], **more}
+    names = [[n for n in g.names if n in ranks] for g in shapes if not g.is_table]
+    layers = {n: ranks[n] for group in names for n in group}
+    found = {"ranks": layers, "groups": [g for g in names if len(g) > 1], **more}
     if r.decompose.embedding:
         table = model.get_input_embeddings()
-        rank = table_rank(r.prune.keep_embedding, *table.weight.shape, r.prune.multiple_of)[0]
-        tied = model.get_output_embeddings().weight is table.weight
-        rank = rank if cut else min(table.weight.shape)
-        found["embedding"] = {"name": module_name(model, table), "rank": rank, "tied": tied}
+        name, rank = module_name(model, table), min(table.weight.shape)
+        if cut and r.prune.keep_embedding is not None:
+            rank = table_rank(r.prune.keep_embedding, *table.weight.shape, r.prune.multiple_of)[0]
+        elif cut:
+            rank = ranks.get(name)
+        if rank is not None:
+            tied = model.get_output_embeddings().weight is table.weight
+            found["embedding"] = {"name": name, "rank": rank, "tied": tied}
     return found
 
 

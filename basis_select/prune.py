@@ -1,11 +1,14 @@
 """Remove the bases that matter least until the budget is met."""
 
+import functools
+import math
+
 import torch
 
 from .bases import basis_cost, dense_cost, fold, groups, take, to_dense
 from .checkpoint.format import describe
 from .derivatives import derivatives as differentiate
-from .embedding import table_of
+from .embedding import table_of, table_to_dense
 from .linalg.budget import allocate, by_mass, keep_for, table_rank, uniform_scores
 from .linalg.scores import SCORES
 from .sizes import sizes
@@ -36,43 +39,51 @@ def prune(
     How much stays is said in one of four ways. `keep`: the fraction of the targeted layers' parameters. `size`: of
     the whole model, "4x" fewer parameters, "90M" parameters or "120MB" in `dtype`. Neither is ever exceeded.
     `max_drop`: the smallest model whose response NLL on the validation split of `task` rises by at most so many nats
-    per token, before healing and with the embedding whole. `mass`: Basel's KeepRatio, the share of each layer's
-    sum of scores; size is an outcome.
+    per token, before healing and with the embedding cut as `keep_embedding` says. `mass`: Basel's KeepRatio, the
+    share of each layer's sum of scores; size is an outcome.
 
     `score` is one of SCORES; those that need derivatives take `derivatives` or compute them on `task`. `budget` says
     how the size is shared: "global" (highest score per parameter over all layers), "uniform" (the same
     fraction of every layer), or "mass" (Basel: the same share of each layer's sum of scores). Ranks are multiples of
     `multiple_of`, with `mass` given alone they are not rounded; a layer whose rank would reach break-even,
     in*out/(in+out), stays dense. `reserve` bases per layer are left free for `extend`. `keep_embedding` is the fraction
-    of the embedding's parameters that may stay, where `decompose` wrote it as bases; it is not part of the targeted
-    layers, but of `size`. Raises ValueError when the budget cannot be met.
+    of the embedding's parameters that may stay, where `decompose` wrote it as bases: not part of the targeted
+    layers, but of `size`. Without it, `size` is shared between embedding and layers as `best_share` finds on the
+    validation split of `task`. Raises ValueError when the budget cannot be met.
     """
     how = {"budget": budget, "score": score, "multiple_of": multiple_of, "reserve": reserve, "seed": seed}
     if SCORES.get(score) and SCORES[score].derivatives:
         if task is None and derivatives is None:
             raise ValueError(f"score {score!r} looks at the loss: pass a task or its derivatives")
         how["derivatives"] = derivatives or differentiate(model, task, seed)
-    table = table_of(model)
-    if (table is None) != (keep_embedding is None):
-        raise ValueError("keep_embedding goes with decompose(embedding=True): give both or neither")
-    saved = 0
-    if table is not None:
+    table, saved = table_of(model), 0
+    if keep_embedding is not None and table is None:
+        raise ValueError("keep_embedding is for an embedding written as bases: decompose(embedding=True)")
+    if keep_embedding is not None:
         rank, saved = table_rank(keep_embedding, table.out_features, table.in_features, multiple_of)
+    elif table is not None:
+        if size is None or task is None:
+            raise ValueError(
+                "an embedding written as bases needs keep_embedding, or a size of the whole model and a task: "
+                "its part of the size is then found on the validation split"
+            )
+        rank, saved = best_share(model, task, size, dtype, **how)
     if max_drop is not None:
         keep = smallest(model, task, max_drop, **how)
     elif mass is None:
         now = sizes(model)
         keep = keep_for(now["parameters_dense"], now["targeted_dense"], dtype, keep, size, saved)
-    chosen = select(model, keep, mass, **how)
-    if table is not None:
-        take([("", table)], table.s.argsort(descending=True, stable=True)[:rank])
-        fold([("", table)])
-    for members, index in chosen:
+    for members, index in select(model, keep, mass, **how):
         if index is None:
             to_dense(model, members)
         else:
             shrink(members, index)
             fold(members)
+    if table is not None and not saved:
+        table_to_dense(model)
+    elif table is not None:
+        take([("", table)], _best(table, rank))
+        fold([("", table)])
     describe(model)
     return model
 
@@ -183,7 +194,6 @@ def smallest(model, task, max_drop, **how):
     if not max_drop >= 0:
         raise ValueError(f"max_drop={max_drop} should be a number of nats, 0 or more")
     allowed = response_nll(model, task.validation, task.pad_id) + max_drop
-    weights = {members[0][1].leader: members[0][1].leader.weight.detach().clone() for members in groups(model)}
     low, high = 0.0, 1.0
     while high - low > 0.01 * high:
         middle = (low * high) ** 0.5 if low else high / 2
@@ -192,16 +202,70 @@ def smallest(model, task, max_drop, **how):
         except ValueError:  # less than the smallest possible
             low = middle
             continue
-        for members, index in chosen:
-            if index is not None:
-                mask = torch.zeros_like(members[0][1].leader.weight)
-                mask[index.to(mask.device)] = 1
-                members[0][1].leader.weight.mul_(mask)
-        drop = response_nll(model, task.validation, task.pad_id)
-        for leader, weight in weights.items():
-            leader.weight.copy_(weight)
+        drop = _nll_of(model, task, [(members[0][1].leader, index) for members, index in chosen])
         low, high = (low, middle) if drop <= allowed else (middle, high)
     return high
+
+
+@torch.no_grad()
+def best_share(model, task, size, dtype, **how):
+    """`(rank, parameters saved)` of the embedding with the least validation NLL at this size of the whole model.
+
+    What either costs by its own s does not compare: a small error of the table moves tens of thousands of logits at
+    once, which no second-order estimate sees. So it is measured, on masked bases, at ranks that differ by factors of
+    two and then of the root of two around the best; the table may also stay whole.
+    """
+    table, now = table_of(model), sizes(model)
+    cost, whole, step = basis_cost([("", table)]), dense_cost([("", table)]), how["multiple_of"]
+    why, largest = [], table.rank
+    if model.get_input_embeddings().scale != 1:  # it cannot be put back whole: the largest rank that saves anything
+        largest = (whole - 1) // cost // step * step
+
+    def saved(rank):
+        return max(whole - rank * cost, 0)
+
+    @functools.cache
+    def nll(rank):
+        try:
+            keep = keep_for(now["parameters_dense"], now["targeted_dense"], dtype, None, size, saved(rank))
+            chosen = [(members[0][1].leader, index) for members, index in select(model, keep, **how)]
+        except ValueError as error:  # too little is left for the layers
+            why.append(error)
+            return math.inf
+        return _nll_of(model, task, [*chosen, (table, _best(table, rank))])
+
+    def near(rank):
+        rank = max(round(rank / step), 1) * step
+        return rank if rank < table.rank and saved(rank) else largest
+
+    ladder = [near(table.rank / 2**i) for i in range(12)]
+    best = ladder[0]
+    for rank in dict.fromkeys(ladder):
+        if nll(rank) > nll(best):
+            break
+        best = rank
+    if math.isinf(nll(best)):
+        raise why[-1]
+    best = min((best, near(best * 2**0.5), near(best / 2**0.5)), key=nll)
+    return best, saved(best)
+
+
+def _best(table, rank):
+    return table.s.argsort(descending=True, stable=True)[:rank]
+
+
+def _nll_of(model, task, chosen):
+    """Validation NLL with only the bases `index` of each leader, all where it is None; `chosen`: [(leader, index)]."""
+    weights = [leader.weight.detach().clone() for leader, _ in chosen]
+    for leader, index in chosen:
+        if index is not None:
+            mask = torch.zeros_like(leader.weight)
+            mask[index.to(mask.device)] = 1
+            leader.weight.mul_(mask)
+    nll = response_nll(model, task.validation, task.pad_id)
+    for (leader, _), weight in zip(chosen, weights, strict=True):
+        leader.weight.copy_(weight)
+    return nll
 
 
 def shrink(members, index):

@@ -137,8 +137,15 @@ def _check_values(r):
             raise ValueError(f"prune.{key} is {value}, it should be a fraction above 0 and up to 1")
         if key == "size":
             keep_for(2**80, 2**80, r.dtype, size=value)  # only its form: the model is not known yet
-    if r.decompose.embedding != (r.prune.keep_embedding is not None):
-        raise ValueError("decompose.embedding and prune.keep_embedding go together: give both or neither")
+    if r.prune.keep_embedding is not None and not r.decompose.embedding:
+        raise ValueError("prune.keep_embedding is for an embedding written as bases: it goes with decompose.embedding")
+    if r.decompose.embedding and r.prune.keep_embedding is None:
+        if "size" not in targets:
+            raise ValueError(
+                "the embedding's part is found in a size of the whole model: give prune.size or keep_embedding"
+            )
+        if r.learn.steps and r.learn.rounds:
+            raise ValueError("learning prunes the layers to a size known beforehand: give prune.keep_embedding with it")
     if r.sizes and not {"keep", "size"} & targets.keys():
         raise ValueError("sizes is a list of further sizes: prune itself needs keep or size then")
     if r.prune.budget != "mass" and "mass" in targets:

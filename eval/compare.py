@@ -25,7 +25,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from basis_select import pipeline
 from basis_select.bases import groups
 from basis_select.decompose import same_input, second_moments, targets
-from basis_select.embedding import table_of
+from basis_select.embedding import TABLE, table_of
 from basis_select.extend import extend
 from basis_select.heal import heal, suitable_rate
 from basis_select.learn import learn
@@ -75,7 +75,7 @@ def compare(grid, folder, results):
                 logging.warning("%s", " ".join(map(str, row)))
                 changes = dict(grid["methods"][row[2]])
                 width = changes.pop("then", None)
-                recipe = override(base, changes, row[2]).at(1 / row[3])
+                recipe = at_size(override(base, changes, row[2]), parent, row[3])
                 model, facts = compressed(recipe, stages, parent, teacher, moments, grid["steps"])
                 write(results, row, {**measure(model, stages.task, None), **facts})
                 if width:
@@ -93,11 +93,17 @@ def setting(grid, name, seed, folder):
     return base, stages, load(stages.parent() / "model")[0]
 
 
+def at_size(recipe, parent, times):
+    """`recipe` at the size of the whole model that it has when its targeted layers alone are `times` smaller."""
+    now = sizes(parent)
+    return recipe.at(f"{(now['parameters_dense'] - now['targeted_dense'] * (1 - 1 / times)) / 1e6:f}M")
+
+
 def cut(grid, name, method, size, folder):
     """`(recipe, task, teacher, model)` of one row of a grid after `prune`: where healing starts."""
     base, stages, parent = setting(grid, name, 0, folder)
     own = {k: v for k, v in grid["methods"][method].items() if k != "then"}
-    r = override(base, own, method).at(1 / size)
+    r = at_size(override(base, own, method), parent, size)
     found = stages.decomposed(r, lambda: all_moments(parent, stages.task, base)[r.decompose.share])
     model, _ = load(found / "model")
     return r, stages.task, Teacher(parent), prune(model, stages.task, **vars(r.prune))
@@ -140,8 +146,10 @@ def all_moments(parent, task, r):
     """`{share: second moments}`, every metric's: those of a layer on its own are blocks of its group's."""
     layers = targets(parent)
     members = same_input(parent, layers, task)
-    inputs, outputs = second_moments(parent, members, task, r.decompose.examples, METRICS["kronecker"])
+    inputs, outputs = second_moments(parent, members, task, r.decompose.examples, METRICS["kronecker"], embedding=True)
     alone = {name: inputs[names[0]] for names in members for name in names}, {}
+    for own, all_ in zip(alone, (inputs, outputs), strict=True):
+        own[TABLE] = all_[TABLE]
     for names in members:
         blocks = outputs[names[0]]
         if len(blocks) < len(names):

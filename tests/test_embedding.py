@@ -1,14 +1,20 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
 from conftest import KINDS, tiny
 from safetensors import safe_open
+from scipy import stats
 from torch import nn
 
 import basis_select as bs
+from basis_select.decompose import second_moments
 from basis_select.embedding import LowRankEmbedding, table_of
 from basis_select.linalg.budget import keep_for, table_rank
+from basis_select.linalg.metrics import METRICS
+from basis_select.training.data import Batches
+from basis_select.training.loss import response_nll, task_loss
 
 
 def logits(model, ids):
@@ -69,13 +75,65 @@ def test_size_of_the_whole_model_counts_the_embedding(task):
         keep_for(100, 50, "bfloat16", size="3x")
 
 
-def test_embedding_needs_its_own_budget(task):
-    with pytest.raises(ValueError, match="give both or neither"):
-        bs.prune(bs.decompose(tiny(), task, examples=16, embedding=True), keep=0.5)
-    with pytest.raises(ValueError, match="give both or neither"):
+@pytest.mark.parametrize(("kind", "tied"), [("llama", False), ("llama", True), ("gemma3_text", True)])
+def test_a_size_is_shared_with_the_embedding_as_measured(kind, tied, task):
+    """No other rank of the table that was tried has a lower validation NLL at the same size of the whole model."""
+    model, task = tiny(kind, tied), dataclasses.replace(task, validation=task.train)
+    bs.tune(model, task, steps=40, batch_size=20, lr=3e-3)
+    bs.decompose(model, task, examples=40, embedding=True)
+    whole = copy.deepcopy(model)
+    found = {}
+    for other in (8, 16, 24, 32, 40):
+        m = copy.deepcopy(whole)
+        keep = other * (128 + 64) / (128 * 64) + 1e-6
+        try:
+            bs.prune(m, task, size="2.5x", keep_embedding=keep, multiple_of=4)
+        except ValueError:  # too little is left for the layers
+            continue
+        found[table_of(m).rank] = response_nll(m, task.validation)
+    bs.prune(model, task, size="2.5x", multiple_of=4)
+    assert bs.sizes(model)["parameters"] <= bs.sizes(whole)["parameters_dense"] / 2.5
+    assert response_nll(model, task.validation) <= min(found.values()) + 0.02
+
+
+def test_an_embedding_that_costs_nothing_stays_whole(task, ids):
+    dense = tiny(tied=True)
+    model = bs.decompose(copy.deepcopy(dense), task, examples=16, embedding=True)
+    bs.prune(model, task, size="1x", multiple_of=1)
+    assert type(model.get_input_embeddings()) is nn.Embedding
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert torch.allclose(logits(model, ids), logits(dense, ids), atol=2e-6)
+
+
+def test_scores_of_the_embedding_order_its_bases(task):
+    """s^2 in the kronecker metric ranks bases of the table by what removing each costs."""
+    model = tiny(tied=True, num_hidden_layers=1)
+    bs.tune(model, task, steps=30, batch_size=20, lr=3e-3)
+    parent = copy.deepcopy(model)
+    bs.decompose(model, task, examples=40, embedding=True)
+    table, batches = table_of(model), list(Batches(task.train, 20, 2, seed=0))
+    estimates, found = [], []
+    for i in range(0, 64, 4):
+        weight = table.weight.data.clone()
+        table.weight.data[i] = 0
+        with torch.no_grad():
+            found.append(sum(float(task_loss(model, b, parent, mixed=False)[2]) * b["responses"] for b in batches))
+        table.weight.data = weight
+        estimates.append(float(table.s[i]) ** 2)
+    assert stats.spearmanr(estimates, found).statistic > 0.9
+
+
+def test_budgets_of_an_embedding_that_cannot_be(task):
+    with pytest.raises(ValueError, match="is for an embedding written as bases"):
         bs.prune(bs.decompose(tiny(), task, examples=16), keep=0.5, keep_embedding=0.5)
+    with pytest.raises(ValueError, match="needs keep_embedding, or a size"):
+        bs.prune(bs.decompose(tiny(), task, examples=16, embedding=True), task, keep=0.5)
     with pytest.raises(ValueError, match="makes a rank of 0"):
         bs.prune(bs.decompose(tiny(), task, examples=16, embedding=True), keep=0.5, keep_embedding=0.01)
+    layers = [name for name, m in tiny().named_modules() if type(m) is nn.Linear]
+    moments = second_moments(tiny(), [[name] for name in layers], task, 16, METRICS["kronecker"])
+    with pytest.raises(ValueError, match="lack the embedding's"):
+        bs.decompose(tiny(), task, moments, share=False, embedding=True)
 
 
 def test_back_to_dense(task, ids, tmp_path, tokenizer):

@@ -241,7 +241,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(recipe, t
         (["prune.keep=null"], "prune names no size"),
         (["prune.keep=null", "prune.size=twice"], "size='twice' should read like 4x, 90M or 120MB"),
         (["prune.keep=null", "prune.mass=0.5"], "it goes with prune.budget=mass"),
-        (["prune.keep_embedding=0.5"], "decompose.embedding and prune.keep_embedding go together"),
+        (["prune.keep_embedding=0.5"], "it goes with decompose.embedding"),
         (["prune.score=best"], "prune.score is 'best'; known are energy, magnitude, taylor, random"),
         (["extend.init=best"], "extend.init is 'best'; known are random, residual, gradient"),
         (["learn.rounds=99"], "learn.rounds=99 prunings do not fit into 6 steps of learning"),
