@@ -23,6 +23,7 @@ from pathlib import Path
 
 FOLDER = 2**26  # bytes of the temporary folder
 EXAMINER = 2**30  # bytes of memory for the tests' own process
+START = 60  # seconds in which a sandbox must start, on a busy machine too; they do not count as the program's
 # One process with one thread, so that its memory limit holds for all it does; memory that no limit counts; the outside.
 DENIED = """
     fork vfork clone clone3
@@ -56,7 +57,6 @@ def check(program, tests="", *, entry="", seconds=10.0, memory=2**30):
     """
     if lacks := missing():
         raise ValueError(f"model-written code cannot run here, the sandbox lacks {'; '.join(lacks)}")
-    deadline = time.monotonic() + seconds
     here, examiner = socket.socketpair()
     asks, answers = socket.socketpair()
     with contextlib.ExitStack() as stack:
@@ -66,23 +66,26 @@ def check(program, tests="", *, entry="", seconds=10.0, memory=2**30):
         stack.enter_context(_inside("examine", EXAMINER, seconds, asks, examiner))
         for end in (examiner, asks, answers):
             end.close()
-        message = json.dumps({"program": program, "tests": tests, "entry": entry}).encode() + b"\n"
-        try:
-            verdict = _exchange(here, message, deadline)
-        except TimeoutError:
-            return Outcome(False, f"time limit of {seconds:g} s")
+        if _line(here, START) != "ready":
+            raise RuntimeError(f"the sandbox did not start within {START} s and {memory:,} bytes of memory")
+        here.sendall(json.dumps({"program": program, "tests": tests, "entry": entry}).encode() + b"\n")
+        verdict = _line(here, seconds)
+    if verdict is None:
+        return Outcome(False, f"time limit of {seconds:g} s")
     if "unusable" in verdict:
         raise ValueError(verdict["unusable"])
     return Outcome(**verdict)
 
 
-def _exchange(link, message, deadline):
-    received = b""
-    link.settimeout(max(deadline - time.monotonic(), 1e-3))
-    link.sendall(message)
+def _line(link, seconds):
+    """The next JSON line, None if it does not come in time."""
+    deadline, received = time.monotonic() + seconds, b""
     while not received.endswith(b"\n"):
         link.settimeout(max(deadline - time.monotonic(), 1e-3))
-        chunk = link.recv(2**16)
+        try:
+            chunk = link.recv(2**16)
+        except TimeoutError:
+            return None
         if not chunk:
             return {"passed": False, "reason": "failed: the tests ended without a verdict"}
         received += chunk
@@ -142,15 +145,17 @@ def _inside(role, memory, seconds, stdin, stdout):
     finally:
         os.close(filtered)
         os.close(told)
-    with open(info, "rb") as file:
-        about = file.read()
+    first = None
     try:
+        with open(info, "rb") as file:
+            first = os.pidfd_open(json.loads(file.read())["child-pid"])
         yield
     finally:
-        # the first process of the namespace: the kernel ends all others with it, and bwrap returns only after that
-        if about:
+        # the namespace's first process: the kernel ends all others with it, and bwrap returns only after that
+        if first is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(json.loads(about)["child-pid"], signal.SIGKILL)
+                signal.pidfd_send_signal(first, signal.SIGKILL)
+            os.close(first)
         process.wait()
 
 
@@ -178,7 +183,8 @@ def _system_call_filter():
 @functools.cache
 def _bubblewrap():
     python = os.path.realpath(sys.executable)
-    command = [shutil.which("bwrap"), "--unshare-all", "--die-with-parent", "--new-session"]
+    command = [shutil.which("bwrap"), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"]
+    command += ["--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]  # a root caller would leave it all of root's
     for path in dict.fromkeys(["/usr/lib", "/usr/lib64", "/lib", "/lib64", f"{sys.base_prefix}/lib", python]):
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]

@@ -18,6 +18,7 @@ import traceback
 import types
 
 MESSAGE = 2**24  # bytes of one answer of the program
+GONE = "failed: the program ended before its tests did"
 
 
 def main(role, memory, seconds):
@@ -49,7 +50,7 @@ class Link:
     def read(self, most=-1):
         line = self.reader.readline(most)
         if not line.endswith(b"\n"):
-            raise EOFError("output limit" if len(line) == most else "failed: the program ended before its tests did")
+            raise EOFError("output limit" if len(line) == most else GONE)
         return json.loads(line)
 
     def write(self, message):
@@ -99,11 +100,10 @@ def answer(link):
     objects = []
 
     def refer(x):
-        if isinstance(x, types.ModuleType):
-            return {"module": x.__name__}
         objects.append(x)
         return {"object": len(objects) - 1}
 
+    link.write("ready")
     does = {
         "run": lambda text: exec(compile(text, "<program>", "exec"), module.__dict__),
         "has": lambda name: name in module.__dict__,
@@ -154,30 +154,32 @@ def examine(program, parent):
         os._exit(0)  # also from inside a test that would catch an exception
 
     def ask(action, *args):
-        program.write([action, [pack(x, refer) for x in args]])
+        request = [action, [pack(x, refer) for x in args]]
         try:
+            program.write(request)
             reply = program.read(MESSAGE)
         except (EOFError, OSError, ValueError) as error:
-            end(passed=False, reason=str(error))
+            end(passed=False, reason=str(error) if isinstance(error, EOFError) else GONE)
         if "raised" in reply:
-            names, text = reply["raised"], reply["text"]
-            raise raised(names, text if hasattr(builtins, names[0]) else f"{names[0]}: {text}")
+            error = raised(reply["raised"], reply["text"])
+            if action != "next" and isinstance(error, StopIteration):  # would end a loop of the tests early
+                error = RuntimeError(f"StopIteration: {error}")
+            raise error
         return unpack(reply["value"], resolve)
 
     def refer(x):
         if not isinstance(x, Remote):
             end(
-                unusable=f"the tests hand the program a {type(x).__name__}: only plain values and its own objects can be"
+                unusable=f"the tests hand the program a {type(x).__name__}, they can only hand it values and its objects"
             )
         return {"object": x._index}
 
     remotes = {}
 
     def resolve(kind, content):
-        if kind == "module" and content in sys.stdlib_module_names:
-            return importlib.import_module(content)
         return remotes.setdefault(content, Remote(ask, content))
 
+    parent.write(program.read())
     job = parent.read()
     try:
         tree = ast.parse(job["tests"], "<tests>")
@@ -185,14 +187,14 @@ def examine(program, parent):
         end(unusable=f"the tests are not Python: {error}")
     try:
         ask("run", job["program"])
-        # a builtin or a standard module is the examiner's own, whatever the program says it is
-        own = {*dir(builtins), *sys.stdlib_module_names} - {job["entry"]}
         names = {"__name__": "tests"}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and node.id not in names and ask("has", node.id):
-                value = ask("name", node.id)
-                if node.id not in own or isinstance(value, types.ModuleType):
-                    names[node.id] = value
+        for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+            # a builtin or a standard module is the examiner's own, whatever the program says it is
+            if name == job["entry"] or not hasattr(builtins, name) and name not in sys.stdlib_module_names:
+                if ask("has", name):
+                    names[name] = ask("name", name)
+            elif name in sys.stdlib_module_names and ask("has", name):
+                names[name] = importlib.import_module(name)
         exec(compile(tree, "<tests>", "exec"), names)
     except BaseException as error:
         end(passed=False, reason=explain(error, job["tests"]))
@@ -201,6 +203,8 @@ def examine(program, parent):
 
 def raised(names, text):
     """The nearest builtin exception to one whose classes have these names."""
+    if not hasattr(builtins, names[0]):
+        text = f"{names[0]}: {text}"
     for kind in (getattr(builtins, name, None) for name in names):
         if isinstance(kind, type) and issubclass(kind, Exception):
             with contextlib.suppress(TypeError):  # UnicodeDecodeError takes more than a text, ValueError does not
@@ -213,7 +217,8 @@ def explain(error, tests):
         return "memory limit"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<tests>"]
     where = f" in {tests.splitlines()[lines[-1] - 1].strip()[:200]}" if lines else ""
-    return f"failed: {type(error).__name__}{where}{f': {error}'[:300] if str(error) else ''}"
+    said = "".join(c if c.isprintable() else " " for c in str(error)[:300])  # the program's words may reach a terminal
+    return f"failed: {type(error).__name__}{where}{f': {said}' if said else ''}"
 
 
 if __name__ == "__main__":
