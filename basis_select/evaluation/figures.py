@@ -8,9 +8,12 @@ import io
 import re
 from xml.etree import ElementTree
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+try:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+except ImportError:
+    raise ValueError("reports need the eval extra: pip install 'basis-select[eval]'") from None
 
 INK, GRID = "#010203", "#040506"  # stand for the page's own colours until `svg` puts those in
 STYLE = {
@@ -68,7 +71,7 @@ def svg(title, paint, *data, size=(4.6, 3.3)):
 def quality(ax, series, label, strong=None):
     """Quality against bytes: `series` is `{name: [(bytes, value, low, high), ...]}`, joined where it has several.
 
-    Logarithmic upwards where values differ much; `label` "accuracy" is in percent. `strong` names the thicker line.
+    Logarithmic upwards where values differ much; `label` "Accuracy" is in percent. `strong` names the thicker line.
     """
     values = [value for points in series.values() for _, value, _, _ in points]
     for i, (name, points) in enumerate(series.items()):
@@ -87,7 +90,7 @@ def quality(ax, series, label, strong=None):
             linewidth=2.5 if name == strong else 1.3,
         )
     ax.set(xlabel="weight bytes (MB)", ylabel=label)
-    if label == "accuracy":
+    if label == "Accuracy":
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     elif min(values) > 0 and max(values) > 3 * min(values):
         _log(ax)

@@ -11,7 +11,7 @@ import yaml
 
 from ..recipe import RESULT, SECTIONS, Recipe
 from ..rundir import read_json, replace_text
-from . import html, spectra
+from . import figures, html, spectra
 from .report import ALIGN, HEAD, cells, interval, peak
 
 TRAINED = ("tune", "learn", "refine", "heal")
@@ -119,8 +119,6 @@ def recipe(run):
 
 
 def quality(run):
-    from . import figures
-
     series = {"nll": {}, "accuracy": {}}
     for name, row in run.results.items():
         line = RESULT if name.startswith(f"{RESULT} at ") else name  # further sizes of the same learning
@@ -129,7 +127,7 @@ def quality(run):
                 x = row[key]
                 lines.setdefault(line, []).append((row["sizes"]["bytes"], x["value"], x["low"], x["high"]))
     drawn = []
-    for key, label, better in (("nll", "NLL per response token", "lower"), ("accuracy", "accuracy", "higher")):
+    for key, label, better in (("nll", "NLL per response token", "lower"), ("accuracy", "Accuracy", "higher")):
         if series[key]:
             title = f"{label} on the test split against bytes of the weights"
             drawn.append((figures.svg(title, figures.quality, series[key], label), f"{title}; {better} is better."))
@@ -168,11 +166,10 @@ def ranks(run):
 
 
 def weights(run):
-    from . import figures
-
+    kinds = {stage["stage"].rpartition("-")[0] for stage in run.results[RESULT]["stages"]}
     decomposed, learned, pruned = (run.stage(RESULT, kind) for kind in ("decompose", "learn", "prune"))
-    if not (decomposed and pruned):
-        return "the folders of the stages decompose and prune are not there"
+    if not (decomposed and pruned and (learned or "learn" not in kinds)):
+        return "the folders of the stages decompose, learn and prune are not there"
     before, after = spectra.weights(decomposed), spectra.weights(learned) if learned else {}
     ranks = spectra.kept_ranks(decomposed, pruned)
     known = read_json(pruned / "stage.json")["options"]["score"] in ("energy", "magnitude")
@@ -182,38 +179,41 @@ def weights(run):
     drawn = []
     for name in dict.fromkeys(names):
         s, now = before[name][0], after[name][0] if after else None
-        title = f"{name}: {ranks[name]} of {len(s)} bases kept"
+        what = name if name in spectra.bases_of(decomposed)["ranks"] else f"{name} (token embedding)"
+        title = f"{what}: {ranks[name]} of {len(s)} bases kept"
         drawn.append((figures.svg(title, figures.spectrum, s, now, marked.get(name)), title))
     if not drawn:
         return "all layers stayed dense"
     why = (
         "The weight of every basis of some layers of the result, from the layer that kept the smallest share to the "
-        "one that kept the largest: the line as decomposed (largest first)"
+        f"one that kept the largest: the line as decomposed, the marks {'as learned' if after else 'as pruned'}."
     )
-    why += ", the marks after learning on the task." if after else ", with marks for what was pruned; nothing learned."
-    return why if known else f"{why} Which were kept is not marked: its score is no function of s.", html.figures(
-        *drawn
-    )
+    if not known:
+        why += " Which ones were kept is not marked, because the score of this run is no function of the weights."
+    return why, html.figures(*drawn)
 
 
 def changes(run):
-    parent = run.evaluation("parent")
     if run.results["parent"]["accuracy"] is None:
         return "the task does not score answers, so that none is gained or lost"
-    if parent is None:
+    found = {name: run.evaluation(name) for name in run.results}
+    if None in found.values():
         return "the folders of the stage evaluate are not there"
+    parent = found.pop("parent")
     blocks = []
-    for name in run.results:
-        if name != "parent":
-            found = {"gained": [], "lost": []}
-            for a, b in zip(parent["items"], run.evaluation(name)["items"], strict=True):
-                if a["correct"] != b["correct"]:
-                    answers = {"parent": a["generated"], name: b["generated"]}
-                    item = {"prompt": a["prompt"], "expected": a["answer"], **answers}
-                    found["gained" if b["correct"] else "lost"].append(item)
-            blocks += [html.items(f"{name}: {len(x)} {kind}", x) for kind, x in found.items() if x]
-    why = "Test items that the parent answers wrongly and a smaller model rightly (gained), or the other way (lost)."
-    return why, "".join(blocks) or "<p>No item was gained or lost.</p>"
+    for name, evaluation in found.items():
+        moved = {"gained": [], "lost": []}
+        for a, b in zip(parent["items"], evaluation["items"], strict=True):
+            if a["correct"] != b["correct"]:
+                answers = {"parent": a["generated"], name: b["generated"]}
+                moved["gained" if b["correct"] else "lost"].append(
+                    {"prompt": a["prompt"], "expected": a["answer"], **answers}
+                )
+        blocks += [html.items(f"{name}: {len(x)} {kind}", x) for kind, x in moved.items() if x]
+    return (
+        "Test items that the parent answers wrongly and a smaller model rightly (gained), or the other way (lost).",
+        "".join(blocks) or "<p>No item was gained or lost.</p>",
+    )
 
 
 def cost(run):
@@ -245,8 +245,6 @@ def cost(run):
 
 
 def training(run):
-    from . import figures
-
     path = run.folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     drawn = []
