@@ -8,7 +8,6 @@ import re
 import statistics
 import sys
 from collections import defaultdict
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from compare import read
 from matplotlib.figure import Figure
 
 from basis_select.evaluation import html
-from basis_select.evaluation.figures import quality, svg
+from basis_select.evaluation.figures import legend, quality, svg
 from basis_select.evaluation.report import markdown
 
 DENSE = ("parent", "int8", "int4")
@@ -159,6 +158,7 @@ def plot(results, path):
         quality(ax, series(results, task), LABEL, strong=DEFAULT)
         ax.set_title(task)
         ax.grid(alpha=0.3, which="both")
+    legend(figure)
     figure.savefig(path, dpi=130)
 
 
@@ -189,7 +189,7 @@ def verdict(results):
 
 
 def _marked(cell):
-    return html.Raw(re.sub(r"\*(better|worse)\*", r'<em class="\1">\1</em>', escape(cell)))
+    return html.Raw(re.sub(r"\*(better|worse)\*", r'<em class="\1">\1</em>', html.unbroken(cell)))
 
 
 if __name__ == "__main__":

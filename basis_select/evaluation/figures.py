@@ -42,7 +42,10 @@ def svg(title, paint, *data, size=(4.6, 3.3)):
     """One figure as an <svg> element for HTML: `paint(axes, *data)`; `title` is read to who cannot see it."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=size, layout="constrained")
-        paint(figure.subplots(), *data)
+        axes = figure.subplots()
+        paint(axes, *data)
+        if axes.get_legend() is None:
+            legend(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -94,8 +97,15 @@ def quality(ax, series, label, strong=None):
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     elif min(values) > 0 and max(values) > 3 * min(values):
         _log(ax)
-    if len(series) > 1:
-        ax.figure.legend(loc="outside lower center", ncols=3 if len(series) > 6 else 2, fontsize=9)
+
+
+def legend(figure):
+    """One legend below all axes, in which every name is once."""
+    named = {}
+    for ax in figure.axes:
+        named |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    columns = 3 if len(named) > 6 else 2
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def spectrum(ax, before, after, kept):
@@ -129,7 +139,6 @@ def training(ax, runs):
             ax.plot(steps, [row["kl"] for row in rows], "--", color=colour, label=f"{name}: KL", linewidth=1.2)
     ax.set(xlabel="step", ylabel="nats per response token")
     ax.set_ylim(bottom=0)
-    ax.figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 
 
 def _log(ax):

@@ -38,7 +38,7 @@ def table(head, rows, align, caption):
     top = "".join(f'<th scope="col" class="{a}">{_text(text)}</th>' for text, a in zip(head, align, strict=True))
     lines = []
     for first, *rest in rows:
-        cells = "".join(f'<td class="{a}">{_unbroken(text)}</td>' for text, a in zip(rest, align[1:], strict=True))
+        cells = "".join(f'<td class="{a}">{unbroken(text)}</td>' for text, a in zip(rest, align[1:], strict=True))
         lines.append(f'<tr><th scope="row">{_text(first)}</th>{cells}</tr>')
     return _scrolling(
         f"<table><caption><span>{_text(caption)}</span></caption><thead><tr>{top}</tr></thead>"
@@ -164,7 +164,7 @@ def _scrolling(body, label):
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">{body}</div>'
 
 
-def _unbroken(text):
+def unbroken(text):
     """Lines break before what is in brackets, not within it."""
     return text if isinstance(text, Raw) else re.sub(r"\([^)]*\)", r'<span class="whole">\g<0></span>', escape(text))
 
