@@ -1,4 +1,4 @@
-"""basis-select: run | plan | inspect | verify."""
+"""basis-select: run | plan | inspect | verify | report."""
 
 import functools
 import logging
@@ -62,7 +62,7 @@ def run(
         folder = out or Path("runs") / recipe.stem
         results = pipeline.run(read, folder, shard)
         typer.echo(table(results))
-        typer.echo(f"checkpoint: {folder / 'final'}   results: {folder / 'results.json'}")
+        typer.echo(f"checkpoint: {folder / 'final'}   report: {folder / 'report.html'}")
 
     ranks.lead(work)
 
@@ -110,6 +110,14 @@ def verify(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]):
     if not found["bit_equal"]:
         raise ValueError(f"{folder}: logits differ by {found['max_difference']:g} between two processes")
     typer.echo(f"{folder}: hashes match, logits are bit-equal in a fresh process")
+
+
+@_command
+def report(folder: Annotated[Path, typer.Argument(help="the folder of a finished run")]):
+    """Write report.html of a run again, from the files in its folder."""
+    from .evaluation.run_report import report as write
+
+    typer.echo(write(folder))
 
 
 def _recipe(path, changes):

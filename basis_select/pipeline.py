@@ -30,6 +30,7 @@ from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
 from .evaluation.report import curve, table
+from .evaluation.run_report import report
 from .evaluation.speed import decode_speed
 from .extend import extend
 from .heal import heal, suitable_rate
@@ -62,9 +63,9 @@ def run(recipe, folder, shard=False):
     """Run `recipe` in `folder`, continuing whatever is there; returns the results, also written to results.json.
 
     The folder receives recipe.yaml (every default written out), manifest.json, metrics.jsonl, stages/, final/
-    (the checkpoint), results.json and results.md; for a recipe with `sizes` also final-SIZE/, curve.csv and curve.png.
-    On several ranks the first runs this and the others train with it (ranks.lead); `shard` spreads parent, model and
-    optimizer over them while they tune and heal. Raises ValueError if another run is using the folder.
+    (the checkpoint), results.json, results.md and report.html; for a recipe with `sizes` also final-SIZE/, curve.csv
+    and curve.png. On several ranks the first runs this and the others train with it (ranks.lead); `shard` spreads
+    parent, model and optimizer over them while they tune and heal. Raises ValueError if another run uses the folder.
     """
     folder = Path(folder)
     (folder / "stages").mkdir(parents=True, exist_ok=True)
@@ -93,6 +94,7 @@ def run(recipe, folder, shard=False):
         replace_text(folder / "results.md", table(results))
         if recipe.sizes:
             curve({name: results[name] for name in ("parent", recipes.RESULT, *recipe.family())}, folder)
+        report(folder)
     return results
 
 

@@ -1,22 +1,37 @@
-"""Table and plot of a results file of compare.py: RESULTS.md and RESULTS.png beside it.
+"""Tables and plot of a results file of compare.py: RESULTS.md, RESULTS.html and RESULTS.png beside it.
 
 python eval/compare_report.py RESULTS.jsonl
 """
 
+import functools
+import re
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from compare import read
+from matplotlib.figure import Figure
 
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from basis_select.evaluation import html
+from basis_select.evaluation.figures import legend, quality, svg
+from basis_select.evaluation.report import markdown
 
 DENSE = ("parent", "int8", "int4")
 DEFAULT = "default"
+LABEL = "test NLL per response token"
+CAPTIONS = (
+    "NLL with its 95 % interval, methods by how many times fewer parameters the linear layers have",
+    "The dense parent and its quantized weights",
+    "How many bytes the default needs for the NLL of the best other row of a size",
+)
+EXPLANATION = (
+    "All rows of a task start from the same parent and train for the same steps. An interval is a bootstrap over test "
+    "items; a row is worse or better where the 95 % interval of its paired difference from the default excludes zero. "
+    "Rows that also cut the embedding have fewer bytes at the same reduction. An empty cell was not run. The command "
+    "writes this page from the file of results."
+)
 
 
 def interval(rows, against=None, draws=2000):
@@ -33,17 +48,16 @@ def interval(rows, against=None, draws=2000):
     return nll.sum() / tokens.sum(), *np.quantile(means, [0.025, 0.975])
 
 
-def table(results):
-    """One block per task: rows are methods, columns sizes; *better*, *worse*: surely not the default."""
-    cells = _cells(results)
-    lines = []
+def tables(results):
+    """`{task: (note, [(head, rows, align), ...])}`: methods by sizes, what is not factored, and bytes for a quality.
+
+    *better*, *worse*: surely not the default.
+    """
+    cells, found = _cells(results), {}
     for task in dict.fromkeys(r["task"] for r in results):
         rows = {m: v for (t, m, s), v in cells.items() if t == task and s == 1}
         base = rows.get("parent")
-        seeds = sorted({r["seed"] for r in results if r["task"] == task})
-        lines += [f"### {task}", ""]
-        if base:
-            lines.append(f"{len(base[0]['nll'])} test items, seeds {', '.join(map(str, seeds))}.")
+        seeds = ", ".join(map(str, sorted({r["seed"] for r in results if r["task"] == task})))
         sizes = sorted({s for t, _, s in cells if t == task and s != 1})
         weights = {
             size: statistics.mode(
@@ -51,29 +65,40 @@ def table(results):
             )
             for size in sizes
         }
-        lines += ["", f"| method | {' | '.join(f'{s:g}x ({weights[s]} MB)' for s in sizes)} |"]
-        lines.append("|---|" + "---|" * len(sizes))
+        lines = []
         for method in dict.fromkeys(m for t, m, s in cells if t == task and s != 1):
-            line = []
+            line = [method]
             for size in sizes:
-                found, default = cells.get((task, method, size)), cells.get((task, DEFAULT, size))
-                own = round(found[0]["sizes"]["bytes"] / 1e6) if found else weights[size]
-                text = _cell(found, default if method != DEFAULT else None) if found else ""
+                now, default = cells.get((task, method, size)), cells.get((task, DEFAULT, size))
+                own = round(now[0]["sizes"]["bytes"] / 1e6) if now else weights[size]
+                text = _cell(now, default if method != DEFAULT else None) if now else ""
                 line.append(text if own == weights[size] else f"{text} at {own} MB")
-            lines.append(f"| {method} | {' | '.join(line)} |")
-        lines += ["", "| not factored | bytes | NLL |", "|---|---:|---|"]
-        for method in DENSE:
-            if method in rows:
-                size = rows[method][0]["sizes"]["bytes"]
-                lines.append(f"| {method} | {size / 1e6:.0f} MB | {_cell(rows[method], None)} |")
-        lines += [
-            "",
-            "| best other row | NLL | bytes | the default needs | so many times fewer |",
-            "|---|---:|---:|---:|---:|",
+            lines.append(line)
+        dense = [
+            [method, f"{rows[method][0]['sizes']['bytes'] / 1e6:.0f} MB", _cell(rows[method], None)]
+            for method in DENSE
+            if method in rows
         ]
-        for size in sizes:
-            lines += _smaller(cells, task, size)
-        lines.append("")
+        found[task] = (
+            f"{len(base[0]['nll'])} test items, seeds {seeds}." if base else f"Seeds {seeds}.",
+            [
+                (["method", *(f"{s:g}x ({weights[s]} MB)" for s in sizes)], lines, "l" * (1 + len(sizes))),
+                (["not factored", "bytes", "NLL"], dense, "lrl"),
+                (
+                    ["best other row", "NLL", "bytes", "the default needs", "so many times fewer"],
+                    [line for size in sizes for line in _smaller(cells, task, size)],
+                    "lrrrr",
+                ),
+            ],
+        )
+    return found
+
+
+def table(results):
+    """The tables as Markdown, one block per task."""
+    lines = []
+    for task, (note, blocks) in tables(results).items():
+        lines += [f"### {task}", "", note, *(f"\n{markdown(*block)[:-1]}" for block in blocks), ""]
     return "\n".join(lines)
 
 
@@ -92,13 +117,13 @@ def _smaller(cells, task, size):
     method, (weight, nll) = min(points.items(), key=lambda item: item[1][1])
     quality, bytes_ = zip(*own, strict=True)
     if nll < quality[0]:
-        needs = f"more than {bytes_[0]:.0f} MB |"
+        needs = f"more than {bytes_[0]:.0f} MB", ""
     elif nll > quality[-1]:
-        needs = f"less than {bytes_[-1]:.0f} MB | more than {weight / bytes_[-1]:.2f}"
+        needs = f"less than {bytes_[-1]:.0f} MB", f"more than {weight / bytes_[-1]:.2f}"
     else:
         needed = np.exp(np.interp(nll, quality, np.log(bytes_)))
-        needs = f"{needed:.0f} MB | {weight / needed:.2f}"
-    return [f"| {method} at {size:g}x | {nll:.3f} | {weight:.0f} MB | {needs} |"]
+        needs = f"{needed:.0f} MB", f"{weight / needed:.2f}"
+    return [[f"{method} at {size:g}x", f"{nll:.3f}", f"{weight:.0f} MB", *needs]]
 
 
 def _cells(results):
@@ -117,42 +142,59 @@ def _cell(rows, default):
     return text
 
 
+def series(results, task):
+    """`{method: [(bytes, NLL, low, high), ...]}` of a task, for figures.quality."""
+    found = defaultdict(list)
+    for (t, method, _), rows in _cells(results).items():
+        if t == task:
+            found[method].append((rows[0]["sizes"]["bytes"], *interval(rows)))
+    return found
+
+
 def plot(results, path):
-    cells = _cells(results)
     tasks = list(dict.fromkeys(r["task"] for r in results))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.4), squeeze=False, layout="constrained")
-    methods = list(dict.fromkeys(r["method"] for r in results))
-    colours = dict(zip(methods, plt.get_cmap("tab20").colors, strict=False))
-    for ax, task in zip(axes[0], tasks, strict=True):
-        for method in methods:
-            points = sorted(
-                (v[0]["sizes"]["bytes"] / 1e6, *interval(v))
-                for (t, m, _), v in cells.items()
-                if (t, m) == (task, method)
-            )
-            if not points:
-                continue
-            x, y, low, high = map(np.array, zip(*points, strict=True))
-            style = {"marker": "s", "linestyle": "none"} if method in DENSE else {"marker": "o"}
-            if method == DEFAULT:
-                style |= {"linewidth": 2.5}
-            ax.errorbar(
-                x, y, [y - low, high - y], label=method, capsize=2, markersize=4, color=colours[method], **style
-            )
-        ax.set(title=task, xlabel="weight bytes (MB)", yscale="log")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
+    figure = Figure(figsize=(5.2 * len(tasks), 5.2), layout="constrained")
+    for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        quality(ax, series(results, task), LABEL, strong=DEFAULT)
+        ax.set_title(task)
         ax.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("test NLL per response token")
-    labelled = {}
-    for ax in axes[0]:
-        labelled |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    figure.legend(labelled.values(), labelled.keys(), fontsize=8, loc="outside right center")
+    legend(figure)
     figure.savefig(path, dpi=130)
+
+
+def report(results, name):
+    """The tables and plots as one HTML document."""
+    sections = []
+    for task, (note, blocks) in tables(results).items():
+        title = f"{task}: {LABEL} against bytes of the weights"
+        drawn = svg(title, functools.partial(quality, strong=DEFAULT), series(results, task), LABEL, size=(6.4, 5))
+        body = [html.figures((drawn, f"{title}; left and down is better, bars are 95 % intervals."))]
+        for (head, rows, align), caption in zip(blocks, CAPTIONS, strict=True):
+            rows = [[first, *map(_marked, rest)] for first, *rest in rows]
+            body.append(html.table(head, rows, align, caption))
+        sections.append((task, note, "".join(body)))
+    sections.append(("How to read it", EXPLANATION, html.code(f"python eval/compare_report.py {name}.jsonl")))
+    return html.page(f"basis_select: {name}", verdict(results), "", sections, [])
+
+
+def verdict(results):
+    """One sentence: of how many rows of other methods the default is surely better or worse at the same reduction."""
+    found = []
+    for task, (_, blocks) in tables(results).items():
+        others = [c for method, *line in blocks[0][1] if not method.startswith(DEFAULT) for c in line if c]
+        worse, better = (sum(f"*{word}*" in cell for cell in others) for word in ("worse", "better"))
+        found.append(f"on {task} {worse} of {len(others)} rows of other methods are surely worse and {better} better")
+    text = "; ".join(found)
+    return f"Against the default at the same reduction of the linear layers, {text}."
+
+
+def _marked(cell):
+    return html.Raw(re.sub(r"\*(better|worse)\*", r'<em class="\1">\1</em>', html.unbroken(cell)))
 
 
 if __name__ == "__main__":
     source = Path(sys.argv[1])
     results = read(source)
     source.with_suffix(".md").write_text(table(results), encoding="utf-8")
+    source.with_suffix(".html").write_text(report(results, source.stem), encoding="utf-8")
     plot(results, source.with_suffix(".png"))

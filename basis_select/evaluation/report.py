@@ -2,31 +2,56 @@
 
 import csv
 
+HEAD = (
+    "model",
+    "accuracy",
+    "response NLL",
+    "gained / lost (p)",
+    "bases",
+    "targeted parameters",
+    "all parameters",
+    "weight bytes",
+    "decode tokens/s",
+    "peak memory",
+)
+ALIGN = "llllrrrrrr"
+
 
 def table(results):
     """One row per model of a run's results: quality with 95 % intervals, the four sizes, speed, gained and lost."""
-    head = (
-        "| model | accuracy | response NLL | gained / lost (p) | bases | targeted parameters | all parameters "
-        "| weight bytes | decode tokens/s | peak memory |"
-    )
-    lines = [head, "|---|---|---|---|---:|---:|---:|---:|---:|---:|"]
-    for name, row in results.items():
-        s, paired, speed = row["sizes"], row["paired"], row["decode_tokens_per_second"]
-        change = f"{paired['gained']} / {paired['lost']} ({paired['p']:.2g})" if paired else "-"
-        cells = [
-            name,
-            f"{_interval(row['accuracy'], '.1%')} of {row['n']}" if row["accuracy"] else "-",
-            _interval(row["nll"], ".3f"),
-            change,
-            f"{s['bases']:,}",
-            f"{s['targeted'] / 1e6:.2f} M ({s['targeted_dense'] / s['targeted']:.2f}x fewer)",
-            f"{s['parameters'] / 1e6:.2f} M ({s['parameters_dense'] / s['parameters']:.2f}x fewer)",
-            f"{s['bytes'] / 1e6:.1f} MB",
-            f"{speed['median']:.1f} ({speed['low']:.1f} to {speed['high']:.1f})",
-            f"{max(stage['peak_memory_bytes'] for stage in row['stages']) / 2**30:.2f} GiB",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return markdown(HEAD, [cells(name, row) for name, row in results.items()], ALIGN)
+
+
+def cells(name, row):
+    """The texts of one row under HEAD."""
+    s, paired, speed = row["sizes"], row["paired"], row["decode_tokens_per_second"]
+    return [
+        name,
+        f"{interval(row['accuracy'], '.1%')} of {row['n']}" if row["accuracy"] else "-",
+        interval(row["nll"], ".3f"),
+        f"{paired['gained']} / {paired['lost']} ({paired['p']:.2g})" if paired else "-",
+        f"{s['bases']:,}",
+        f"{s['targeted'] / 1e6:.2f} M ({s['targeted_dense'] / s['targeted']:.2f}x fewer)",
+        f"{s['parameters'] / 1e6:.2f} M ({s['parameters_dense'] / s['parameters']:.2f}x fewer)",
+        f"{s['bytes'] / 1e6:.1f} MB",
+        f"{speed['median']:.1f} ({speed['low']:.1f} to {speed['high']:.1f})",
+        f"{peak(row) / 2**30:.2f} GiB",
+    ]
+
+
+def peak(row):
+    """Bytes of memory at the worst moment of all stages of a row."""
+    return max(stage["peak_memory_bytes"] for stage in row["stages"])
+
+
+def markdown(head, rows, align):
+    """A Markdown table; `align` has an l or r for every column."""
+    rule = "".join("---|" if a == "l" else "---:|" for a in align)
+    return "".join(line + "\n" for line in (_line(head), f"|{rule}", *map(_line, rows)))
+
+
+def _line(texts):
+    return f"| {' | '.join(texts)} |"
 
 
 def curve(results, folder):
@@ -34,10 +59,9 @@ def curve(results, folder):
 
     The parent is among the points; rows of `results` that are no size of one family are for the caller to leave out.
     """
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from .figures import quality
 
     points = []
     for name, row in sorted(results.items(), key=lambda item: item[1]["sizes"]["bytes"]):
@@ -49,17 +73,15 @@ def curve(results, folder):
         writer = csv.DictWriter(file, points[0])
         writer.writeheader()
         writer.writerows(points)
-    figure, ax = plt.subplots(figsize=(6, 4))
-    x, y = [p["bytes"] / 1e6 for p in points], [p["nll"] for p in points]
-    error = [[p["nll"] - p["nll_low"] for p in points], [p["nll_high"] - p["nll"] for p in points]]
-    ax.errorbar(x, y, error, marker="o", capsize=3)
+    figure = Figure(figsize=(6, 4))
+    ax = figure.subplots()
+    line = [(p["bytes"], p["nll"], p["nll_low"], p["nll_high"]) for p in points]
+    quality(ax, {"": line}, "test NLL per response token")
     for p in points:
         ax.annotate(p["model"], (p["bytes"] / 1e6, p["nll"]), textcoords="offset points", xytext=(6, 6), fontsize=8)
-    ax.set(xlabel="weight bytes (MB)", ylabel="test NLL per response token")
     ax.grid(alpha=0.3)
     figure.savefig(folder / "curve.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
-def _interval(x, form):
+def interval(x, form):
     return f"{x['value']:{form}} ({x['low']:{form}} to {x['high']:{form}})"
