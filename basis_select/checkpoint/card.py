@@ -9,8 +9,7 @@ TEXT = """---
 ---
 # {name}
 
-{what} It is smaller because every linear layer is written as a weighted sum of rank-one bases, of which only those that
-matter to the task were kept.
+{what} Its linear layers are written as sums of rank-one bases, of which only those that matter to the task were kept.
 
 ## Load it
 
@@ -51,16 +50,15 @@ def card(repo_id, base, metadata, sizes, recipe, row, parent, versions):
     versions: of the packages that made it. Without a run, recipe and versions are empty and row and parent None.
     """
     task = _task(recipe)
-    of = f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"`{base}`" if base else "a language model"
-    what = f"{of}, compressed with basis_select {f'for one task, {task}' if task else 'for one task'}."
+    what = f"{_name(base)}, compressed with basis_select for {f'one task, {task}' if task else 'one task'}."
     return TEXT.format(
         metadata=_metadata(base, metadata).to_yaml(),
         name=repo_id.partition("/")[2],
         repo_id=repo_id,
         what=what,
         prompt=_prompt(recipe),
-        sizes=_sizes(sizes),
-        quality=_quality(row, parent),
+        sizes=_sizes(sizes, parent),
+        quality=_quality(row, parent, recipe),
         made=_made(recipe, versions),
         limits=_limits(row, task),
     )
@@ -88,6 +86,16 @@ def is_hub_id(base):
     return bool(base) and not base.startswith("wheel:") and base.count("/") == 1 and not Path(base).exists()
 
 
+def _name(base):
+    if is_hub_id(base):
+        return f"[{base}](https://huggingface.co/{base})"
+    if not base:
+        return "A language model"
+    return (
+        f"`{base if base.startswith('wheel:') else Path(base).name}`"  # a path of this machine says nothing elsewhere
+    )
+
+
 def _metadata(base, known):
     about = {"base_model": base, "base_model_relation": "quantized"} if is_hub_id(base) else {}
     return ModelCardData(
@@ -101,7 +109,7 @@ def _metadata(base, known):
 
 def _task(recipe):
     task = recipe.get("task")
-    return Path(task).name if task else None  # a path of this machine says nothing elsewhere
+    return Path(task).name if task else None
 
 
 def _prompt(recipe):
@@ -111,15 +119,17 @@ def _prompt(recipe):
     return f"\nIt was trained on prompts of this form:\n\n```\n{template}\n```" if template else ""
 
 
-def _sizes(s):
-    rows = [("bases", f"{s['bases']:,}", "")]
+def _sizes(s, parent):
+    dense = parent["sizes"] if parent else {}
+    rows = [("bases", f"{s['bases']:,}", dense.get("bases"))]
     for name, key in (("parameters of the targeted linear layers", "targeted"), ("all parameters", "parameters")):
-        rows.append((name, f"{s[key]:,} ({s[key + '_dense'] / s[key]:.2f}x fewer)", f"{s[key + '_dense']:,}"))
-    rows.append(("bytes of the weight files", f"{s['bytes']:,}", ""))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        whole = s[f"{key}_dense"]
+        rows.append((name, f"{s[key]:,} ({whole / s[key]:.2f}x fewer)", whole))
+    rows.append(("bytes of the weight files", f"{s['bytes']:,}", dense.get("bytes")))
+    return "\n".join(f"| {name} | {own} | {'' if whole is None else f'{whole:,}'} |" for name, own, whole in rows)
 
 
-def _quality(row, parent):
+def _quality(row, parent, recipe):
     if row is None:
         return "No evaluation is recorded for this checkpoint."
     lines = ["| | this model | its dense parent |", "|---|---|---|"]
@@ -132,10 +142,10 @@ def _quality(row, parent):
     )
     if row["paired"]:
         p = row["paired"]
-        text += (
-            f" Against the parent {p['gained']} items were gained and {p['lost']} lost (McNemar's exact "
-            f"p = {p['p']:.2g})."
-        )
+        text += f" Against the parent {p['gained']} items were gained and {p['lost']} lost"
+        text += f" (McNemar's exact p = {p['p']:.2g})."
+    if recipe.get("tune", {}).get("steps"):
+        text += " The parent is the base model trained on the same task."
     return text
 
 

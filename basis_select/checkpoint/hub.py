@@ -49,6 +49,8 @@ def push(folder, repo_id, *, private=True, base=None, license=None):
     api = HfApi()
     if get_token() is None:
         raise ValueError(f"not logged in to {api.endpoint}: run `hf auth login` or set HF_TOKEN")
+    with _hub_errors(repo_id, api.endpoint):
+        api.whoami()  # before the work: the first to say that the token is wrong or nobody answers
     known = _base_card(base or _recipe(run).get("model"))
     if license is not None:
         known = {"license": license} | {k: v for k, v in known.items() if k == "language"}
@@ -167,5 +169,5 @@ def _hub_errors(repo_id, endpoint):
     except (HTTPError, RuntimeError) as error:
         reason = error.__cause__ or error
         raise ValueError(
-            f"the connection to {endpoint} failed ({reason}): nothing is visible yet, the same command continues"
+            f"the connection to {endpoint} failed ({reason}): nothing was published in part, the same command continues"
         ) from None
