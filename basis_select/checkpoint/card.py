@@ -91,9 +91,8 @@ def _name(base):
         return f"[{base}](https://huggingface.co/{base})"
     if not base:
         return "A language model"
-    return (
-        f"`{base if base.startswith('wheel:') else Path(base).name}`"  # a path of this machine says nothing elsewhere
-    )
+    # A path of this machine says nothing elsewhere.
+    return f"`{base if base.startswith('wheel:') else Path(base).name}`"
 
 
 def _metadata(base, known):

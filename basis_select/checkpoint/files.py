@@ -33,6 +33,7 @@ DTYPES = {  # by safetensors' names
     "BOOL": torch.bool,
 }
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+AGAIN = "load it with transformers after `import basis_select` and save it with basis_select.save"
 
 
 def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
@@ -116,12 +117,10 @@ def check(folder):
     folder = Path(folder)
     if is_compressed(folder):
         require_version(read_json(folder / "config.json")["quantization_config"].get("format_version"))
+    recorded = _recorded(folder)
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLES:
-            raise ValueError(
-                f"{path} may be a pickle, which is never loaded: remove it, weights are .safetensors files"
-            )
-    recorded = _recorded(folder)
+            raise ValueError(f"{path} may be a pickle, which is never loaded: remove it, safetensors hold the weights")
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in recorded:
             raise ValueError(f"{path} was not part of this checkpoint when it was saved")
@@ -135,9 +134,6 @@ def check(folder):
             meant = "" if path.suffix == ".safetensors" else f"; if the change is meant, {AGAIN}"
             raise ValueError(f"{path} is not the file that was saved: its sha256 differs{meant}")
     _check_index(folder, {name: path.name for name, (path, _) in places.items()})
-
-
-AGAIN = "load it with transformers after `import basis_select` and save it with basis_select.save"
 
 
 def stored(folder):
