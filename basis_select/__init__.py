@@ -15,6 +15,7 @@ Importing it registers the checkpoint format, so `AutoModelForCausalLM.from_pret
 
 from .bases import LowRankLinear
 from .checkpoint.files import save, verify
+from .checkpoint.hub import push
 from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
@@ -44,6 +45,7 @@ __all__ = [
     "load",
     "load_task",
     "prune",
+    "push",
     "refine",
     "save",
     "sizes",

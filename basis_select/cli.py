@@ -1,4 +1,4 @@
-"""basis-select: run | plan | inspect | verify | report."""
+"""basis-select: run | plan | inspect | verify | report | push."""
 
 import functools
 import logging
@@ -118,6 +118,28 @@ def report(folder: Annotated[Path, typer.Argument(help="the folder of a finished
     from .evaluation.run_report import report as write
 
     typer.echo(write(folder))
+
+
+@_command
+def push(
+    folder: Annotated[Path, typer.Argument(help="a run directory or a checkpoint folder")],
+    repo_id: Annotated[str, typer.Argument(help="USER/NAME on the hub")],
+    private: Annotated[bool, typer.Option("--private/--public", help="who may see the repository")] = True,
+    base: Annotated[str | None, typer.Option(help="hub id of the base model, if the recipe does not name it")] = None,
+    license: Annotated[str | None, typer.Option(help="of the base model, if its card cannot be read")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print files and card, contact nobody")] = False,
+):
+    """Publish a checkpoint on the hub with a model card; the same command continues after a lost connection."""
+    from .checkpoint import hub
+
+    if not dry_run:
+        typer.echo(hub.push(folder, repo_id, private=private, base=base, license=license))
+        return
+    made = hub.contents(folder, repo_id, base=base, metadata={"license": license} if license else None)
+    for name, what in made.items():
+        size = what.stat().st_size if isinstance(what, Path) else len(what.encode())
+        typer.echo(f"{size:>14,}  {name}", err=True)
+    typer.echo(made["README.md"])
 
 
 def _recipe(path, changes):

@@ -35,6 +35,10 @@ class LowRankEmbedding(nn.Module):
 
     def forward(self, ids):
         bases = self.bases
+        if not isinstance(bases.u, nn.Linear) or not isinstance(bases.v, nn.Linear):  # its weights alone are read here
+            raise ValueError("adapters of the token embedding would train its head alone: target r'.*layers.*\\.(u|v)'")
+        if bases.u.weight.is_meta and not ids.is_meta:
+            raise ValueError("the token embedding and the head tied to it cannot be offloaded: name a device for both")
         z = F.embedding(ids, bases.u.weight)
         y = F.linear(z * bases.s if bases.weighted else z, bases.v.weight.T)
         return y if self.scale == 1 else y * torch.tensor(self.scale, dtype=y.dtype, device=y.device)

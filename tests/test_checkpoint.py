@@ -1,15 +1,16 @@
 import json
-import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import KINDS, tiny
+from conftest import KINDS, make_task, make_tokenizer, tiny
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, pipeline
+from safetensors.torch import load_file
+from test_corruption import flip
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from transformers.generation.configuration_utils import DYNAMIC_CACHE_IMPLEMENTATIONS, STATIC_CACHE_IMPLEMENTATIONS
+from transformers.utils import is_optimum_quanto_available
 
 import basis_select as bs
 from basis_select.bases import groups
@@ -94,53 +95,6 @@ def test_save_writes_all_or_nothing(task, tokenizer, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
 
 
-def edit_config(folder, change):
-    config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def rewrite(folder, change, keep_hash=False):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if keep_hash:
-        (folder / "basis_select.json").unlink()
-
-
-Q = "model.layers.0.self_attn.q_proj"
-DAMAGE = {
-    "truncated file": (lambda f: os.truncate(f / "model.safetensors", 9999), "not a whole"),
-    "one byte flipped": (lambda f: flip(f / "model.safetensors"), "sha256 differs"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no .safetensors"),
-    "another file added": (lambda f: shutil.copy(f / "model.safetensors", f / "extra.safetensors"), "was not part"),
-    "future format": (lambda f: edit_config(f, lambda c: c.update(format_version=2)), "format version 2"),
-    "wrong rank": (lambda f: edit_config(f, lambda c: c["ranks"].update({Q: 3})), "rank|size|shape"),
-    "rank missing": (lambda f: edit_config(f, lambda c: c["ranks"].pop("model.layers.0.mlp.down_proj")), "keys"),
-    "unknown layer": (lambda f: edit_config(f, lambda c: c["ranks"].update({"model.nothing": 3})), "model.nothing"),
-    "groups lost": (lambda f: edit_config(f, lambda c: c.update(groups=[])), "keys"),
-    "tensor missing": (lambda f: rewrite(f, lambda t: t.pop(f"{Q}.u.weight"), True), "missing keys"),
-    "foreign tensor": (lambda f: rewrite(f, lambda t: t.update(alien=torch.ones(2)), True), "unexpected keys"),
-    "another shape": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.u.weight": torch.ones(2)}), True), "size|shape"),
-}  # fmt: skip
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_refused(damage, task, tokenizer, tmp_path):
-    folder = bs.save(compressed(task, tied=True), tokenizer, tmp_path / "a")
-    bs.load(folder)
-    do, message = DAMAGE[damage]
-    do(folder)
-    with pytest.raises(ValueError, match=message):
-        bs.load(folder)
-
-
 def test_verify_compares_with_a_fresh_process(task, tokenizer, tmp_path):
     model = compressed(task)
     folder = bs.save(model, tokenizer, tmp_path / "a")
@@ -185,3 +139,86 @@ def test_users_tools_work_on_the_factors(task, tokenizer, ids, tmp_path):
     assert torch.allclose(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), ids), logits(model, ids), atol=1e-5
     )
+
+
+@pytest.fixture(scope="module", params=["layers", "layers and embedding"])
+def loadable(request, tmp_path_factory):
+    """A checkpoint folder and its greedy continuation of a prompt."""
+    more = {"keep_embedding": 0.5} if "embedding" in request.param else {}
+    model = bs.decompose(tiny(tied=True), make_task(), examples=16, embedding=bool(more))
+    bs.prune(model, keep=0.5, multiple_of=1, **more)
+    folder = bs.save(model, make_tokenizer(), tmp_path_factory.mktemp("loadable") / "model")
+    return folder, model.generate(PROMPT, max_new_tokens=8, do_sample=False, use_cache=False)
+
+
+PROMPT = torch.arange(3, 19)[None]
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads from CUDA only")
+QUANTO = pytest.mark.skipif(not is_optimum_quanto_available(), reason="optimum-quanto is not installed")
+NEEDS = {"offloaded": CUDA, "offloaded_static": CUDA, "quantized": QUANTO}
+CACHES = (*STATIC_CACHE_IMPLEMENTATIONS, *DYNAMIC_CACHE_IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("cache", [pytest.param(name, marks=NEEDS.get(name, ())) for name in CACHES])
+def test_generate_with_every_cache(cache, loadable):
+    folder, expected = loadable
+    model = bs.load(folder)[0].to("cuda" if "offloaded" in cache else "cpu")
+    found = model.generate(PROMPT.to(model.device), max_new_tokens=8, do_sample=False, cache_implementation=cache)
+    if cache == "quantized":  # it rounds
+        assert found.shape == expected.shape
+    else:
+        assert torch.equal(found.cpu(), expected)
+
+
+def test_pipeline_compile_and_device_map(loadable, tmp_path):
+    folder, expected = loadable
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=8, do_sample=False), expected)
+    devices = dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        folder, device_map={**devices, "model.layers": "disk"}, offload_folder=tmp_path
+    )
+    assert torch.equal(logits(offloaded, PROMPT), logits(model, PROMPT))
+    compiled = torch.compile(bs.load(folder)[0], backend="aot_eager", fullgraph=True)
+    assert torch.allclose(logits(compiled, PROMPT), logits(model, PROMPT), atol=1e-6)
+    text = pipeline("text-generation", model=str(folder), max_new_tokens=8, do_sample=False)
+    assert (
+        text(bs.load(folder)[1].decode(PROMPT[0]), return_tensors=True)[0]["generated_token_ids"][-8:]
+        == expected[0, -8:].tolist()
+    )
+
+
+def test_trainer_and_adapters(loadable, tmp_path):
+    folder, _ = loadable
+    rows = [{"input_ids": PROMPT[0], "labels": PROMPT[0]}] * 4
+
+    def train(model):
+        arguments = TrainingArguments(tmp_path / "out", max_steps=2, save_steps=2, learning_rate=1e-2, report_to="none")
+        Trainer(model, arguments, train_dataset=rows).train()
+        return model
+
+    before = logits(bs.load(folder)[0], PROMPT)
+    trained = train(bs.load(folder)[0])
+    assert not torch.allclose(logits(trained, PROMPT), before, atol=1e-3)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2")
+    assert torch.equal(logits(again, PROMPT), logits(trained.eval(), PROMPT))
+    with pytest.raises(ValueError, match=r"save it with basis_select\.save"):  # Trainer records no hashes
+        bs.load(tmp_path / "out" / "checkpoint-2")
+    saved = bs.save(again, make_tokenizer(), tmp_path / "saved")
+    assert torch.equal(logits(bs.load(saved)[0], PROMPT), logits(again, PROMPT))
+    adapted = train(get_peft_model(bs.load(folder)[0], LoraConfig(r=2, target_modules=r".*layers.*\.(u|v)"))).eval()
+    assert not torch.allclose(logits(adapted, PROMPT), before, atol=1e-4)
+    expected = logits(adapted, PROMPT)
+    assert torch.allclose(logits(adapted.merge_and_unload(), PROMPT), expected, atol=1e-5)
+
+
+def test_what_an_embedding_of_bases_cannot_do_is_said(tmp_path):
+    """Its table is read as weights: an adapter on it would change the head alone, unnoticed."""
+    model = bs.decompose(tiny(tied=True), make_task(), examples=16, embedding=True)
+    bs.prune(model, keep=0.5, keep_embedding=0.5, multiple_of=1)
+    folder = bs.save(model, None, tmp_path / "model")
+    with pytest.raises(ValueError, match="adapters of the token embedding would train its head alone"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=r".*\.(u|v)"))(PROMPT)
+    devices = {"model": "cpu", "lm_head": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=devices, offload_folder=tmp_path)
+    with pytest.raises(ValueError, match="cannot be offloaded"):
+        offloaded(PROMPT)

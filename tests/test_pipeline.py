@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import basis_select as bs
 from basis_select import pipeline
 from basis_select import recipe as recipes
+from basis_select.checkpoint.hub import contents
 from basis_select.cli import app
 from basis_select.training import engine
 
@@ -106,6 +107,8 @@ def test_one_learning_gives_a_family_of_checkpoints(recipe, tmp_path):
     assert (out / "curve.png").stat().st_size > 5000
     for size in ("0.7", "1.5x"):
         assert bs.sizes(bs.load(out / f"final-{size}")[0])["targeted"] == sizes[f"result at {size}"]["targeted"]
+        card = contents(out / f"final-{size}", "me/small")["README.md"]
+        assert f"| {sizes[f'result at {size}']['bytes']:,} | {sizes['parent']['bytes']:,} |" in card
 
 
 def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):

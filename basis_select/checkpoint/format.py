@@ -10,6 +10,7 @@ number of new bases beside them: such checkpoints come from decompose and learn.
 embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}.
 """
 
+from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -23,11 +24,7 @@ VERSION = 1
 @register_quantization_config(METHOD)
 class BasisSelectConfig(QuantizationConfigMixin):
     def __init__(self, ranks=None, groups=None, weighted=0, new=0, embedding=None, format_version=VERSION, **kwargs):
-        if format_version != VERSION:
-            raise ValueError(
-                f"this checkpoint has format version {format_version}; this basis_select reads version {VERSION}: "
-                "install the one that wrote it, or a newer one"
-            )
+        require_version(format_version)
         self.quant_method = METHOD
         self.format_version = format_version
         self.ranks = dict(ranks or {})
@@ -35,6 +32,14 @@ class BasisSelectConfig(QuantizationConfigMixin):
         self.weighted = int(weighted)
         self.new = new
         self.embedding = embedding
+
+
+def require_version(version):
+    if version != VERSION:
+        raise ValueError(
+            f"this checkpoint has format version {version}; this basis_select reads version {VERSION}: "
+            "install the one that wrote it, or a newer one"
+        )
 
 
 def describe(model):
@@ -60,14 +65,14 @@ def _describe_embedding(model):
 
 
 def build(model, config):
-    """Replace the listed nn.Linear layers by LowRankLinear of the listed ranks, weights uninitialised."""
-    leaders = {name: group[0] for group in config.groups for name in group[1:]}
+    """Replace the listed nn.Linear layers by LowRankLinear of the listed ranks, weights uninitialised.
+
+    Raises ValueError, naming the layer, if the model cannot have such layers.
+    """
+    leaders = _leaders(config)
     built = {}
     for name, rank in sorted(config.ranks.items(), key=lambda item: item[0] in leaders):
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"config.json lists the layer {name}, which {type(model).__name__} lacks") from None
+        linear = _listed(model, name, rank, nn.Linear)
         leader = built.get(leaders.get(name))
         built[name] = LowRankLinear.like(linear, rank, weighted=bool(config.weighted), leader=leader)
         model.set_submodule(name, built[name])
@@ -77,7 +82,38 @@ def build(model, config):
         if config.new:
             add_new(members, config.new)
     if config.embedding:
+        _listed(model, config.embedding["name"], config.embedding["rank"], nn.Embedding)
         install(model, **config.embedding, weighted=bool(config.weighted))
+
+
+def _leaders(config):
+    """`{follower: leader}` of all groups."""
+    leaders, seen = {}, set()
+    for group in config.groups:
+        for name in group:
+            if name not in config.ranks:
+                raise ValueError(f"config.json lists {name} in a group but gives it no rank")
+            if name in seen:
+                raise ValueError(f"config.json lists {name} in a group twice")
+            if config.ranks[name] != config.ranks[group[0]]:
+                ranks = f"{config.ranks[name]} and {config.ranks[group[0]]}"
+                raise ValueError(f"config.json gives {name} and {group[0]}, which share a basis, the ranks {ranks}")
+            seen.add(name)
+        leaders |= dict.fromkeys(group[1:], group[0])
+    return leaders
+
+
+def _listed(model, name, rank, kind):
+    """The module that config.json calls `name`."""
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"config.json gives {name} the rank {rank!r}, which is not a number of bases")
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"config.json lists the layer {name}, which {type(model).__name__} lacks") from None
+    if not isinstance(module, kind):
+        raise ValueError(f"config.json lists the layer {name}, which is no nn.{kind.__name__}")
+    return module
 
 
 @register_quantizer(METHOD)

@@ -1,0 +1,275 @@
+"""Checkpoints on a hub: the real client against a hub on this machine (hub_server.py)."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import make_task, make_tokenizer, tiny
+from hub_server import Hub
+from huggingface_hub import ModelCard, constants, parse_eval_result_entries
+from test_corruption import flip
+from typer.testing import CliRunner
+
+import basis_select as bs
+from basis_select.checkpoint.files import SIDECAR, weight_hash
+from basis_select.checkpoint.hub import contents
+from basis_select.cli import app
+
+RESULTS = Path(__file__).parents[1] / "eval" / "results" / "quickstart.json"
+BASE_CARD = b"---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# A base model\n"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run directory: a tiny checkpoint of two shards, with the results of another run said to be its own."""
+    run = tmp_path_factory.mktemp("runs") / "svamp"
+    model = bs.decompose(tiny(tied=True), make_task(), examples=16, embedding=True)
+    bs.prune(model, keep=0.5, keep_embedding=0.5, multiple_of=1)
+    bs.save(model, make_tokenizer(), run / "final", "float32", max_shard_size="80KB")
+    results = json.loads(RESULTS.read_text())
+    results["result"]["weights_sha256"] = weight_hash(run / "final")
+    (run / "results.json").write_text(json.dumps(results))
+    (run / "manifest.json").write_text(json.dumps({"versions": {"torch": torch.__version__}}))
+    recipe = {"model": "org/base", "task": "svamp", "data": {"prompt": None, "options": None}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return run
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "svamp"))
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    server.repositories["org/base"] = {"private": False, "commits": [{"README.md": BASE_CARD}]}
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def online(hub, tmp_path, monkeypatch):
+    """This process uses that hub and is logged in: what huggingface_hub reads from the environment at its import."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+    return hub
+
+
+def push(*arguments):
+    return CliRunner().invoke(app, ["push", *map(str, arguments)])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None]).logits
+
+
+def test_what_is_pushed_is_what_is_loaded(online, run):
+    assert push(run, "me/small").output == f"{online.url}/me/small\n"
+    assert online.repositories["me/small"]["private"]
+    assert len(online.repositories["me/small"]["commits"]) == 2  # the empty one, and all at once
+    files = online.files("me/small")
+    expected = {p.name for p in (run / "final").iterdir()} | {"recipe.yaml", "results.json", "manifest.json"}
+    assert set(files) == expected | {"README.md", ".eval_results/svamp.yaml"}
+    online.calls.clear()
+    model, tokenizer = bs.load("me/small")
+    assert torch.equal(logits(model), logits(bs.load(run / "final")[0]))
+    assert tokenizer("abc")["input_ids"] == [97, 98, 99]
+    fetched = [call for call in online.calls if call.startswith("GET") and call.endswith(".safetensors")]
+    assert len(fetched) == len(set(fetched)) == 2
+    online.calls.clear()
+    bs.load("me/small")
+    assert not [call for call in online.calls if call.startswith("GET /me")]
+
+
+def test_a_damaged_copy_of_the_hub_is_refused(online, run):
+    push(run, "me/small")
+    files = online.files("me/small")
+    name = next(name for name in files if name.endswith(".safetensors"))
+    files[name] = files[name][:-5] + bytes([files[name][-5] ^ 1]) + files[name][-4:]
+    with pytest.raises(ValueError, match=f"{name} is not the file that was saved"):
+        bs.load("me/small")
+    del files[SIDECAR]
+    with pytest.raises(ValueError, match=f"has no {SIDECAR}"):
+        bs.load("me/small")
+
+
+def test_other_models_of_a_hub_load_as_ever(online, tmp_path):
+    dense = tiny()
+    dense.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "dense").iterdir()}
+    online.repositories["org/dense"] = {"private": False, "commits": [files]}
+    assert torch.equal(logits(bs.load("org/dense")[0]), logits(dense))
+    with pytest.raises(OSError, match="org/nothing"):
+        bs.load("org/nothing")
+
+
+def test_a_lost_connection_is_continued(online, run):
+    online.fail = {"PUT /lfs": 1, "POST /api/models/me/small/commit": 1}  # the client tries the first again by itself
+    broken = push(run, "me/small")
+    assert broken.exit_code == 1
+    assert re.fullmatch(r"error: the connection to \S+ failed \(.+\): .*the same command continues\n", broken.output)
+    assert online.files("me/small") == {}  # nothing half-visible
+    uploads = [call for call in online.calls if call.startswith("PUT")]
+    assert len(uploads) == 3
+    assert push(run, "me/small").exit_code == 0
+    assert [call for call in online.calls if call.startswith("PUT")] == uploads  # no weights were sent again
+    bs.load("me/small")
+
+
+def test_a_later_push_leaves_nothing_of_an_earlier_one(online, run, made, tmp_path):
+    push(run, "me/small")
+    online.files("me/small")["notes.txt"] = b"of the user"
+    model, tokenizer = bs.load(run / "final")
+    bs.save(model, tokenizer, tmp_path / "other")
+    assert push(tmp_path / "other", "me/small", "--base", "org/base").exit_code == 0
+    files = online.files("me/small")
+    assert [name for name in files if "safetensors" in name] == ["model.safetensors"]
+    assert files["notes.txt"] == b"of the user"
+    assert "No evaluation is recorded" in files["README.md"].decode()
+    assert torch.equal(logits(bs.load("me/small")[0]), logits(model))
+
+
+FAILURES = {
+    "not logged in": ("", "me/small", "not logged in to .*hf auth login"),
+    "wrong token": ("hf_wrong", "me/small", "does not accept this access token"),
+    "no rights": ("hf_stranger", "me/small", "does not let this access token write to me/small"),
+    "no rights to what exists": (
+        "hf_stranger",
+        "org/base --public",
+        "does not let this access token write to org/base",
+    ),
+    "no owner": ("hf_owner", "small", "'small' is not the name of a repository.*USER/NAME"),
+    "bad name": ("hf_owner", "me/sm all", "'me/sm all' is not the name of a repository"),
+    "address": ("hf_owner", "https://huggingface.co/me/small", "is not the name of a repository"),
+    "public": ("hf_owner", "me/public", "me/public exists and is public: push with --public"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failures_are_one_sentence(failure, online, run, monkeypatch):
+    token, repo_id, message = FAILURES[failure]
+    online.repositories["me/public"] = {"private": False, "commits": [{}]}
+    before = {name: len(r["commits"]) for name, r in online.repositories.items()}
+    monkeypatch.setenv("HF_TOKEN", token)
+    result = push(run, "--license", "mit", *(repo_id.split() if "--" in repo_id else [repo_id]))
+    assert result.exit_code == 1
+    assert re.fullmatch(f"error: .*{message}.*\n", result.output)
+    assert {name: len(r["commits"]) for name, r in online.repositories.items()} == before
+
+
+def test_nothing_is_created_for_what_cannot_be_published(online, run, tmp_path):
+    cases = {
+        "there is no checkpoint folder": (tmp_path / "nowhere",),
+        "is not a checkpoint of basis_select": (bs.save(tiny(), make_tokenizer(), tmp_path / "dense"),),
+        "name it with --license": (run, "--base", "org/unknown"),
+    }
+    flip(run / "final" / "model-00001-of-00002.safetensors")
+    cases["is not the file that was saved"] = (run,)
+    for message, (folder, *options) in cases.items():
+        result = push(folder, "me/small", *options)
+        assert result.exit_code == 1
+        assert message in result.output
+    assert "me/small" not in online.repositories
+
+
+def test_results_of_other_weights_are_not_published(run, tmp_path):
+    shutil.rmtree(run / "final")
+    model = bs.prune(bs.decompose(tiny(), make_task(), examples=16), keep=0.5, multiple_of=1)
+    bs.save(model, make_tokenizer(), run / "final")
+    with pytest.raises(ValueError, match=r"has no results of .*final: its weights are others"):
+        contents(run, "me/small")
+
+
+def test_a_hub_that_is_not_there(online, run):
+    online.shutdown()
+    online.server_close()
+    result = push(run, "me/small", "--license", "mit")
+    assert re.fullmatch(r"error: the connection to \S+ failed .*\n", result.output)
+
+
+def test_dry_run_contacts_nobody(online, run):
+    before = sorted(run.rglob("*"))
+    result = push(run, "me/small", "--dry-run")
+    assert result.exit_code == 0
+    assert result.stdout == contents(run, "me/small")["README.md"] + "\n"
+    assert [line.split()[1] for line in result.stderr.splitlines()] == list(contents(run, "me/small"))
+    assert online.calls == []
+    assert sorted(run.rglob("*")) == before
+
+
+def test_the_card_says_what_the_results_say(online, run):
+    push(run, "me/small", "--public")
+    text = online.files("me/small")["README.md"].decode()
+    card = ModelCard(text)
+    assert card.data.base_model == "org/base"
+    assert card.data.base_model_relation == "quantized"
+    assert (card.data.license, card.data.language) == ("apache-2.0", ["en"])
+    results = json.loads((run / "results.json").read_text())
+    row, parent = results["result"], results["parent"]
+    numbers = {str(row["n"]), f"{row['paired']['p']:.2g}", "95"}  # 95 % of the intervals
+    for r in (row, parent):
+        numbers |= {f"{x:.1f}" for x in (100 * r["accuracy"][k] for k in ("value", "low", "high"))}
+        numbers |= {f"{r['nll'][k]:.3f}" for k in ("value", "low", "high")}
+        numbers |= {f"{x:,}" for x in r["sizes"].values()}
+    numbers |= {str(row["paired"]["gained"]), str(row["paired"]["lost"])}
+    numbers |= {f"{row['sizes'][k + '_dense'] / row['sizes'][k]:.2f}" for k in ("targeted", "parameters")}
+    said = set(re.findall(r"\d[\d,]*(?:\.\d+)?", text[text.index("## Size") : text.index("## How")]))
+    assert said <= numbers
+    assert {f"{row['sizes']['bytes']:,}", "90.0", "87.0", "0.104", "13", "7", "4.00", "2.45"} <= said
+    code = re.search(r"```python\n(.+?)```", text, re.DOTALL)[1]
+    assert code.startswith("import basis_select")
+    assert 'basis_select.load("me/small")' in code
+    assert "basis-select run recipe.yaml" in text
+    assert "Question: {Body} {Question}" in text
+    assert f"come from {row['n']} test items" in text
+    (entry,) = parse_eval_result_entries(yaml.safe_load(online.files("me/small")[".eval_results/svamp.yaml"]))
+    assert (entry.dataset_id, entry.value) == ("ChilleD/SVAMP", 100 * row["accuracy"]["value"])
+    assert entry.notes.startswith("first 200 test items")
+
+
+def test_licence_is_never_invented(run):
+    metadata = ModelCard(contents(run, "me/small", base="org/other")["README.md"]).data
+    assert metadata.license is None
+    assert metadata.language is None
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("org/base", "wheel:llm==1#sha256=0"))
+    card = ModelCard(contents(run, "me/small", metadata={"license": "mit"})["README.md"])
+    assert card.data.base_model is None
+    assert "`wheel:llm==1#sha256=0`" in card.text
+
+
+@pytest.mark.slow
+def test_from_one_process_to_another(hub, run, tmp_path):
+    """As users do it: nothing but the environment says which hub."""
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_owner"}
+    environment = {**os.environ, **own, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "basis_select", "push", str(run), "me/small"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{hub.url}/me/small\n", done.stderr
+    code = (
+        "import basis_select, torch; from transformers import AutoModelForCausalLM;"
+        "ids = torch.arange(3, 40)[None];"
+        "a = basis_select.load('me/small')[0](ids).logits;"
+        "b = AutoModelForCausalLM.from_pretrained('me/small')(ids).logits;"
+        "print(torch.equal(a, b), a.double().sum().item())"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    equal, total = loaded.stdout.split()
+    assert equal == "True"
+    assert float(total) == logits(bs.load(run / "final")[0]).double().sum().item()
