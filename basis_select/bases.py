@@ -12,6 +12,7 @@ Layers that read the same tensor (q/k/v, gate/up) can share one `v` and one `s`:
 leader, owns both; the others hold only their `u`. The product `(v x) * s` is then computed once per input.
 """
 
+import contextlib
 import weakref
 
 import torch
@@ -154,6 +155,30 @@ def take(members, index):
     if leader.weighted:
         leader.scale, leader.survived = leader.scale[index], leader.survived[index]
         leader.weight.data = leader.weight.data[index]
+
+
+@contextlib.contextmanager
+def only(chosen):
+    """Within it, each group of weighted bases has only those of its `index`, all where that is None.
+
+    chosen: `[(members, index), ...]`. What is left is copied, the rest only set aside.
+    """
+    cut = [(members, index) for members, index in chosen if index is not None]
+    aside = []
+    for members, index in cut:
+        leader = members[0][1].leader
+        own = leader.scale, leader.survived, leader.weight.data
+        aside.append(([layer.u.weight.data for _, layer in members], leader.v.weight.data, own))
+        take(members, index.to(leader.scale.device))
+    try:
+        yield
+    finally:
+        for (members, _), (us, v, own) in zip(cut, aside, strict=True):
+            leader = members[0][1].leader
+            leader.scale, leader.survived, leader.weight.data = own
+            resize(leader.v, v)
+            for (_, layer), u in zip(members, us, strict=True):
+                resize(layer.u, u)
 
 
 def add_new(members, rank, generator=None):

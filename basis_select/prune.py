@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from .bases import basis_cost, dense_cost, fold, groups, take, to_dense
+from .bases import basis_cost, dense_cost, fold, groups, only, take, to_dense
 from .checkpoint.format import describe
 from .derivatives import derivatives as differentiate
 from .embedding import table_of, table_to_dense
@@ -187,7 +187,7 @@ def _by_mass_within(scores, costs, dense, free, multiple_of):
 def smallest(model, task, max_drop, **how):
     """The smallest `keep`, to about 1 %, at which the validation NLL rises by at most `max_drop` nats per token.
 
-    Found by bisection over nested selections; bases are only masked, so that nothing has to be rebuilt.
+    Found by bisection over nested selections; the other bases are only set aside, so that nothing has to be rebuilt.
     """
     if task is None:
         raise ValueError("max_drop is measured on a validation split: pass a task")
@@ -202,7 +202,7 @@ def smallest(model, task, max_drop, **how):
         except ValueError:  # less than the smallest possible
             low = middle
             continue
-        drop = _nll_of(model, task, [(members[0][1].leader, index) for members, index in chosen])
+        drop = _nll_of(model, task, chosen)
         low, high = (low, middle) if drop <= allowed else (middle, high)
     return high
 
@@ -212,8 +212,8 @@ def best_share(model, task, size, dtype, **how):
     """`(rank, parameters saved)` of the embedding with the least validation NLL at this size of the whole model.
 
     What either costs by its own s does not compare: a small error of the table moves tens of thousands of logits at
-    once, which no second-order estimate sees. So it is measured, on masked bases, at ranks that differ by factors of
-    two and then of the root of two around the best; the table may also stay whole.
+    once, which no second-order estimate sees. So it is measured, with the other bases set aside, at ranks that differ
+    by factors of two and then of the root of two around the best; the table may also stay whole.
     """
     table, now = table_of(model), sizes(model)
     cost, whole, step = basis_cost([("", table)]), dense_cost([("", table)]), how["multiple_of"]
@@ -228,11 +228,11 @@ def best_share(model, task, size, dtype, **how):
     def nll(rank):
         try:
             keep = keep_for(now["parameters_dense"], now["targeted_dense"], dtype, None, size, saved(rank))
-            chosen = [(members[0][1].leader, index) for members, index in select(model, keep, **how)]
+            chosen = select(model, keep, **how)
         except ValueError as error:  # too little is left for the layers
             why.append(error)
             return math.inf
-        return _nll_of(model, task, [*chosen, (table, _best(table, rank))])
+        return _nll_of(model, task, [*chosen, ([("", table)], _best(table, rank))])
 
     def near(rank):
         rank = max(round(rank / step), 1) * step
@@ -255,17 +255,9 @@ def _best(table, rank):
 
 
 def _nll_of(model, task, chosen):
-    """Validation NLL with only the bases `index` of each leader, all where it is None; `chosen`: [(leader, index)]."""
-    weights = [leader.weight.detach().clone() for leader, _ in chosen]
-    for leader, index in chosen:
-        if index is not None:
-            mask = torch.zeros_like(leader.weight)
-            mask[index.to(mask.device)] = 1
-            leader.weight.mul_(mask)
-    nll = response_nll(model, task.validation, task.pad_id)
-    for (leader, _), weight in zip(chosen, weights, strict=True):
-        leader.weight.copy_(weight)
-    return nll
+    """Validation NLL with only the bases that are `chosen`."""
+    with only(chosen):
+        return response_nll(model, task.validation, task.pad_id)
 
 
 def shrink(members, index):

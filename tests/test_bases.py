@@ -8,7 +8,7 @@ from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from basis_select import decompose, derivatives, extend, heal, learn, load, prune, refine, save, sizes, tune
-from basis_select.bases import LowRankLinear, basis_cost, dense_cost, fold, groups, take
+from basis_select.bases import LowRankLinear, basis_cost, dense_cost, fold, groups, only, take
 from basis_select.decompose import same_input, targets
 from basis_select.extend import INITS
 from basis_select.linalg.scores import taylor
@@ -366,3 +366,14 @@ def test_take_keeps_the_chosen_bases(task):
     index = torch.tensor([1, 4, 5])
     take(members, index)
     assert torch.allclose(layer.dense_weight(), u[:, index] @ s[index].diag() @ v[index], atol=1e-6)
+
+
+def test_set_aside_bases_come_back_bit_by_bit(task, ids):
+    model = decompose(tiny(), task, examples=16)
+    whole, chosen = model(ids).logits, [(m, torch.arange(0, m[0][1].rank, 3)) for m in groups(model)]
+    cut = copy.deepcopy(model)
+    for members, (_, index) in zip(groups(cut), chosen, strict=True):
+        take(members, index)
+    with only(chosen):
+        assert torch.equal(model(ids).logits, cut(ids).logits)
+    assert torch.equal(model(ids).logits, whole)
