@@ -1,0 +1,201 @@
+"""Runs model-written Python without letting it touch the machine or its own verdict.
+
+Program and tests run in two processes, each in its own bubblewrap sandbox: no network, no other process visible, no
+file but the C library and Python read-only and an empty temporary folder of 64 MiB, one thread, limits on memory,
+time and the size of files. The program only ever answers the tests with values (numbers, strings, containers, its
+own objects): it cannot reach the tests, the verdict, or anything that outlives it.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FOLDER = 2**26  # bytes of the temporary folder
+EXAMINER = 2**30  # bytes of memory for the tests' own process
+START = 60  # seconds in which a sandbox must start, on a busy machine too; they do not count as the program's
+# One process with one thread, so that its memory limit holds for all it does; memory that no limit counts; the outside.
+DENIED = """
+    fork vfork clone clone3
+    memfd_create shmget msgget semget vmsplice
+    socket socketcall ptrace process_vm_readv process_vm_writev
+    unshare setns mount umount2 pivot_root chroot fsopen open_tree move_mount
+    add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_setup
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    passed: bool
+    reason: str  # "passed", "failed: AssertionError in ...", "time limit of 10 s", "memory limit", "output limit"
+
+
+def check(program, tests="", *, entry="", seconds=10.0, memory=2**30):
+    """Run `program`, then `tests` against the names it defines, within `seconds` of wall time and `memory` bytes.
+
+    Safe to call from threads. `entry`: the function under test, needed only where it hides a builtin or a standard
+    module: any other such name is the real one in the tests. A program that writes to its standard output is not
+    heard; `numpy` and other installed packages are not there, threads and processes cannot be started.
+
+    Give the tests apart: then nothing the program does can pass them but the right values. Not stopped: a program that
+    guesses the expected values, or tests that ask too little. Arguments reach the program as copies, and objects of
+    its own classes equal only themselves. With `tests` left empty "passed" says that the program reached its end, and
+    that is the program's own word: it holds against `sys.exit` and `os._exit`, not against code that forges the reply.
+
+    Raises ValueError when the machine lacks any of the protections (all are required, see `missing`) and when the
+    tests themselves cannot run.
+    """
+    if lacks := missing():
+        raise ValueError(f"model-written code cannot run here, the sandbox lacks {'; '.join(lacks)}")
+    here, examiner = socket.socketpair()
+    asks, answers = socket.socketpair()
+    with contextlib.ExitStack() as stack:
+        for end in (here, examiner, asks, answers):
+            stack.enter_context(end)
+        stack.enter_context(_inside("answer", memory, seconds, answers, answers))
+        stack.enter_context(_inside("examine", EXAMINER, seconds, asks, examiner))
+        for end in (examiner, asks, answers):
+            end.close()
+        if _line(here, START) != "ready":
+            raise RuntimeError(f"the sandbox did not start within {START} s and {memory:,} bytes of memory")
+        here.sendall(json.dumps({"program": program, "tests": tests, "entry": entry}).encode() + b"\n")
+        verdict = _line(here, seconds)
+    if verdict is None:
+        return Outcome(False, f"time limit of {seconds:g} s")
+    if "unusable" in verdict:
+        raise ValueError(verdict["unusable"])
+    return Outcome(**verdict)
+
+
+def _line(link, seconds):
+    """The next JSON line, None if it does not come in time."""
+    deadline, received = time.monotonic() + seconds, b""
+    while not received.endswith(b"\n"):
+        link.settimeout(max(deadline - time.monotonic(), 1e-3))
+        try:
+            chunk = link.recv(2**16)
+        except TimeoutError:
+            return None
+        if not chunk:
+            return {"passed": False, "reason": "failed: the tests ended without a verdict"}
+        received += chunk
+    return json.loads(received)
+
+
+@functools.cache
+def missing():
+    """The protections that this machine cannot give, in words; empty if none. `check` needs all of them."""
+    if sys.platform != "linux":
+        return ["every protection: it is built on Linux namespaces"]
+    lacks = []
+    if not shutil.which("bwrap"):
+        lacks.append(
+            "isolation of files, network and processes: bubblewrap is not installed (apt-get install bubblewrap)"
+        )
+    try:
+        _system_call_filter()
+    except (ImportError, RuntimeError, OSError) as error:
+        lacks.append(f"the filter of system calls: pip install pyseccomp, apt-get install libseccomp2 ({error})")
+    if not lacks:
+        filtered = _pipe_of(_system_call_filter())
+        command = [*_bubblewrap(), "--seccomp", str(filtered), *_python(), "-c", ""]
+        try:
+            trial = subprocess.run(command, pass_fds=[filtered], env={}, capture_output=True, text=True)
+        finally:
+            os.close(filtered)
+        if trial.returncode:
+            lacks.append(f"isolation of files, network and processes: {trial.stderr.strip() or 'bwrap fails'}")
+    return lacks
+
+
+@contextlib.contextmanager
+def _inside(role, memory, seconds, stdin, stdout):
+    """One process of the sandbox; on leaving it and all it could have started are gone, not merely signalled."""
+    filtered = _pipe_of(_system_call_filter())
+    info, told = os.pipe()
+    command = [
+        *_bubblewrap(),
+        "--seccomp",
+        str(filtered),
+        "--info-fd",
+        str(told),
+        *_python(),
+        "/sandbox_child.py",
+        role,
+    ]
+    try:
+        process = subprocess.Popen(
+            [*command, str(memory), str(math.ceil(seconds) + 1)],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.DEVNULL,
+            env={"PYTHONHASHSEED": "0"},
+            pass_fds=[filtered, told],
+        )
+    finally:
+        os.close(filtered)
+        os.close(told)
+    first = None
+    try:
+        with open(info, "rb") as file:
+            first = os.pidfd_open(json.loads(file.read())["child-pid"])
+        yield
+    finally:
+        # the namespace's first process: the kernel ends all others with it, and bwrap returns only after that
+        if first is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(first, signal.SIGKILL)
+            os.close(first)
+        process.wait()
+
+
+def _pipe_of(content):
+    read, write = os.pipe()
+    os.write(write, content)
+    os.close(write)
+    return read
+
+
+@functools.cache
+def _system_call_filter():
+    import pyseccomp
+
+    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    for name in DENIED.split():
+        rules.add_rule(pyseccomp.ERRNO(errno.EPERM), name)
+    read, write = os.pipe()
+    with open(read, "rb") as file:
+        with open(write, "wb") as target:
+            rules.export_bpf(target)
+        return file.read()
+
+
+@functools.cache
+def _bubblewrap():
+    python = os.path.realpath(sys.executable)
+    command = [shutil.which("bwrap"), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"]
+    command += ["--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]  # a root caller would leave it all of root's
+    for path in dict.fromkeys(["/usr/lib", "/usr/lib64", "/lib", "/lib64", f"{sys.base_prefix}/lib", python]):
+        if os.path.islink(path):
+            command += ["--symlink", os.readlink(path), path]
+        elif os.path.exists(path):
+            command += ["--ro-bind", path, path]
+    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    command += ["--ro-bind", str(Path(__file__).with_name("sandbox_child.py")), "/sandbox_child.py"]
+    command += ["--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"]
+    return [*command, "--size", str(FOLDER), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
+
+
+def _python():
+    # -P and -S: nothing but the standard library can be imported, no file of the program's shadows it
+    return ["--", os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", "-X", "utf8"]
