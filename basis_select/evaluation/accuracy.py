@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from scipy import stats
+from transformers import set_seed
 
 from ..training.precision import products
 
-SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
+SEED = 1234  # what lm-eval's own command draws shots with
 
 
 def evaluate(model, tokenizer, task, limit=None, batch_size=64):
@@ -52,7 +53,7 @@ def lm_eval():
 
 
 def run(model, tokenizer, tasks, batch_size, name, limit=None, longest=None, execute=False):
-    """`(lm, results)` of lm-eval, with the seeds of its own command, on its tasks or task configs.
+    """`(lm, results)` of lm-eval on its tasks or task configs.
 
     `longest` bounds the tokens of a request below what the model can take; `execute` lets tasks run model-written
     code. Raises ValueError, naming the task by `name`, at the first logit that is not finite.
@@ -69,15 +70,13 @@ def run(model, tokenizer, tasks, batch_size, name, limit=None, longest=None, exe
                 max_length=longest,
                 softmax_dtype="float32",  # of a bfloat16 model's logits
             )
-            out = package.simple_evaluate(
-                lm,
-                tasks=tasks,
-                task_manager=package.tasks.TaskManager(include_defaults=False),  # else it reads thousands of files
-                limit=limit,
-                bootstrap_iters=0,
-                confirm_run_unsafe_code=execute,
-                verbosity="ERROR",
-                **SEEDS,
+            # What its simple_evaluate does beside this takes longer than a small task: it asks pip for all packages.
+            loaded = package.tasks.TaskManager(include_defaults=False).load(tasks)
+            for task in loaded["tasks"].values():
+                task.set_fewshot_seed(SEED)
+            set_seed(SEED)
+            out = package.evaluate(
+                lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=execute
             )
     finally:
         tokenizer.padding_side = side

@@ -11,8 +11,8 @@ import torch
 from ..models import config_and_tokenizer, load
 from ..rundir import environment, read_json, replace_text
 from ..sizes import sizes
-from .accuracy import SEEDS, compare
-from .standard import domains, evaluate_task, expand
+from .accuracy import SEED, compare
+from .standard import SUITE, domains, evaluate_task, expand
 
 
 def measure(
@@ -33,7 +33,7 @@ def measure(
     `against`: where the parent is loaded from, or a .json file that this function wrote for it. Both are measured in
     one dtype, on the same prompts, in batches of the same size. Returns, and writes to the file `out`, `model`
     (source, dtype, sha256 of its weights, the four sizes), `tasks` (`{name: result}`), `domains` of the suite, the
-    same three for `against`, `paired` (`{name: compare}`), versions, seeds, settings and the command. Raises
+    same three for `against`, `paired` (`{name: compare}`), versions, seed, settings and the command. Raises
     ValueError if results cannot be paired.
     """
     names = expand(names, allow_code_execution)
@@ -47,9 +47,9 @@ def measure(
     elif against:
         config_and_tokenizer(against)  # before the work, not after half of it
     report = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "basis-select"), *sys.argv[1:]]),
         **environment(),
-        "seeds": SEEDS,
+        "seed": SEED,
         "settings": how,
         **_measured(source, dtype, names, how, batches),
     }
@@ -107,19 +107,19 @@ def weights_sha256(model):
 
 def lines(report):
     """A report as lines of text: a block per task, a line per model."""
-    models = {report["model"]["source"]: report}
-    if "against" in report:
-        models = {report["against"]["model"]["source"]: report["against"], **models}
+    models = [("parent", report["against"])] if "against" in report else []
+    models.append(("model", report))
     for name, result in report["tasks"].items():
         shots = f", {result['shots']} shots" if result.get("shots") else ""
         yield f"{name} ({result['n']:,} of {result['of']:,}{shots})"
-        for source, measured in models.items():
-            yield f"  {source}: {', '.join(_figures(measured['tasks'][name]))}"
+        for who, measured in models:
+            yield f"  {who}: {', '.join(_figures(measured['tasks'][name]))}"
         if "paired" in report:
             yield f"  paired: {', '.join(_differences(report['paired'][name]))}"
     for domain in report["domains"]:
-        for source, measured in models.items():
-            yield f"{domain}, {source}: {_interval(measured['domains'][domain], '.1%')}"
+        yield f"{domain}, mean of {len(SUITE[domain])}"
+        for who, measured in models:
+            yield f"  {who}: {_interval(measured['domains'][domain], '.1%')}"
 
 
 def _figures(result):

@@ -33,7 +33,7 @@ SUITE = {
         "openbookqa",
         "boolq",
     ),
-    "problem solving": ("arc_easy", "arc_challenge", "mmlu"),
+    "problem_solving": ("arc_easy", "arc_challenge", "mmlu"),
     "math": ("gsm8k", "math500"),
 }
 TEMPERATURE, TOP_P = 0.8, 0.95  # of sampled programs, as Chen et al. (arXiv 2107.03374) sample for pass@k
@@ -42,7 +42,7 @@ LOOP = 4, 32  # a generation loops if it ends in so many copies of one piece, so
 
 
 def expand(names, allow_code_execution=False):
-    """Task names as evaluated: `suite` becomes its twelve data sets, and NAME becomes NAME and NAME_nll.
+    """Task names as evaluated: `suite` or a domain of it becomes its data sets, and NAME becomes NAME and NAME_nll.
 
     What is none of our names must be a source for `load_task`. Raises ValueError on others, and where a task would
     run programs that a model wrote and that was not allowed.
@@ -51,15 +51,18 @@ def expand(names, allow_code_execution=False):
     for name in names:
         if name == "suite":
             found += [member for domain in SUITE.values() for member in domain]
+        elif name in SUITE:
+            found += SUITE[name]
         elif name in NAMES:
             found += [name, f"{name}_nll"] if f"{name}_nll" in NAMES else [name]
         elif name.startswith("reasoning_gym:") or Path(name).exists():
             found.append(name)
         else:
-            nearest = difflib.get_close_matches(name, ["suite", *NAMES], 1)
+            known = ("suite", *SUITE, *NAMES)
+            nearest = difflib.get_close_matches(name, known, 1)
             hint = f" (meant {nearest[0]}?)" if nearest else ""
             raise ValueError(
-                f"unknown task {name!r}{hint}: none of suite, {', '.join(NAMES)}, no reasoning_gym:FAMILY and no file"
+                f"unknown task {name!r}{hint}: no file, no reasoning_gym:FAMILY and none of {', '.join(known)}"
             )
     code = [name for name in found if name in CODE]
     if code and not allow_code_execution:
@@ -81,7 +84,7 @@ def evaluate_on(
     batch_size: int | None = None,
     allow_code_execution: bool = False,
 ):
-    """Score `model` on tasks, `{name: result}`: names in NAMES, "suite", or sources of `load_task`.
+    """Score `model` on tasks, `{name: result}`: NAMES, "suite", a domain of it, or sources of `load_task`.
 
     `limit` takes the first rows of each; `shots` replaces the number of examples in the prompt where a task has any;
     `samples` completions of each code problem are drawn, at temperature 0.8, and give pass@k; one is greedy. Without
