@@ -112,6 +112,13 @@ def test_a_result_says_what_it_was_measured_on(data, tokenizer):
     json.dumps(results)
 
 
+def test_prompts_that_do_not_fit_are_counted(data, tokenizer):
+    model = tiny(max_position_embeddings=120)
+    results = bs.evaluate_on(model, tokenizer, ["piqa", "humaneval_nll", "wikitext2"], limit=2)
+    assert [result["cut"] for result in results.values()] == [2, 0, 0]
+    assert results["wikitext2"]["longest"] == 120
+
+
 def test_a_non_finite_logit_is_fatal_also_where_only_text_is_generated(data, tokenizer):
     model = tiny(max_position_embeddings=2048)
     model.lm_head.weight.data[77] = float("nan")
@@ -210,6 +217,20 @@ def test_programs_run_in_the_sandbox():
     assert "AssertionError" in found["reasons"][1]
     doc = {"test_setup_code": "", "test_list": ["assert half(4) == 2"]}
     assert utils.mbpp(doc, [["```python\ndef half(x):\n    return x / 2\n```\n"]])["passes"] == 1
+
+
+def test_several_samples_give_pass_at_k_with_a_fraction_per_item(data, tokenizer):
+    from basis_select.evaluation.sandbox import missing
+
+    if missing():
+        pytest.skip(f"the sandbox lacks {missing()}")
+    model = tiny(max_position_embeddings=640)
+    result = bs.evaluate_on(model, tokenizer, ["humaneval"], samples=2, allow_code_execution=True)["humaneval"]
+    assert set(result["pass@k"]) == {"1", "2"}
+    assert result["generation"]["do_sample"]
+    first, second = result["items"][0]["generated"]
+    assert first != second
+    assert bs.compare(result, result)["score"]["value"] == 0 == result["accuracy"]["value"]
 
 
 def call(*arguments):

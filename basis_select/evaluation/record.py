@@ -111,7 +111,8 @@ def lines(report):
     models.append(("model", report))
     for name, result in report["tasks"].items():
         shots = f", {result['shots']} shots" if result.get("shots") else ""
-        yield f"{name} ({result['n']:,} of {result['of']:,}{shots})"
+        cut = f", {result['cut']:,} prompts cut at their start" if result.get("cut") else ""
+        yield f"{name} ({result['n']:,} of {result['of']:,}{shots}{cut})"
         for who, measured in models:
             yield f"  {who}: {', '.join(_figures(measured['tasks'][name]))}"
         if "paired" in report:

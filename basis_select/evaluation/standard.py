@@ -91,7 +91,8 @@ def evaluate_on(
     a `batch_size` it follows from free memory. A result is that of `evaluate`: `accuracy`, `nll` (None where the task
     has none) and `items`, to be paired by `compare`; beside them `metric` and `metrics`, lm-eval's own, `pass@k`,
     `perplexity`, the share of generations that are `empty` or end in a loop (`repetition`), and `data`, `shots`,
-    `batch_size`, `generation` and `prompts_sha256`, what they were measured on. Raises ValueError on an unknown
+    `batch_size`, `generation`, `prompts_sha256` and how many prompts were `cut` at their start because the model takes
+    no more than `longest` tokens: what they were measured on. Raises ValueError on an unknown
     name, on code that was not allowed to run, and on a non-finite logit.
     """
     names = expand(names, allow_code_execution)
@@ -121,7 +122,9 @@ def evaluate_task(model, tokenizer, name, limit=None, shots=None, samples=1, bat
             sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P}
             task.set_config("generation_kwargs", sampling, update=True)
     rows = batch_size or rows_that_fit(model, generates)
-    lm, out = run(model, tokenizer, [task], rows, name, limit, about.get("longest"), name in CODE)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = min(about["longest"], most or about["longest"]) if "longest" in about else None
+    lm, out = run(model, tokenizer, [task], rows, name, limit, longest, name in CODE)
     items = _items(lm, task, out["samples"][name], about)
     values = out["results"][name].items()
     return {
@@ -133,6 +136,8 @@ def evaluate_task(model, tokenizer, name, limit=None, shots=None, samples=1, bat
         "prompts_sha256": _digest(item["prompt_sha256"] for item in items),
         "batch_size": rows,
         "generation": task.config.generation_kwargs,
+        "longest": lm.max_length,
+        "cut": sum(item["cut"] for item in items),
         "metrics": {k: _plain(v) for k, v in values if "," in k and "_stderr" not in k},
         **_summary(items, about, tokenizer if generates else None),
         "items": items,
@@ -154,10 +159,12 @@ def rows_that_fit(model, generates):
 
 def _items(lm, task, samples, about):
     """One dict per document, in their order; the rows of several lm-eval filters become one."""
+    fractional = about.get("fractional", task.config.repeats > 1)
     items = {}
     for sample in samples:
         texts = [part for arguments in sample["arguments"] for part in arguments if isinstance(part, str)]
-        item = items.setdefault(sample["doc_id"], {"id": sample["doc_id"], "prompt_sha256": _digest(texts)})
+        item = {"id": sample["doc_id"], "prompt_sha256": _digest(texts), "cut": _is_cut(lm, task, sample)}
+        item = items.setdefault(sample["doc_id"], item)
         scores = {f"{metric},{sample['filter']}": _plain(sample[metric]) for metric in sample["metrics"]}
         if task.OUTPUT_TYPE == "loglikelihood":
             item |= likelihood(lm, sample)
@@ -172,8 +179,18 @@ def _items(lm, task, samples, about):
             item.setdefault("metrics", {}).update(scores)
             if about["metric"] in scores:
                 score = float(scores[about["metric"]])
-                item |= {"correct": bool(score)} if score in (0, 1) else {"score": score}
+                item |= {"score": score} if fractional else {"correct": bool(score)}
     return [items[i] for i in sorted(items)]
+
+
+def _is_cut(lm, task, sample):
+    """Whether lm-eval drops the start of a prompt because the request is longer than the model can take."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return False
+    if task.OUTPUT_TYPE == "generate_until":
+        room = lm.max_length - task.config.generation_kwargs["max_gen_toks"]
+        return len(lm.tok_encode(sample["arguments"][0][0])) > room
+    return len(lm.tok_encode(max(map("".join, sample["arguments"]), key=len))) > lm.max_length + 1
 
 
 def _summary(items, about, tokenizer):
@@ -194,10 +211,8 @@ def _summary(items, about, tokenizer):
 
 
 def _accuracy(items):
-    if all("correct" in item for item in items):
+    if "correct" in items[0]:
         return wilson([item["correct"] for item in items])
-    for item in items:  # a task whose scores are fractions: also those of 0 and 1
-        item["score"] = item.get("score", float(item.pop("correct", 0)))
     return bootstrap(lambda x, axis=-1: x.mean(axis), [item["score"] for item in items])
 
 
