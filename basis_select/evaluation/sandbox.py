@@ -43,17 +43,18 @@ class Outcome:
 def check(program, tests="", *, entry="", seconds=10.0, memory=2**30):
     """Run `program`, then `tests` against the names it defines, within `seconds` of wall time and `memory` bytes.
 
-    Safe to call from threads. `entry`: the function under test, needed only where it hides a builtin or a standard
-    module: any other such name is the real one in the tests. A program that writes to its standard output is not
-    heard; `numpy` and other installed packages are not there, threads and processes cannot be started.
+    Safe to call from threads. `entry` is the function under test; it matters where it hides a builtin or a standard
+    module: any other such name is the real one in the tests. What the program prints is not kept; installed packages
+    are not there; it cannot start threads or processes. Arguments reach it as copies; its own objects can be used by
+    the tests, but equal only themselves; its own exceptions arrive as the nearest builtin ones.
 
-    Give the tests apart: then nothing the program does can pass them but the right values. Not stopped: a program that
-    guesses the expected values, or tests that ask too little. Arguments reach the program as copies, and objects of
-    its own classes equal only themselves. With `tests` left empty "passed" says that the program reached its end, and
-    that is the program's own word: it holds against `sys.exit` and `os._exit`, not against code that forges the reply.
+    With the tests apart nothing but the right values passes them. Not stopped: guessing these values, tests that ask
+    too little, a hole in the kernel; and the kernel's bookkeeping of very many empty files (about 0.5 GiB in 10 s,
+    freed at the end) counts as nobody's memory. With `tests` empty, "passed" means that the program reached its end on
+    its own word: this holds against `sys.exit` and `os._exit`, not against code that forges the reply.
 
-    Raises ValueError when the machine lacks any of the protections (all are required, see `missing`) and when the
-    tests themselves cannot run.
+    Raises ValueError when the machine lacks any of the protections (all are required, see `missing`) or the tests
+    cannot run, RuntimeError when the sandbox does not start.
     """
     if lacks := missing():
         raise ValueError(f"model-written code cannot run here, the sandbox lacks {'; '.join(lacks)}")
@@ -99,9 +100,7 @@ def missing():
         return ["every protection: it is built on Linux namespaces"]
     lacks = []
     if not shutil.which("bwrap"):
-        lacks.append(
-            "isolation of files, network and processes: bubblewrap is not installed (apt-get install bubblewrap)"
-        )
+        lacks.append("isolation of files, network, processes: bubblewrap is not installed (apt-get install bubblewrap)")
     try:
         _system_call_filter()
     except (ImportError, RuntimeError, OSError) as error:
@@ -114,7 +113,7 @@ def missing():
         finally:
             os.close(filtered)
         if trial.returncode:
-            lacks.append(f"isolation of files, network and processes: {trial.stderr.strip() or 'bwrap fails'}")
+            lacks.append(f"isolation of files, network, processes: {trial.stderr.strip() or 'bwrap fails'}")
     return lacks
 
 
@@ -123,19 +122,11 @@ def _inside(role, memory, seconds, stdin, stdout):
     """One process of the sandbox; on leaving it and all it could have started are gone, not merely signalled."""
     filtered = _pipe_of(_system_call_filter())
     info, told = os.pipe()
-    command = [
-        *_bubblewrap(),
-        "--seccomp",
-        str(filtered),
-        "--info-fd",
-        str(told),
-        *_python(),
-        "/sandbox_child.py",
-        role,
-    ]
+    command = [*_bubblewrap(), "--seccomp", str(filtered), "--info-fd", str(told), *_python()]
+    command += ["/sandbox_child.py", role, str(memory), str(math.ceil(seconds) + 1)]
     try:
         process = subprocess.Popen(
-            [*command, str(memory), str(math.ceil(seconds) + 1)],
+            command,
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.DEVNULL,

@@ -169,9 +169,8 @@ def examine(program, parent):
 
     def refer(x):
         if not isinstance(x, Remote):
-            end(
-                unusable=f"the tests hand the program a {type(x).__name__}, they can only hand it values and its objects"
-            )
+            kind = type(x).__name__
+            end(unusable=f"the tests hand the program a {kind}: only plain values and its own objects can reach it")
         return {"object": x._index}
 
     remotes = {}
@@ -190,11 +189,9 @@ def examine(program, parent):
         names = {"__name__": "tests"}
         for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
             # a builtin or a standard module is the examiner's own, whatever the program says it is
-            if name == job["entry"] or not hasattr(builtins, name) and name not in sys.stdlib_module_names:
-                if ask("has", name):
-                    names[name] = ask("name", name)
-            elif name in sys.stdlib_module_names and ask("has", name):
-                names[name] = importlib.import_module(name)
+            if (name == job["entry"] or not hasattr(builtins, name)) and ask("has", name):
+                own = name != job["entry"] and name in sys.stdlib_module_names
+                names[name] = importlib.import_module(name) if own else ask("name", name)
         exec(compile(tree, "<tests>", "exec"), names)
     except BaseException as error:
         end(passed=False, reason=explain(error, job["tests"]))
