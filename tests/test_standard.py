@@ -171,21 +171,20 @@ def test_an_impossible_answer_does_not_hide_the_others():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "expected"),
+    ("text", "expected"),
     [
-        (list(range(200)), False),
-        ([1, 2, 3] * 11, True),  # 33 tokens
-        ([1, 2, 3] * 10, False),  # 30 are too few
-        ([9] * 31, False),
-        ([9] * 32, True),
-        (list(range(50)) + list(range(20)) * 4, True),
-        (list(range(50)) + list(range(20)) * 3, False),  # three copies
-        ([7] * 40 + [8], False),  # it got out
-        ([], False),
+        ("", False),
+        ("She sells 9 eggs for 2 dollars each: 9 * 2 = 18.\n#### 18", False),
+        ("It is so. " + "abc" * 34, True),
+        ("abc" * 33, False),  # 99 characters are too few
+        ("so " + "The answer is that it is what it has been said to be. " * 3, False),  # three copies
+        ("so " + "The answer is that it is what it has been said to be. " * 4 + "The ans", True),
+        ("-" * 200 + " and out of it", False),
+        (" ".join(f"{i}. A pack costs 76 dollars." for i in range(5, 15)), True),
     ],
 )
-def test_what_a_loop_is(tokens, expected):
-    assert standard.loops(tokens) == expected
+def test_what_a_loop_is(text, expected):
+    assert standard.loops(text) == expected
 
 
 def test_pass_at_k_is_the_mean_over_all_draws_of_k():

@@ -8,6 +8,7 @@ names. To each task that generates, NAME, belongs NAME_nll: the likelihood of th
 import difflib
 import hashlib
 import os
+import re
 from math import comb
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import psutil
 import torch
 
 from ..checkpoint.files import sha256
-from ..tasks import load_task
+from ..tasks import HUB, load_task
 from .accuracy import bootstrap, evaluate, likelihood, lm_eval, pooled, run, wilson
 
 FOLDER = Path(__file__).parent / "tasks"
@@ -38,7 +39,7 @@ SUITE = {
 }
 TEMPERATURE, TOP_P = 0.8, 0.95  # of sampled programs, as Chen et al. (arXiv 2107.03374) sample for pass@k
 TYPICAL = 1024  # tokens of a request that a batch is sized for
-LOOP = 4, 32  # a generation loops if it ends in so many copies of one piece, so many tokens long together
+LOOP = 4, 100  # copies, characters
 
 
 def expand(names, allow_code_execution=False):
@@ -139,7 +140,7 @@ def evaluate_task(model, tokenizer, name, limit=None, shots=None, samples=1, bat
         "longest": lm.max_length,
         "cut": sum(item["cut"] for item in items),
         "metrics": {k: _plain(v) for k, v in values if "," in k and "_stderr" not in k},
-        **_summary(items, about, tokenizer if generates else None),
+        **_summary(items, about),
         "items": items,
     }
 
@@ -193,15 +194,15 @@ def _is_cut(lm, task, sample):
     return len(lm.tok_encode(max(map("".join, sample["arguments"]), key=len))) > lm.max_length + 1
 
 
-def _summary(items, about, tokenizer):
+def _summary(items, about):
     if "nll" in items[0]:
         nll = pooled([i["nll"] for i in items], [i["tokens"] for i in items])
         perplexity = {key: value and float(np.exp(value)) for key, value in nll.items()}
         return {"accuracy": None, "nll": nll, "perplexity": perplexity}
     found = {"metric": about["metric"], "nll": None, "accuracy": _accuracy(items)}
-    if tokenizer is not None:
+    if "generated" in items[0]:
         generated = [text for item in items for text in item["generated"]]
-        found["repetition"] = wilson([loops(tokenizer.encode(t, add_special_tokens=False)) for t in generated])
+        found["repetition"] = wilson([loops(text) for text in generated])
         found["empty"] = wilson([not text.strip() for text in generated])
     passes = [item["metrics"].get("passes,all") for item in items]
     if passes[0] is not None:
@@ -223,12 +224,16 @@ def _pass_at(k, drawn, passes):
     return bootstrap(lambda x, axis=-1: x.mean(axis), [1 - comb(drawn - c, k) / comb(drawn, k) for c in passes])
 
 
-def loops(tokens):
-    """Whether `tokens` end in a loop: at least four copies of one piece, together at least 32 tokens."""
+def loops(text):
+    """Whether `text` ends in a loop: at least four copies of one piece, together at least 100 characters.
+
+    Numbers count as equal, so that a list that says the same under every number is one; the last copy may be cut off.
+    """
     copies, least = LOOP
-    for period in range(1, len(tokens) // copies + 1):
+    text = re.sub(r"\d+", "0", text)
+    for period in range(1, len(text) // copies + 1):
         span = max(least, copies * period)
-        if span <= len(tokens) and tokens[-span:-period] == tokens[period - span :]:
+        if span <= len(text) and text[-span:-period] == text[period - span :]:
             return True
     return False
 
@@ -257,7 +262,9 @@ def _data(where, about):
     if "family" in where:
         return {"generated": where["family"], "size": where["size"]}
     if not folder:
-        return {"hub": where.get("hub", where.get("task")), "config": where.get("config")}
+        if "task" in where:
+            return {"hub": HUB[where["task"]].path, "config": HUB[where["task"]].config}
+        return {"hub": where["hub"], "config": where.get("config")}
     found = {"files": {name: sha256(Path(folder) / name) for name in where["files"].values()}}
     return {**found, "note": about["local"]} if "local" in about else found
 
