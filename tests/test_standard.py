@@ -236,8 +236,10 @@ def call(*arguments):
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
 
 
-def test_a_model_is_paired_with_its_parent_or_with_its_parents_results(data, folder, tmp_path):
-    bs.save(tiny(max_position_embeddings=2048, seed=1), make_tokenizer(), tmp_path / "other")
+def test_a_model_is_paired_with_its_parent_or_with_its_parents_results(data, folder, task, tmp_path):
+    smaller = bs.decompose(tiny(max_position_embeddings=2048, tied=True), task, metric="plain", embedding=True)
+    bs.prune(smaller, keep=0.5, keep_embedding=0.5, multiple_of=1)
+    bs.save(smaller, make_tokenizer(), tmp_path / "other")
     how = ["--tasks", "svamp_nll,piqa", "--limit", 4]
     done = call(tmp_path / "other", *how, "--against", folder, "--out", tmp_path / "both.json")
     assert done.exit_code == 0, done.output
@@ -245,7 +247,7 @@ def test_a_model_is_paired_with_its_parent_or_with_its_parents_results(data, fol
     both = json.loads((tmp_path / "both.json").read_text())
     assert sum(both["paired"]["piqa"][k] for k in ("both", "gained", "lost", "neither")) == 4
     assert both["against"]["model"]["weights_sha256"] != both["model"]["weights_sha256"]
-    assert both["model"]["sizes"]["bytes"] > 0
+    assert 0 < both["model"]["sizes"]["bytes"] < both["against"]["model"]["sizes"]["bytes"]
     before, after = (measured["tasks"]["svamp_nll"]["nll"]["value"] for measured in (both["against"], both))
     difference = both["paired"]["svamp_nll"]["nll"]
     assert difference["value"] == pytest.approx(after - before, abs=1e-9)

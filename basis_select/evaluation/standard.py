@@ -93,8 +93,8 @@ def evaluate_on(
     has none) and `items`, to be paired by `compare`; beside them `metric` and `metrics`, lm-eval's own, `pass@k`,
     `perplexity`, the share of generations that are `empty` or end in a loop (`repetition`), and `data`, `shots`,
     `batch_size`, `generation`, `prompts_sha256` and how many prompts were `cut` at their start because the model takes
-    no more than `longest` tokens: what they were measured on. Raises ValueError on an unknown
-    name, on code that was not allowed to run, and on a non-finite logit.
+    no more than `longest` tokens: what they were measured on. Raises ValueError on an unknown name, on code that was
+    not allowed to run, and on a non-finite logit.
     """
     names = expand(names, allow_code_execution)
     return {n: evaluate_task(model, tokenizer, n, limit, shots, samples, batch_size) for n in names}
@@ -151,9 +151,8 @@ def rows_that_fit(model, generates):
     A row needs logits of every token, twice in fp32, or, where it `generates`, its keys and values.
     """
     config = model.config.get_text_config()
-    vocabulary = model.get_output_embeddings().weight.shape[0]
     values = 2 * config.num_hidden_layers * config.hidden_size
-    per_token = values * model.dtype.itemsize if generates else 8 * vocabulary
+    per_token = values * model.dtype.itemsize if generates else 8 * config.vocab_size
     free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
     return int(min(64, max(1, free // 4 // (per_token * TYPICAL))))
 
