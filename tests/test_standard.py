@@ -214,8 +214,10 @@ def test_programs_run_in_the_sandbox():
     found = utils.humaneval(HUMANEVAL, [[HUMANEVAL["canonical_solution"], "    return x\n"]])
     assert (found["passes"], found["pass@1"]) == (1, 0.5)
     assert "AssertionError" in found["reasons"][1]
-    doc = {"test_setup_code": "", "test_list": ["assert half(4) == 2"]}
-    assert utils.mbpp(doc, [["```python\ndef half(x):\n    return x / 2\n```\n"]])["passes"] == 1
+    doc = {"test_setup_code": "", "test_list": ["assert sum(4, 5) == 9"], "code": "def sum(a, b):\r\n    return a + b"}
+    assert (
+        utils.mbpp(doc, [["```python\ndef sum(x, y):\n    return y + x\n```\n", doc["code"], "x = 1"]])["passes"] == 2
+    )
 
 
 def test_several_samples_give_pass_at_k_with_a_fraction_per_item(data, tokenizer):
