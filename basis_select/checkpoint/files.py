@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 from .. import ranks
 from ..bases import groups
-from .format import METHOD, describe, require_version
+from .format import METHOD, describe, guards, require_version
 
 SIDECAR = "basis_select.json"  # sha256 of every file that was saved
 INDEX = "model.safetensors.index.json"
@@ -51,9 +52,12 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
         describe(model)
     with whole(folder) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        twins = model.all_tied_weights_keys if ranks.is_sharded(model) else {}  # gathering writes tied tensors twice
-        if dtype is not None or twins:
-            _rewrite(partial, dtype, twins)
+        # Gathering writes tied tensors twice and leaves out what is beside the state.
+        sharded = ranks.is_sharded(model)
+        twins = model.all_tied_weights_keys if sharded else {}
+        more = revert_weight_conversion(model, guards(model)) if sharded else {}
+        if dtype is not None or twins or more:
+            _rewrite(partial, dtype, twins, more)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return Path(folder)
@@ -85,15 +89,18 @@ def whole(folder):
         raise
 
 
-def _rewrite(folder, dtype, without):
-    """Cast a saved checkpoint (unless `dtype` is None) and drop the tensors named in `without`, shard by shard.
+def _rewrite(folder, dtype, without, more):
+    """Cast a saved checkpoint (unless `dtype` is None), drop the tensors in `without` and add `more`, shard by shard.
 
-    (save_pretrained takes a state dict, but neither sees tied tensors in a cast one nor uses it for a model that was
-    loaded with a quantizer, ours included.)
+    (save_pretrained takes a state dict, but neither sees tied tensors in a cast one nor uses it for a model that has a
+    quantizer, ours included.)
     """
-    size = 0
-    for path in folder.glob("*.safetensors"):
+    size, first = 0, None
+    for path in sorted(folder.glob("*.safetensors")):
         tensors = {name: tensor for name, tensor in load_file(path).items() if name not in without}
+        if first is None:
+            first = path.name
+            tensors |= more
         for name, tensor in tensors.items():
             if dtype is not None and tensor.is_floating_point():
                 tensors[name] = tensor.to(getattr(torch, dtype))
@@ -106,6 +113,7 @@ def _rewrite(folder, dtype, without):
         index = json.loads(path.read_text())
         index["metadata"]["total_size"] = size
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in without}
+        index["weight_map"] |= dict.fromkeys(more, first)
         path.write_text(json.dumps(index, indent=2))
 
 

@@ -8,8 +8,14 @@ factored layers before the weights are read. `groups` lists layers that share on
 Where `weighted` is not 0 the bases still carry `scale` and `weight`, and it is the `power` of the weight; `new` is the
 number of new bases beside them: such checkpoints come from decompose and learn. `embedding` says how the token
 embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}.
+
+Without the import transformers would only warn and fill these layers with random weights. So every checkpoint also
+holds an empty tensor by the name of a dense weight: from_pretrained then raises, for the model has another shape there.
 """
 
+import re
+
+import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,6 +25,7 @@ from ..embedding import install, module_name, table_of, table_to_dense
 
 METHOD = "basis_select"
 VERSION = 1
+HINT = "import_basis_select_before_loading"  # an empty tensor too: transformers' report of what does not fit shows it
 
 
 @register_quantization_config(METHOD)
@@ -43,7 +50,7 @@ def require_version(version):
 
 
 def describe(model):
-    """Write what the model now is into its config, so that `save_pretrained` makes a loadable checkpoint."""
+    """Write what the model now is into its config, so that `save_pretrained` makes a checkpoint of ours."""
     found = groups(model)
     first = found[0][0][1].leader if found else None
     ranks = {name: layer.rank for members in found for name, layer in members}
@@ -54,6 +61,7 @@ def describe(model):
         new=first.new.rank if first and first.new else 0,
         embedding=_describe_embedding(model),
     )
+    model.hf_quantizer = BasisSelectQuantizer(model.config.quantization_config)  # it adds `guards` to what is saved
 
 
 def _describe_embedding(model):
@@ -62,6 +70,19 @@ def _describe_embedding(model):
         return None
     name = module_name(model, embedding)
     return {"name": name, "rank": table.rank, "tied": embedding.tied, "scale": embedding.scale}
+
+
+def guards(model):
+    """`{name: empty tensor}` of what a checkpoint of `model` holds beside its state: nothing if no layer is bases."""
+    config, state = getattr(model.config, "quantization_config", None), model.state_dict()
+    names = _guard_names(config) if isinstance(config, BasisSelectConfig) else []
+    # The `weight` of weighted bases can have the name: its shape is not the dense one either.
+    return {name: torch.empty(0, dtype=model.dtype) for name in names if name not in state}
+
+
+def _guard_names(config):
+    factored = config.ranks or ([config.embedding["name"]] if config.embedding else [])
+    return [f"{min(factored)}.weight", HINT] if factored else []
 
 
 def build(model, config):
@@ -122,6 +143,8 @@ class BasisSelectQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         build(model, self.quantization_config)
+        known = {rf"^(.+\.)?{re.escape(name)}$" for name in _guard_names(self.quantization_config)}
+        model._keys_to_ignore_on_load_unexpected = known | set(model._keys_to_ignore_on_load_unexpected or ())
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         # Tensors read from a file start where the file has them; matmul kernels round differently off the 64-byte
@@ -129,6 +152,9 @@ class BasisSelectQuantizer(HfQuantizer):
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
+
+    def get_state_dict_and_metadata(self, model):
+        return {**model.state_dict(), **guards(model)}, {}
 
     def _dequantize(self, model, dtype=None):
         for members in groups(model):
