@@ -1,0 +1,108 @@
+"""What ranks cost on this device: measured times of factored linear layers against the dense ones.
+
+A table made by `profile` holds, for every distinct shape of a model's layers, one by one and in the groups that read
+the same tensor, the seconds of the dense product and of the factored one at each rank of a grid.
+"""
+
+import math
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..bases import LowRankLinear
+from ..decompose import same_input, targets
+from .speed import Generation, environment, spread, take_turns
+
+COPIES = 16  # layers of a shape that take turns, each with weights of its own: what was just read is still in a cache
+POOL = 2**28  # bytes of weights that are walked through, more than caches hold
+DECODED = 8  # tokens, of which one's time in the whole model is taken
+GRID = 32  # ranks of a shape at most, from one step to break-even
+
+
+def profile(model, *, tokens=(1, 128), rounds=5, multiple_of=16):
+    """Time every layer shape of a dense `model`, and the model itself, on its device and in its dtype; eager, batch 1.
+
+    tokens: how many are computed at once, 1 being a decoded token. Ranks are multiples of `multiple_of`. Returns
+    `{"layers": [{"in", "out": [...], "dense": {tokens: s}, "ranks": {rank: {tokens: s}}}], "model": {tokens: s}}` and
+    what the times depend on, each the median of `rounds`. Raises ValueError for a model that is already factored.
+    """
+    if any(isinstance(m, LowRankLinear) for m in model.modules()):
+        raise ValueError("this model is factored already: profile the dense one")
+    if min(tokens) < 1:
+        raise ValueError(f"{min(tokens)} tokens cannot be timed, it should be at least 1")
+    found = targets(model)
+    groups = [*same_input(model, found, None), *([name] for name in found)]
+    shapes = {(found[g[0]].in_features, tuple(found[name].out_features for name in g)): None for g in groups}
+    weight = next(iter(found.values())).weight
+    pool = torch.randn(POOL // weight.element_size(), device=weight.device, dtype=weight.dtype)
+    layers = []
+    with tqdm(shapes, desc="profile", unit="shape") as bar:
+        for reads, writes in bar:
+            bar.set_postfix_str(f"{reads} -> {'+'.join(map(str, writes))}")
+            layers.append(_shape(reads, writes, tokens, rounds, multiple_of, _Weights(pool)))
+    steps = {n: DECODED if n == 1 else 1 for n in tokens}
+    runs = {
+        n: Generation(model, 16, DECODED).to_decode if n == 1 else Generation(model, n, 1).to_prefill for n in tokens
+    }
+    seconds = take_turns(runs, rounds, device=model.device)
+    times = {str(n): spread(s)["median"] / steps[n] for n, s in seconds.items()}
+    return {**environment(weight.device, weight.dtype), "layers": layers, "model": times}
+
+
+class _Weights:
+    """Hands out pieces of one pool of numbers in turn: the next ones are always those read longest ago."""
+
+    def __init__(self, pool):
+        self.pool, self.at = pool, 0
+
+    def take(self, *shape):
+        size = math.prod(shape)
+        if self.at + size > len(self.pool):
+            self.at = 0
+        piece = self.pool[self.at : self.at + size].view(shape)
+        self.at += -(-size // 32) * 32  # starts are aligned as allocations are
+        return nn.Parameter(piece, requires_grad=False)
+
+
+def _shape(reads, writes, tokens, rounds, multiple_of, weights):
+    """The times of one shape, dense and at each rank of the grid."""
+    largest = math.ceil(reads * sum(writes) / (reads + sum(writes))) - 1
+    step = multiple_of * -(-largest // (multiple_of * GRID))
+    ranks = [None, *range(step, largest + 1, step)]
+    device, dtype = weights.pool.device, weights.pool.dtype
+    calls = {n: COPIES if n == 1 else 2 for n in tokens}
+    runs = {}
+    for rank in ranks:
+        for n in tokens:
+            x = torch.randn(1, n, reads, device=device, dtype=dtype)
+            runs[rank, n] = _prepare(x, [_layers(reads, writes, rank, weights) for _ in range(calls[n])])
+    seconds = take_turns(runs, rounds, device=device)
+    times = {r: {str(n): spread(seconds[r, n])["median"] / calls[n] for n in tokens} for r in ranks}
+    return {"in": reads, "out": list(writes), "dense": times.pop(None), "ranks": {str(r): t for r, t in times.items()}}
+
+
+def _layers(reads, writes, rank, weights):
+    """Layers that read the same tensor, with weights from the pool: dense, or of one rank with a shared `v`."""
+    made = []
+    for out in writes:
+        if rank is None:
+            layer = nn.Linear(reads, out, bias=False, device="meta")
+            layer.weight = weights.take(out, reads)
+        else:
+            layer = LowRankLinear(reads, out, rank, bias=False, leader=made[0] if made else None, device="meta")
+            layer.u.weight = weights.take(out, rank)
+            if not made:
+                layer.v.weight = weights.take(rank, reads)
+        made.append(layer)
+    return made
+
+
+def _prepare(x, copies):
+    @torch.no_grad()
+    def run():
+        for layers in copies:
+            for layer in layers:
+                layer(x)
+
+    return lambda: run
