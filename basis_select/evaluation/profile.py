@@ -1,10 +1,14 @@
 """What ranks cost on this device: measured times of factored linear layers against the dense ones.
 
 A table made by `profile` holds, for every distinct shape of a model's layers, one by one and in the groups that read
-the same tensor, the seconds of the dense product and of the factored one at each rank of a grid.
+the same tensor, the seconds of the dense product and of the factored one at each rank of a grid. `prices` turns it into
+what `prune(latency=, costs=)` chooses by.
 """
 
+import json
 import math
+import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -35,12 +39,15 @@ def profile(model, *, tokens=(1, 128), rounds=5, multiple_of=16):
     groups = [*same_input(model, found, None), *([name] for name in found)]
     shapes = {(found[g[0]].in_features, tuple(found[name].out_features for name in g)): None for g in groups}
     weight = next(iter(found.values())).weight
-    pool = torch.randn(POOL // weight.element_size(), device=weight.device, dtype=weight.dtype)
+    head = (model.get_input_embeddings().embedding_dim, (model.get_output_embeddings().out_features,))
+    shapes[head] = None
+    largest = max(reads * max(writes) for reads, writes in shapes)
+    pool = torch.randn(max(POOL // weight.element_size(), largest), device=weight.device, dtype=weight.dtype)
     layers = []
     with tqdm(shapes, desc="profile", unit="shape") as bar:
-        for reads, writes in bar:
-            bar.set_postfix_str(f"{reads} -> {'+'.join(map(str, writes))}")
-            layers.append(_shape(reads, writes, tokens, rounds, multiple_of, _Weights(pool)))
+        for shape in bar:
+            bar.set_postfix_str(f"{shape[0]} -> {'+'.join(map(str, shape[1]))}")
+            layers.append(_shape(*shape, tokens, shape == head, rounds, multiple_of, _Weights(pool)))
     steps = {n: DECODED if n == 1 else 1 for n in tokens}
     runs = {
         n: Generation(model, 16, DECODED).to_decode if n == 1 else Generation(model, n, 1).to_prefill for n in tokens
@@ -65,20 +72,21 @@ class _Weights:
         return nn.Parameter(piece, requires_grad=False)
 
 
-def _shape(reads, writes, tokens, rounds, multiple_of, weights):
-    """The times of one shape, dense and at each rank of the grid."""
+def _shape(reads, writes, tokens, is_head, rounds, multiple_of, weights):
+    """The times of one shape, dense and at each rank of the grid; a head only ever computes the last token."""
     largest = math.ceil(reads * sum(writes) / (reads + sum(writes))) - 1
-    step = multiple_of * -(-largest // (multiple_of * GRID))
-    ranks = [None, *range(step, largest + 1, step)]
+    step = multiple_of * max(1, -(-largest // (multiple_of * GRID)))
     device, dtype = weights.pool.device, weights.pool.dtype
-    calls = {n: COPIES if n == 1 else 2 for n in tokens}
+    calls = {1: COPIES} if is_head else {n: COPIES if n == 1 else 2 for n in tokens}
     runs = {}
-    for rank in ranks:
-        for n in tokens:
+    for rank in (None, *range(step, largest + 1, step)):
+        for n, copies in calls.items():
             x = torch.randn(1, n, reads, device=device, dtype=dtype)
-            runs[rank, n] = _prepare(x, [_layers(reads, writes, rank, weights) for _ in range(calls[n])])
-    seconds = take_turns(runs, rounds, device=device)
-    times = {r: {str(n): spread(seconds[r, n])["median"] / calls[n] for n in tokens} for r in ranks}
+            runs[rank, n] = _prepare(x, [_layers(reads, writes, rank, weights) for _ in range(copies)])
+    seconds = {key: spread(found)["median"] for key, found in take_turns(runs, rounds, device=device).items()}
+    times = {}
+    for rank, _ in runs:
+        times[rank] = {str(n): seconds[rank, 1 if is_head else n] / calls[1 if is_head else n] for n in tokens}
     return {"in": reads, "out": list(writes), "dense": times.pop(None), "ranks": {str(r): t for r, t in times.items()}}
 
 
@@ -106,3 +114,49 @@ def _prepare(x, copies):
                 layer(x)
 
     return lambda: run
+
+
+def prices(path, latency, shapes, reserve=0, more=()):
+    """What `linalg.budget.allocate` needs to choose ranks by time: `([(rank, seconds), ..., (None, seconds)] per shape,
+    seconds that all of them may take)`.
+
+    path: a table that `profile` wrote; shapes: `[(in, (out, ...)), ...]`, one for every group of layers; `latency` is
+    how fast the whole model should be, "2x decode" or "20ms decode", "1.5x prefill 128". `reserve`: bases that each
+    layer gets later. more: `[(shape, rank), ...]` of layers whose ranks are settled. Raises ValueError if the table
+    does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no table of costs at {path}: basis-select profile makes one")
+    costs = json.loads(path.read_text(encoding="utf-8"))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(x|ms) (?:decode|prefill (\d+))", latency)
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"latency={latency!r} should read like 2x decode, 20ms decode or 1.5x prefill 128")
+    tokens = match[3] or "1"
+    if tokens not in costs["model"]:
+        raise ValueError(f"{path} has no times of {tokens} tokens at once, only of {', '.join(costs['model'])}")
+    measured = {(layer["in"], tuple(layer["out"])): layer for layer in costs["layers"]}
+    for reads, writes in (*shapes, *(shape for shape, _ in more)):
+        if (reads, writes) not in measured:
+            raise ValueError(
+                f"{path} has no layer {reads} -> {'+'.join(map(str, writes))}: profile this model's parent"
+            )
+    choices = []
+    for shape in shapes:
+        ranks = [(int(r) - reserve, t[tokens]) for r, t in measured[shape]["ranks"].items() if int(r) > reserve]
+        choices.append([*ranks, (None, measured[shape]["dense"][tokens])])
+    now = costs["model"][tokens]
+    allowed = now / float(match[1]) if match[2] == "x" else float(match[1]) / 1e3
+    free = allowed - now + sum(c[-1][1] for c in choices)
+    for shape, rank in more:
+        layer = measured[shape]
+        settled = [t[tokens] for r, t in layer["ranks"].items() if int(r) >= rank] or [layer["dense"][tokens]]
+        free += layer["dense"][tokens] - settled[0]
+    least = sum(min(seconds for _, seconds in c) for c in choices)
+    if least > free:
+        fastest = allowed - free + least
+        raise ValueError(
+            f"latency={latency} asks for {allowed * 1e3:.3g} ms, the fastest choice of ranks in {path} makes it "
+            f"{fastest * 1e3:.3g} ms, {now / fastest:.2f}x"
+        )
+    return choices, free
