@@ -135,6 +135,11 @@ def groups(model):
     return [sorted(members, key=lambda nm: nm[1] is not leader) for leader, members in found.items()]
 
 
+def shape_of(members):
+    """What a group reads and what its layers write: `(in, (out, ...))`."""
+    return members[0][1].in_features, tuple(layer.out_features for _, layer in members)
+
+
 def basis_cost(members):
     """Parameters that one basis of this group costs: `in + sum(out)`."""
     return members[0][1].in_features + sum(layer.out_features for _, layer in members)

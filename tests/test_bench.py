@@ -1,19 +1,23 @@
 """What is measured and beside which floor; how long anything takes is never asserted."""
 
+import copy
 import json
 import time
 
 import pytest
 import torch
+import yaml
 from conftest import KINDS, make_tokenizer, tiny
 from typer.testing import CliRunner
 
 import basis_select as bs
+from basis_select.bases import groups, shape_of
 from basis_select.cli import app
 from basis_select.cost import Flops
 from basis_select.evaluation.bench import PARTS, bench, table, weights_read
 from basis_select.evaluation.profile import profile
 from basis_select.evaluation.speed import Generation, take_turns
+from basis_select.sizes import layer_table
 
 QUICK = {"prompts": (4, 9), "tokens": 3, "rounds": 1}
 
@@ -101,7 +105,7 @@ def test_compiled_models_that_take_turns_each_keep_their_own_graph(task):
         timed = [Generation(model, 5, 3, compiled) for model in models.values()]
         found[compiled] = [[g.to_decode()().item() for g in timed] for _ in range(2)]
     assert found[True] == found[False]
-    rows = bench(models, **QUICK, compiled=True)["rows"]
+    rows = bench(models, prompts=(5,), tokens=3, rounds=1, compiled=True)["rows"]
     assert [r["way"] for r in rows if r["what"] == "decode"] == ["eager", "compiled"] * 2
 
 
@@ -122,6 +126,107 @@ def test_costs_cover_every_shape_alone_and_in_its_group(task):
         assert min(layer.values()) > 0
     with pytest.raises(ValueError, match="factored already"):
         profile(cut(tiny(), task))
+
+
+def invented(ms, model=1.0):
+    """A table for `tiny()` with times of `ms(reads, writes, rank or None)` milliseconds a layer group."""
+    layers = []
+    for reads, writes in ((64, [64, 32, 32]), (64, [96, 96]), (64, [64]), (96, [64]), (64, [128])):
+        broken_even = reads * sum(writes) / (reads + sum(writes))
+        ranks = {str(r): {"1": ms(reads, writes, r) / 1e3} for r in range(4, 60, 4) if r < broken_even}
+        layers.append({"in": reads, "out": writes, "dense": {"1": ms(reads, writes, None) / 1e3}, "ranks": ranks})
+    return {"layers": layers, "model": {"1": model / 1e3}}
+
+
+def test_ranks_are_chosen_by_time(tmp_path, task):
+    """What the device is slow at stays dense, ranks it dislikes are passed over, and the asked time is kept."""
+
+    def ms(reads, writes, rank):
+        dense = reads * sum(writes) / 1e5
+        if rank is None:
+            return dense
+        if writes == [64] and reads == 64:
+            return 2 * dense  # this shape is never faster factored
+        return dense * (0.1 + rank / 40) + (0.05 if rank % 8 else 0)
+
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps(invented(ms)))
+    found = bs.decompose(tiny(tied=True), task)
+    model = bs.prune(copy.deepcopy(found), latency="1.4x decode", costs=str(costs))
+    ranks = {row["name"]: row["rank"] for row in layer_table(model)}
+    assert {rank for name, rank in ranks.items() if "o_proj" in name} == {None}
+    kept = {rank for rank in ranks.values() if rank}
+    assert kept
+    assert all(rank % 8 == 0 for rank in kept)
+    factored = [(shape_of(m), m[0][1].rank) for m in groups(model)]
+    before = sum(2 * ms(reads, writes, None) for reads, writes in ((64, [64, 32, 32]), (64, [96, 96]), (96, [64])))
+    dense = [(64, (64, 32, 32)), (64, (96, 96)), (96, (64,))] * 2
+    for shape, _ in factored:
+        dense.remove(shape)
+    after = sum(ms(r, list(w), rank) for (r, w), rank in factored) + sum(ms(r, list(w), None) for r, w in dense)
+    assert 0.5 < (1 - 1 / 1.4) / (before - after) <= 1  # saved at least what was asked, and not far more
+    for ask, problem in (
+        ("9x decode", r"asks for 0.111 ms, the fastest choice of ranks in .* makes it 0\.\d+ ms, 1\.\d+x"),
+        ("2x faster", "should read like 2x decode"),
+        ("2x prefill 7", "has no times of 7 tokens at once, only of 1"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            bs.prune(copy.deepcopy(found), latency=ask, costs=str(costs))
+    with pytest.raises(ValueError, match="name the file of costs"):
+        bs.prune(copy.deepcopy(found), latency="2x decode")
+    with pytest.raises(FileNotFoundError, match="basis-select profile makes one"):
+        bs.prune(copy.deepcopy(found), latency="2x decode", costs="nothing.json")
+    costs.write_text(json.dumps({**invented(ms), "layers": []}))
+    with pytest.raises(ValueError, match=r"has no layer 64 -> 64\+32\+32"):
+        bs.prune(copy.deepcopy(found), latency="2x decode", costs=str(costs))
+
+
+def test_an_embedding_cut_beforehand_counts_and_new_bases_have_their_time(tmp_path, task):
+    costs = tmp_path / "costs.json"
+    times = invented(lambda reads, writes, rank: reads * sum(writes) / 1e5 * (1 if rank is None else rank / 30))
+    costs.write_text(json.dumps(times))
+    whole, cut = (bs.decompose(tiny(tied=True), task, embedding=embedding) for embedding in (False, True))
+    how = {"latency": "1.2x decode", "costs": str(costs)}
+    room = bs.prune(copy.deepcopy(whole), **how)
+    less = bs.prune(copy.deepcopy(whole), reserve=8, **how)
+    more = bs.prune(cut, keep_embedding=0.3, multiple_of=4, **how)
+    targeted = [bs.sizes(model)["targeted"] for model in (less, room, more)]
+    assert targeted == sorted(set(targeted))
+
+
+@pytest.fixture
+def timed_recipe(tmp_path):
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps(invented(lambda i, w, rank: i * sum(w) / 1e5 * (1 if rank is None else rank / 30))))
+    bs.save(tiny(), make_tokenizer(), tmp_path / "dense")
+    rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(9) for b in range(9)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {"model": str(tmp_path / "dense"), "task": str(tmp_path / "sums.jsonl")}
+    content |= {"data": {"train": 40, "validation": 8, "test": 8}, "tune": {"steps": 0}, "heal": {"steps": 2}}
+    content |= {"decompose": {"examples": 16}, "prune": {"latency": "1.3x decode", "costs": str(costs)}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_a_recipe_that_asks_for_a_time_is_planned(timed_recipe):
+    planned = CliRunner().invoke(app, ["plan", timed_recipe])
+    assert planned.exit_code == 0, planned.output
+    for change, problem in (
+        ("prune.costs=null", "prune.latency needs prune.costs"),
+        ("prune.latency=50x decode", "the fastest choice of ranks"),
+        ("prune.keep=0.5", "prune names keep and latency: give exactly one of"),
+    ):
+        wrong = CliRunner().invoke(app, ["plan", timed_recipe, change])
+        assert wrong.exit_code == 1
+        assert problem in wrong.output
+
+
+@pytest.mark.slow
+def test_a_recipe_that_asks_for_a_time_is_run(timed_recipe, tmp_path):
+    done = CliRunner().invoke(app, ["run", timed_recipe, "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert bs.sizes(bs.load(tmp_path / "run" / "final")[0])["bases"] < 9 * 64
 
 
 def test_the_commands_measure_folders(tmp_path, task):

@@ -26,7 +26,7 @@ def keep_for(total, targeted, dtype, keep=None, size=None, saved=0):
     weights in `dtype`. Raises ValueError, with the smallest size there is, for one that cannot be met.
     """
     if (keep is None) == (size is None):
-        raise ValueError("say how much to keep: exactly one of keep, size, max_drop, mass")
+        raise ValueError("say how much to keep: exactly one of keep, size, max_drop, mass, latency")
     if keep is not None:
         if not 0 < keep <= 1:
             raise ValueError(f"keep={keep} is not a fraction above 0 and up to 1 of the targeted parameters")
