@@ -94,7 +94,7 @@ def test_what_is_timed_generates_what_the_model_does():
     greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     expected = model.generate(timed.ids, attention_mask=torch.ones_like(timed.ids), **greedy)[0, 5:]
     assert token.item() == expected[0]
-    assert timed.rest(token, cache).item() == expected[-1]
+    assert timed.rest(timed.step, token, cache).item() == expected[-1]
 
 
 @pytest.mark.slow
@@ -246,3 +246,37 @@ def test_the_commands_measure_folders(tmp_path, task):
     done = CliRunner().invoke(app, ["profile", str(tmp_path / "dense"), "--out", str(tmp_path / "costs.json")])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "costs.json").read_text())["layers"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiled_group_computes_its_shared_product_once(task, training, ids):
+    """In the graph of inference; that of training is merged later, by torch's partitioner."""
+    model = cut(tiny(), task)
+    shared = [members for members in groups(model) if len(members) > 1]
+    assert shared
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(sum("linear" in str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
+        return graph
+
+    with torch.set_grad_enabled(training):
+        expected = model(ids).logits
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        assert torch.equal(compiled(ids).logits, expected)
+        assert torch.equal(compiled(ids).logits, expected)
+        assert torch.equal(model(ids).logits, expected)
+    products = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    twice = sum(len(members) - 1 for members in shared)
+    assert seen == [len(products) + (twice if training else 0)]
+    assert all(members[0][1].leader._traced is None for members in shared)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_group_can_be_exported(task, strict, ids):
+    model = cut(tiny(), task)
+    with torch.no_grad():
+        exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=strict)
+        assert torch.allclose(exported.module()(ids, use_cache=False).logits, model(ids).logits, atol=1e-6)
+    products = sum("linear" in str(node.target) for node in exported.graph.nodes)
+    assert products == len([m for m in model.modules() if type(m) is torch.nn.Linear])

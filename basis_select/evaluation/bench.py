@@ -108,7 +108,7 @@ def _cache_bytes(generation):
     """Bytes of keys and values, or other states, at the end of a generation."""
     run = generation.to_decode()
     run()
-    cache = run.args[1]
+    cache = run.args[-1]
     return sum(x.nbytes for layer in cache.layers for x in vars(layer).values() if torch.is_tensor(x))
 
 

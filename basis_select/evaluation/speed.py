@@ -53,14 +53,32 @@ class Generation:
     """
 
     def __init__(self, model, prompt, tokens, compiled=False):
-        self.model, self.tokens = model, tokens
+        self.model, self.tokens, self.compiled = model, tokens, compiled
         self.ids = (torch.arange(prompt, device=model.device) % (model.get_input_embeddings().num_embeddings - 1))[None]
-        self.fixed, self.read, self.step = None, self._next, self._next
+        self.fixed, self.read = None, self._next
         if compiled:
             self.fixed = StaticCache(model.config, max_cache_len=prompt + tokens)
             with torch.no_grad():
                 self._next(self.ids, self.fixed)  # allocates the cache outside the graphs
-            self.read, self.step = _compiled(self._next), _compiled(self._next)
+            self.read = _compiled(self._next)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def step(self):
+        """The function that decodes one token."""
+        if not self.compiled:
+            return self._next
+        step = _compiled(self._next)
+        before = self.model.config._attn_implementation
+        if self.model.device.type == "cpu":
+            # With 272 keys torch's fused attention for CPUs takes 4 times as long for one token as plain products,
+            # unless heads that share keys are packed, which transformers does only where it is not traced.
+            self.model.set_attn_implementation("eager")
+        try:
+            step(self.ids[:, :1], self.fixed)
+        finally:
+            self.model.set_attn_implementation(before)
+        return step
 
     def to_prefill(self):
         """The function that computes the first token, its cache empty."""
@@ -68,11 +86,12 @@ class Generation:
 
     def to_decode(self):
         """The function that decodes the tokens after the first."""
+        step = self.step  # compiled before the cache is filled
         cache = self.empty_cache()
-        return functools.partial(self.rest, self.first(cache), cache)
+        return functools.partial(self.rest, step, self.first(cache), cache)
 
     def empty_cache(self):
-        if self.fixed is None:
+        if not self.compiled:
             return DynamicCache(config=self.model.config)
         self.fixed.reset()
         return self.fixed
@@ -82,9 +101,9 @@ class Generation:
         return self.read(self.ids, cache)
 
     @torch.no_grad()
-    def rest(self, token, cache):
+    def rest(self, step, token, cache):
         for _ in range(self.tokens):
-            token = self.step(token, cache)
+            token = step(token, cache)
         return token
 
     def _next(self, ids, cache):
