@@ -16,20 +16,20 @@ from tqdm.auto import tqdm
 
 from ..bases import LowRankLinear
 from ..decompose import same_input, targets
-from .speed import Generation, environment, spread, take_turns
+from .speed import Generation, environment, take_turns
 
-COPIES = 16  # layers of a shape that take turns, each with weights of its own: what was just read is still in a cache
+COPIES = 4  # layers of a shape timed together, each with weights of its own: what was just read is still in a cache
 POOL = 2**28  # bytes of weights that are walked through, more than caches hold
-DECODED = 8  # tokens, of which one's time in the whole model is taken
 GRID = 32  # ranks of a shape at most, from one step to break-even
 
 
-def profile(model, *, tokens=(1, 128), rounds=5, multiple_of=16):
+def profile(model, *, tokens=(1, 128), rounds=15, multiple_of=16):
     """Time every layer shape of a dense `model`, and the model itself, on its device and in its dtype; eager, batch 1.
 
     tokens: how many are computed at once, 1 being a decoded token. Ranks are multiples of `multiple_of`. Returns
     `{"layers": [{"in", "out": [...], "dense": {tokens: s}, "ranks": {rank: {tokens: s}}}], "model": {tokens: s}}` and
-    what the times depend on, each the median of `rounds`. Raises ValueError for a model that is already factored.
+    what the times depend on, each the least of `rounds`: whatever else the device does only adds to it. Raises
+    ValueError for a model that is already factored.
     """
     if any(isinstance(m, LowRankLinear) for m in model.modules()):
         raise ValueError("this model is factored already: profile the dense one")
@@ -48,12 +48,11 @@ def profile(model, *, tokens=(1, 128), rounds=5, multiple_of=16):
         for shape in bar:
             bar.set_postfix_str(f"{shape[0]} -> {'+'.join(map(str, shape[1]))}")
             layers.append(_shape(*shape, tokens, shape == head, rounds, multiple_of, _Weights(pool)))
-    steps = {n: DECODED if n == 1 else 1 for n in tokens}
-    runs = {
-        n: Generation(model, 16, DECODED).to_decode if n == 1 else Generation(model, n, 1).to_prefill for n in tokens
-    }
+    runs = {n: Generation(model, n, 1).to_prefill for n in tokens if n > 1}
+    if 1 in tokens:
+        runs[1] = Generation(model, 16, 1).to_decode
     seconds = take_turns(runs, rounds, device=model.device)
-    times = {str(n): spread(s)["median"] / steps[n] for n, s in seconds.items()}
+    times = {str(n): min(seconds[n]) for n in tokens}
     return {**environment(weight.device, weight.dtype), "layers": layers, "model": times}
 
 
@@ -77,13 +76,13 @@ def _shape(reads, writes, tokens, is_head, rounds, multiple_of, weights):
     largest = math.ceil(reads * sum(writes) / (reads + sum(writes))) - 1
     step = multiple_of * max(1, -(-largest // (multiple_of * GRID)))
     device, dtype = weights.pool.device, weights.pool.dtype
-    calls = {1: COPIES} if is_head else {n: COPIES if n == 1 else 2 for n in tokens}
+    calls = {1: COPIES} if is_head else {n: COPIES if n == 1 else 1 for n in tokens}
     runs = {}
     for rank in (None, *range(step, largest + 1, step)):
         for n, copies in calls.items():
             x = torch.randn(1, n, reads, device=device, dtype=dtype)
             runs[rank, n] = _prepare(x, [_layers(reads, writes, rank, weights) for _ in range(copies)])
-    seconds = {key: spread(found)["median"] for key, found in take_turns(runs, rounds, device=device).items()}
+    seconds = {key: min(found) for key, found in take_turns(runs, rounds, device=device).items()}
     times = {}
     for rank, _ in runs:
         times[rank] = {str(n): seconds[rank, 1 if is_head else n] / calls[1 if is_head else n] for n in tokens}
