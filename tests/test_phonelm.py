@@ -22,7 +22,8 @@ def theirs(tmp_path):
     """`(model, folder)`: a tiny one as the hub has it, with the config of its own modelling file."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(phonelm.config(VOCABULARY, 512, **TINY)).eval()
-    bs.save(model, make_tokenizer(), tmp_path / "hub")
+    model.save_pretrained(tmp_path / "hub")
+    make_tokenizer().save_pretrained(tmp_path / "hub")
     config = {**TINY, "model_type": "phonelm", "auto_map": {"AutoConfig": "configuration_phonelm.PhoneLMConfig"}}
     config |= {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "num_key_value_heads": 4, "hidden_act": "relu"}
     (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
