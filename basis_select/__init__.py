@@ -19,6 +19,8 @@ from .checkpoint.hub import push
 from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
+from .evaluation.bench import bench
+from .evaluation.profile import profile
 from .evaluation.record import measure
 from .evaluation.standard import evaluate_on
 from .extend import extend
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LowRankLinear",
     "Task",
+    "bench",
     "compare",
     "decompose",
     "decompose_checkpoint",
@@ -48,6 +51,7 @@ __all__ = [
     "load",
     "load_task",
     "measure",
+    "profile",
     "prune",
     "push",
     "refine",

@@ -118,6 +118,17 @@ def moments_step(config, shape):
     return watch.cost(held, 0)
 
 
+def forward_pass(model, **inputs):
+    """The Cost of one forward pass of `model` without gradients, run for real; `passing` is what it adds to weights
+    and buffers at the worst moment, a cache included.
+    """
+    watch = _Watch(model, [*model.parameters(), *model.buffers()])
+    held = watch.now
+    with torch.no_grad(), watch:
+        model(**inputs)
+    return watch.cost(held, 0)
+
+
 def _batch(rows, length, responses):
     positions = torch.zeros(responses, dtype=torch.long)
     return {

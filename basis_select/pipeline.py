@@ -183,9 +183,10 @@ class Stages:
 
     def pruned(self, r, source):
         arguments = self.task, self.derivatives(r, source), r.extend.rank, r.dtype, r.seed
+        costs = {"costs": fingerprint(r.prune.costs)} if r.prune.costs else {}
         return self.stage(
             "prune",
-            {**dataclasses.asdict(r.prune), "reserve": r.extend.rank, "dtype": r.dtype},
+            {**dataclasses.asdict(r.prune), "reserve": r.extend.rank, "dtype": r.dtype, **costs},
             [source],
             lambda out: self.change(prune, source, out, r.prune, *arguments),
         )
@@ -206,7 +207,7 @@ class Stages:
 
     def cuts(self, r):
         """How far `learn` prunes: to the smallest of the recipe's sizes. Nothing where the size is yet to be found."""
-        if not r.learn.rounds or r.prune.max_drop is not None:
+        if not r.learn.rounds or r.prune.max_drop is not None or r.prune.latency is not None:
             return {}
         how = {k: getattr(r.prune, k) for k in ("budget", "score", "multiple_of")} | {"reserve": r.extend.rank}
         if r.prune.mass is not None:

@@ -46,7 +46,7 @@ Data = _options(load_task)
 
 
 RESULT = "result"  # the name of the recipe's own row among those it compares
-TARGETS = ("keep", "size", "max_drop", "mass")  # of prune: how much stays
+TARGETS = ("keep", "size", "max_drop", "mass", "latency")  # of prune: how much stays
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,8 @@ def _check_values(r):
         raise ValueError("sizes is a list of further sizes: prune itself needs keep or size then")
     if r.prune.budget != "mass" and "mass" in targets:
         raise ValueError("prune.mass is a share of every layer's scores: it goes with prune.budget=mass")
+    if "latency" in targets and (r.prune.costs is None or r.prune.budget != "global"):
+        raise ValueError("prune.latency needs prune.costs, a file of basis-select profile, and prune.budget=global")
     if r.learn.rounds > (room := r.learn.steps - int(r.learn.unpruned * r.learn.steps)) and r.learn.steps:
         raise ValueError(f"learn.rounds={r.learn.rounds} prunings do not fit into {room} steps of learning")
 
