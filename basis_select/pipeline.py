@@ -125,12 +125,14 @@ class Stages:
 
     def decomposed(self, r, moments=lambda: None):
         parent = self.parent()
-        return self.stage(
-            "decompose",
-            r.decompose,
-            [parent],
-            lambda out: self.change(decompose, parent, out, r.decompose, self.task, moments()),
-        )
+
+        def work(out):
+            if self.shard:  # a whole copy in every process is what must not be
+                return self.change(decompose, parent, out, r.decompose, self.task, moments())
+            options = dataclasses.asdict(r.decompose)
+            return ranks.everywhere(_decompose, parent, _sendable(self.task), moments(), out, options)
+
+        return self.stage("decompose", r.decompose, [parent], work)
 
     def compressed(self, r):
         """The compressed model of one row, in fp32."""
@@ -257,9 +259,8 @@ class Stages:
 
         parent: the stage and the dtype of the teacher.
         """
-        task = dataclasses.replace(self.task, score=None)  # functions of its own cannot be sent
         options = {"seed": self.recipe.seed, **dataclasses.asdict(options), **more}
-        return ranks.everywhere(_train, verb, source, parent, task, out, options, self.shard)
+        return ranks.everywhere(_train, verb, source, parent, _sendable(self.task), out, options, self.shard)
 
     @cached_property
     def task(self):
@@ -297,6 +298,17 @@ class Stages:
         partial.rename(target)
         _collect_metrics(self.folder)
         return target
+
+
+def _sendable(task):
+    return dataclasses.replace(task, score=None)  # functions of its own cannot be sent
+
+
+def _decompose(source, task, moments, out, options):
+    model, tokenizer = _load(source, False)
+    decompose(model, task, moments, ranks.everyone(), **options)
+    save(model, tokenizer, out / "model")
+    return _measured(model, task, out) if ranks.rank() == 0 else None
 
 
 def _train(verb, source, parent, task, out, options, shard):

@@ -123,6 +123,12 @@ def test_a_recipe_has_the_same_stages_on_several_processes(source, tmp_path):
     assert hashes(tmp_path / "one").keys() == hashes(tmp_path / "two").keys()
     assert two["result"]["nll"]["value"] == pytest.approx(one["result"]["nll"]["value"], rel=0.02)
     assert two["result"]["sizes"] == one["result"]["sizes"]
+    status, printed = launch([*command, "heal.steps=0", "learn.steps=0", "--out", tmp_path / "both"], 1, 2)
+    assert status == 0, printed
+    one, both = (next((tmp_path / name / "stages").glob("decompose-*/stage.json")) for name in ("one", "both"))
+    one, both = (json.loads(path.read_text()) for path in (one, both))
+    assert both["validation_nll"] == pytest.approx(one["validation_nll"], rel=1e-3)
+    assert both["sizes"] == one["sizes"]
     shutil.rmtree(tmp_path / "two" / "stages")
     status, printed = launch([*command, "prune.keep=7", "--out", tmp_path / "two"], 1, 2)
     assert status != 0
