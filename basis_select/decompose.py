@@ -281,8 +281,8 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
     response: half of G is that with the task's own labels, which shows what the task asks for, half that with labels
     drawn from the model, which is the Fisher information (the curvature of KL(parent || y) at the parent) and does
     not vanish on a parent that fits its labels. The second is scaled to the trace of the first. `embedding`: where both
-    sides are used, the moments of the token embedding (vocabulary, d) are added under TABLE, see `_TableMoments`. `group`: every
-    process of it sees its part of the batches, and all get the moments of all.
+    sides are used, the moments of the token embedding (vocabulary, d) are added under TABLE, see `_TableMoments`.
+    `group`: every process of it sees its part of the batches, and all get the moments of all.
     """
     inputs, outputs = {}, {"own": {}, "drawn": {}}
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)

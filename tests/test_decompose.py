@@ -121,7 +121,7 @@ def test_the_room_is_counted_as_it_is_taken(task):
 
 def in_one_of_two(rank, folder, task):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = decompose(tiny("qwen2"), task, group=dist.group.WORLD, examples=20)
+    model = decompose(tiny("qwen2", tied=True), task, group=dist.group.WORLD, examples=20, embedding=True)
     save_file(dict(model.state_dict()), folder / f"{rank}.safetensors")
     model = decompose(tiny("qwen2"), metric="plain", group=dist.group.WORLD)
     save_file(dict(model.state_dict()), folder / f"{rank}-plain.safetensors")
@@ -138,7 +138,7 @@ MEMBERS = [["model.layers.0.self_attn.q_proj"], ["model.layers.1.mlp.gate_proj",
 def test_two_processes_give_what_one_does(task, tmp_path):
     inputs, outputs = second_moments(tiny("qwen2"), MEMBERS, task, 3, METRICS["kronecker"])
     exact = decompose(tiny("qwen2"), metric="plain").state_dict()
-    expected = decompose(tiny("qwen2"), task, examples=20).state_dict()
+    expected = decompose(tiny("qwen2", tied=True), task, examples=20, embedding=True).state_dict()
     mp.spawn(in_one_of_two, (tmp_path, task), nprocs=2)
     found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     assert found[0].keys() == expected.keys()
