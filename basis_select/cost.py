@@ -1,7 +1,7 @@
 """What a training step computes and keeps in memory: the step itself, run on tensors that have no data."""
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from .bases import LowRankLinear
 from .checkpoint.format import BasisSelectConfig, build
+from .decompose import targets
 from .training.collage import CollageAdamW
 from .training.engine import checkpoint_layers
 from .training.loss import activation_gradients, task_loss
@@ -89,7 +90,8 @@ def training_step(
             optimizer = torch.optim.AdamW(parameters, fused=True)
         else:
             optimizer = CollageAdamW(parameters, variant=precision)
-        parent = _model(config, getattr(torch, teacher)).requires_grad_(False) if taught else None
+        wide = torch.bfloat16 if teacher == "int8" else getattr(torch, teacher)
+        parent = _model(config, wide).requires_grad_(False) if taught else None
         batch = _batch(*shape)
         for p in parameters:  # the first step makes the states; the second is the one that counts
             p.grad = torch.zeros_like(p)
@@ -102,7 +104,11 @@ def training_step(
             task_loss(model, batch, parent)[0].backward()
             gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
             optimizer.step()
-    return watch.cost(held, gradients)
+        cost = watch.cost(held, gradients)
+        if taught and teacher == "int8":  # of every weight a byte less, of every row a scale more
+            saved = sum(m.weight.numel() - 2 * m.out_features for m in targets(parent).values())
+            cost = replace(cost, held=held - saved)
+    return cost
 
 
 def moments_step(config, shape):

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, set_seed
 from . import ranks
 from . import recipe as recipes
 from .checkpoint.files import save, verify, weight_hash
-from .decompose import decompose
+from .decompose import decompose, targets
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
 from .evaluation.report import curve, table
@@ -313,7 +313,7 @@ def _decompose(source, task, moments, out, options):
 
 def _train(verb, source, parent, task, out, options, shard):
     set_seed(options["seed"])
-    teacher = [_load(parent[0], shard, parent[1])[0]] if parent else []
+    teacher = [_teacher(*parent, shard)] if parent else []
     # `learn` changes shapes while it trains, and adapters are added later: there every rank has the whole model.
     shard = shard and verb is not learn and not options.get("lora")
     if shard and verb is heal and options["lr"] is None:
@@ -326,6 +326,24 @@ def _train(verb, source, parent, task, out, options, shard):
     if shard:  # for the same reason
         model, _ = _load(out, shard)
     return _measured(model, task, out)
+
+
+def _teacher(parent, dtype, shard):
+    """The dense parent as it teaches; int8: its linear layers' weights, a scale for every row, the rest bfloat16."""
+    if dtype != "int8":
+        return _load(parent, shard, dtype)[0]
+    if shard:
+        raise ValueError("teacher=int8 cannot be spread over processes: with --shard choose bfloat16")
+    try:
+        from torchao.quantization import IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerAxis
+    except ImportError:
+        raise ValueError("teacher=int8 needs torchao: install it or choose bfloat16") from None
+    model, _ = _load(parent, False, "bfloat16")
+    layers = set(targets(model).values())
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+    quantize_(model, config, lambda module, name: module in layers)
+    return model
 
 
 def _load(stage, shard, dtype=None):

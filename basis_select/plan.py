@@ -311,9 +311,11 @@ def _decomposition(r, task, model, shapes, rates):
     widest = max(shapes, key=lambda g: g.dense_cost)
     work = 8 * (4 * widest.dense_cost + 4 * widest.rank**2 + bool(uses.outputs) * widest.square)
     factors = 4 * sum(g.basis_cost * g.rank for g in shapes)
-    memory = 4 * total + max(max(collected, default=0) + max(passing, work), factors + work)
+    # Weights read from a file stay mapped until the last of them is replaced. What activations leave free in the heap
+    # stays with the process and takes up factors, but not float64 work, whose blocks are mapped anew.
+    memory = 4 * total + max(collected, default=0) + max(passing, factors) + work
     if len(collected) > 1:
-        memory += factors  # those of earlier passes
+        memory += passing  # beside the factors of earlier passes
     seconds = moments / rates["train"] + svd / rates["float64"]
     return Stage("decompose", None, len(collected) * steps * tokens or None, moments + svd, seconds, memory)
 

@@ -62,7 +62,9 @@ class Recipe:
     extend: Extend = dataclasses.field(default_factory=lambda: Extend(rank=0))
     refine: Refine = Refine()
     heal: Heal = Heal()
-    teacher: str = "float32"  # dtype of the dense parent while it teaches; bfloat16 takes half the memory
+    teacher: str = (
+        "float32"  # dtype of the dense parent while it teaches; bfloat16 takes half the memory, int8 a quarter
+    )
     dtype: str = "bfloat16"  # of the final checkpoint and of all evaluation
     sizes: list = field(default_factory=list)  # further sizes, 0.5 (to keep) or "2x": a family from one learning
     compare: dict = field(default_factory=dict)  # row name -> {"section.key": value} that differ from this recipe
@@ -124,7 +126,7 @@ def _check_values(r):
         ("extend.init", r.extend.init, INITS),
         *((f"{s}.precision", getattr(r, s).precision, ("fp32", *VARIANTS)) for s in ("tune", "learn", "heal")),
         ("dtype", r.dtype, BYTES),
-        ("teacher", r.teacher, BYTES),
+        ("teacher", r.teacher, (*BYTES, "int8")),
         ("data.score", r.data.score, (None, *ANSWER_SCORES)),
     ):
         if value not in known:
