@@ -86,29 +86,35 @@ def training_step(
         if checkpointing:
             checkpoint_layers(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        if precision == "fp32":
-            optimizer = torch.optim.AdamW(parameters, fused=True)
-        else:
-            optimizer = CollageAdamW(parameters, variant=precision)
         wide = torch.bfloat16 if teacher == "int8" else getattr(torch, teacher)
         parent = _model(config, wide).requires_grad_(False) if taught else None
         batch = _batch(*shape)
-        for p in parameters:  # the first step makes the states; the second is the one that counts
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
-        states = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+        states = _states(parameters, precision)  # those of the first step; the second is the one that counts
         watch = _Watch(model, [*model.parameters(), *(parent.parameters() if taught else ()), *states])
         held = watch.now
         with watch:
             task_loss(model, batch, parent)[0].backward()
             gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
-            optimizer.step()
         cost = watch.cost(held, gradients)
         if taught and teacher == "int8":  # of every weight a byte less, of every row a scale more
             saved = sum(m.weight.numel() - 2 * m.out_features for m in targets(parent).values())
             cost = replace(cost, held=held - saved)
     return cost
+
+
+def _states(parameters, precision):
+    """The tensors that the optimizer keeps. What a step needs beside them is a few MB at a time."""
+    if precision == "fp32":
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        optimizer = CollageAdamW(parameters, variant=precision)
+        for p in parameters:
+            optimizer.state_of(p)
+    return [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
 
 
 def moments_step(config, shape):

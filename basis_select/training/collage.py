@@ -57,7 +57,7 @@ class CollageAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             moving = [p for p in group["params"] if p.grad is not None]
             for p in moving:
-                self._state(p)["step"] += 1
+                self.state_of(p)["step"] += 1
             for pieces in _chunks(moving, self.state):
                 first = pieces[0][0]
                 variant, step = self._variant(first), self.state[first]["step"]
@@ -79,7 +79,8 @@ class CollageAdamW(torch.optim.Optimizer):
     def _variant(self, p):
         return self.variant if p.dtype == torch.bfloat16 else "plain"
 
-    def _state(self, p):
+    def state_of(self, p):
+        """What is kept for a parameter from step to step; made if it is not there yet."""
         state = self.state[p]
         if not state:
             variant = self._variant(p)
