@@ -18,6 +18,7 @@ from .checkpoint.files import save, verify
 from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
+from .export import export
 from .extend import extend
 from .heal import heal
 from .learn import learn
@@ -38,6 +39,7 @@ __all__ = [
     "decompose_checkpoint",
     "derivatives",
     "evaluate",
+    "export",
     "extend",
     "heal",
     "learn",

@@ -70,7 +70,8 @@ class LowRankLinear(nn.Module):
 
     def latent(self, x):
         """`(v x) * s`: (..., r), computed once when several layers read the same `x`."""
-        if self._readers == 1 or torch.compiler.is_compiling():  # a compiler finds the common product itself
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if self._readers == 1 or compiling:  # a compiler finds the common product itself
             return self._project(x)
         # The key holds x weakly and pins its version, so a freed or overwritten input can never match.
         key = (x._version if not x.is_inference() else None, torch.is_grad_enabled())

@@ -1,4 +1,4 @@
-"""basis-select: run | plan | inspect | verify."""
+"""basis-select: run | plan | inspect | verify | export."""
 
 import functools
 import logging
@@ -110,6 +110,19 @@ def verify(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]):
     if not found["bit_equal"]:
         raise ValueError(f"{folder}: logits differ by {found['max_difference']:g} between two processes")
     typer.echo(f"{folder}: hashes match, logits are bit-equal in a fresh process")
+
+
+@_command
+def export(
+    source: Annotated[str, typer.Argument(help="a checkpoint folder, or any model that a recipe takes")],
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+    to: Annotated[str, typer.Option(help="dense, onnx, openvino or int8")],
+):
+    """Write a model in a form that other runtimes read."""
+    from .export import export as write
+
+    write(source, to, out)
+    typer.echo(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
 
 
 def _recipe(path, changes):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .bases import LowRankLinear
+from .int8 import Int8Linear
 from .linalg import metrics
 
 
@@ -33,7 +34,8 @@ class LowRankEmbedding(nn.Module):
 
     def forward(self, ids):
         bases = self.bases
-        z = F.embedding(ids, bases.u.weight)
+        u = bases.u
+        z = u.rows(ids) if isinstance(u, Int8Linear) else F.embedding(ids, u.weight)
         y = F.linear(z * bases.s if bases.weighted else z, bases.v.weight.T)
         return y if self.scale == 1 else y * torch.tensor(self.scale, dtype=y.dtype, device=y.device)
 

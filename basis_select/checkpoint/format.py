@@ -7,7 +7,8 @@ Registered with transformers as a quantizer, so that after `import basis_select`
 factored layers before the weights are read. `groups` lists layers that share one `v`, stored under the first.
 Where `weighted` is not 0 the bases still carry `scale` and `weight`, and it is the `power` of the weight; `new` is the
 number of new bases beside them: such checkpoints come from decompose and learn. `embedding` says how the token
-embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}.
+embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}. `int8` lists the linear layers,
+factors among them, that are stored as int8 `q` with one `scale` a row.
 """
 
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -15,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..bases import LowRankLinear, add_new, groups, to_dense
 from ..embedding import install, module_name, table_of, table_to_dense
+from ..int8 import Int8Linear, quantized
 
 METHOD = "basis_select"
 VERSION = 1
@@ -22,7 +24,9 @@ VERSION = 1
 
 @register_quantization_config(METHOD)
 class BasisSelectConfig(QuantizationConfigMixin):
-    def __init__(self, ranks=None, groups=None, weighted=0, new=0, embedding=None, format_version=VERSION, **kwargs):
+    def __init__(
+        self, ranks=None, groups=None, weighted=0, new=0, embedding=None, int8=None, format_version=VERSION, **kwargs
+    ):
         if format_version != VERSION:
             raise ValueError(
                 f"this checkpoint has format version {format_version}; this basis_select reads version {VERSION}: "
@@ -35,6 +39,7 @@ class BasisSelectConfig(QuantizationConfigMixin):
         self.weighted = int(weighted)
         self.new = new
         self.embedding = embedding
+        self.int8 = list(int8 or [])
 
 
 def describe(model):
@@ -48,6 +53,7 @@ def describe(model):
         weighted=first.power if first and first.weighted else 0,
         new=first.new.rank if first and first.new else 0,
         embedding=_describe_embedding(model),
+        int8=quantized(model),
     )
 
 
@@ -78,6 +84,8 @@ def build(model, config):
             add_new(members, config.new)
     if config.embedding:
         install(model, **config.embedding, weighted=bool(config.weighted))
+    for name in config.int8:
+        model.set_submodule(name, Int8Linear.like(model.get_submodule(name)))
 
 
 @register_quantizer(METHOD)
@@ -95,6 +103,8 @@ class BasisSelectQuantizer(HfQuantizer):
                 tensor.data = tensor.data.clone()
 
     def _dequantize(self, model, dtype=None):
+        for name in quantized(model):
+            model.set_submodule(name, model.get_submodule(name).to_linear())
         for members in groups(model):
             to_dense(model, members)
         if table_of(model) is not None:
