@@ -6,6 +6,7 @@ factored there, two products each. runtime.py runs what `onnx` writes; openvino_
 
 import contextlib
 import copy
+import dataclasses
 import io
 import logging
 from pathlib import Path
@@ -29,9 +30,9 @@ def export(source, to, out, tokenizer=None):
     """Write `source`, a model or whatever `load` takes, to the new folder `out`: all of it or nothing; returns `out`.
 
     to: "dense", a checkpoint that transformers, vLLM and llama.cpp's converter read without this package, no smaller
-    than the parent; "onnx", in float32; "openvino", in the dtype of the model; "int8", a checkpoint of ours whose
-    weights take half the bytes. `tokenizer` goes with a model; `load` finds that of other sources. Raises ValueError on
-    an unknown format, on a model that it does not fit and without the packages of the `export` extra.
+    than the parent; "onnx", weights in float32; "openvino", in float16; "int8", a checkpoint of ours whose weights take
+    half the bytes. `tokenizer` goes with a model; `load` finds that of other sources. Raises ValueError on an unknown
+    format, on a model that it does not fit and without the packages of the `export` extra.
     """
     if to not in FORMATS:
         hint = ": export dense and give that to llama.cpp's convert_hf_to_gguf.py" if to == "gguf" else ""
@@ -39,9 +40,11 @@ def export(source, to, out, tokenizer=None):
     if isinstance(source, nn.Module):
         model = source
     else:
-        model, tokenizer = load(source, "float32" if to == "onnx" else None)
+        model, tokenizer = load(source, "float32" if to in ("onnx", "openvino") else None)
     if to != "dense" and any(members[0][1].weighted for members in groups(model)):
         raise ValueError(f"these bases are still weighted: call prune before exporting to {to}")
+    if to != "dense" and quantized(model):
+        raise ValueError(f"the weights of this model are int8 already: export what they were rounded from to {to}")
     FORMATS[to](model, tokenizer, Path(out))
     return Path(out)
 
@@ -84,8 +87,6 @@ def plain_config(model):
 
 
 def _onnx(model, tokenizer, out):
-    if model.dtype != torch.float32:
-        raise ValueError(f"ONNX Runtime computes in float32 on a CPU, this model is {model.dtype}: load it as float32")
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
@@ -93,7 +94,7 @@ def _onnx(model, tokenizer, out):
     except ImportError:
         raise ValueError("ONNX needs the export extra: pip install 'basis-select[export]'") from None
     with whole(out) as partial:
-        _trace(model, OnnxExporter, OnnxConfig).save_pretrained(partial)
+        _trace(model, OnnxExporter, OnnxConfig()).save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
 
@@ -106,7 +107,7 @@ def _openvino(model, tokenizer, out):
     except ImportError:
         raise ValueError("OpenVINO needs the export extra: pip install 'basis-select[export]'") from None
     with whole(out) as partial:
-        _trace(model, OpenVINOExporter, OpenVINOConfig).save_pretrained(partial)
+        _trace(model, OpenVINOExporter, OpenVINOConfig(compress_to_fp16=True)).save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
             for name, graph in zip(
@@ -119,6 +120,9 @@ def _openvino(model, tokenizer, out):
 
 def _trace(model, exporter, config):
     """One graph of ids, mask, positions and cache -> logits and cache; all lengths and the batch are free."""
+    # In 16 bits transformers' OpenVINO exporter hides the weights of nn.Linear, which an embedding of bases reads.
+    if model.dtype != torch.float32:
+        raise ValueError(f"graphs are traced in float32 and this model is {model.dtype}: load it as float32")
     from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
     from transformers.exporters.utils import decompose_for_generation
 
@@ -135,7 +139,7 @@ def _trace(model, exporter, config):
         part, inputs = stages["decode"]
         part.config = plain_config(model)
         free = get_auto_dynamic_shapes({name: x for name, x in inputs.items() if not isinstance(x, bool)})
-        exported = exporter().export(part, inputs, config(dynamic_shapes=free))
+        exported = exporter().export(part, inputs, dataclasses.replace(config, dynamic_shapes=free))
     exported.generation_config = model.generation_config
     return exported
 
@@ -156,8 +160,6 @@ def _quiet():
 
 
 def _int8(model, tokenizer, out):
-    if quantized(model):
-        raise ValueError("the weights of this model are int8 already")
     save(to_int8(copy.deepcopy(model)), tokenizer, out)
 
 
