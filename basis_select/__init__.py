@@ -23,6 +23,7 @@ from .evaluation.bench import bench
 from .evaluation.profile import profile
 from .evaluation.record import measure
 from .evaluation.standard import evaluate_on
+from .export import export
 from .extend import extend
 from .heal import heal
 from .learn import learn
@@ -45,6 +46,7 @@ __all__ = [
     "derivatives",
     "evaluate",
     "evaluate_on",
+    "export",
     "extend",
     "heal",
     "learn",

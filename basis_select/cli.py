@@ -1,4 +1,4 @@
-"""basis-select: run | plan | inspect | verify | eval | report | push | bench | profile."""
+"""basis-select: run | plan | inspect | verify | eval | bench | profile | report | export | push."""
 
 import functools
 import json
@@ -221,6 +221,19 @@ def profile(
     facts = measure(_load_to(model, device), tokens=[int(n) for n in tokens.split(",")])
     _write(out, {"command": _command_line(), **facts})
     typer.echo(f"costs of {len(facts['layers'])} layer shapes on {facts['device']}: {out}")
+
+
+@_command
+def export(
+    source: Annotated[str, typer.Argument(help="a checkpoint folder, or any model that a recipe takes")],
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+    to: Annotated[str, typer.Option(help="dense, onnx, openvino or int8")],
+):
+    """Write a model in a form that other runtimes read."""
+    from .export import export as write
+
+    write(source, to, out)
+    typer.echo(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
 
 
 def _recipe(path, changes):

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .bases import LowRankLinear
 from .embedding import TABLE, decompose_embedding, lookup_scale, token_counts
+from .int8 import Int8Linear
 from .linalg import metrics
 from .linalg.metrics import METRICS
 from .training.data import Batches
@@ -28,16 +29,18 @@ def targets(model, required=True):
     """`{name: nn.Linear}` that can be decomposed, in model order.
 
     The output head counts unless it is tied to the embedding. Conv1D layers and 3-D expert parameters are not
-    nn.Linear: if `required`, they are named in a warning, and finding nothing raises ValueError.
+    nn.Linear: if `required`, they are named in a warning, and finding nothing raises ValueError. If not, layers that
+    were rounded to int8 count as well.
     """
     tied = getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
     head = model.get_output_embeddings() if tied else None
     factors = {child for m in model.modules() if isinstance(m, LowRankLinear) for child in m.children()}
+    kinds = (nn.Linear,) if required else (nn.Linear, Int8Linear)
     found, skipped = {}, []
     for name, module in model.named_modules():
         if module in factors:
             continue
-        if type(module) is nn.Linear and module is not head:
+        if type(module) in kinds and module is not head:
             found[name] = module
         elif isinstance(module, Conv1D) or any(p.dim() == 3 for p in module.parameters(recurse=False)):
             skipped.append(f"{name} ({type(module).__name__})")

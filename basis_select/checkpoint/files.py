@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from .. import ranks
 from ..bases import groups
+from ..int8 import quantized
 from .format import METHOD, describe, guards, require_version
 
 SIDECAR = "basis_select.json"  # sha256 of every file that was saved
@@ -48,7 +49,7 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
             with tempfile.TemporaryDirectory() as scratch:
                 model.save_pretrained(scratch, is_main_process=False)  # hands over this rank's part
         return Path(folder)
-    if groups(model):
+    if groups(model) or quantized(model):
         describe(model)
     with whole(folder) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
@@ -132,16 +133,22 @@ def check(folder):
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in recorded:
             raise ValueError(f"{path} was not part of this checkpoint when it was saved")
-    for name in recorded:
-        if not (folder / name).exists():
-            raise ValueError(f"{folder / name} is missing")
     places = stored(folder)
+    _check_hashes(folder, recorded)
+    _check_index(folder, {name: path.name for name, (path, _) in places.items()})
+
+
+def check_hashes(folder):
+    """Raise ValueError, naming the file, unless every file that was saved is there and has its sha256."""
+    _check_hashes(folder, _recorded(folder))
+
+
+def _check_hashes(folder, recorded):
     for name, digest in recorded.items():
         path = folder / name
         if sha256(path) != digest:
             meant = "" if path.suffix == ".safetensors" else f"; if the change is meant, {AGAIN}"
             raise ValueError(f"{path} is not the file that was saved: its sha256 differs{meant}")
-    _check_index(folder, {name: path.name for name, (path, _) in places.items()})
 
 
 def stored(folder):
@@ -163,7 +170,7 @@ def stored(folder):
 
 
 def _recorded(folder):
-    """`{file name: sha256}` of what was saved."""
+    """`{file name: sha256}` of what was saved, and is there."""
     path = folder / SIDECAR
     if not path.exists():
         raise ValueError(f"{folder} has no {SIDECAR}, so its weights cannot be checked: {AGAIN}")
@@ -173,6 +180,8 @@ def _recorded(folder):
     for name in recorded:
         if Path(name).name != name:
             raise ValueError(f"{path} names {name!r}, which is no file of this folder")
+        if not (folder / name).exists():
+            raise ValueError(f"{folder / name} is missing")
     return recorded
 
 

@@ -7,7 +7,8 @@ Registered with transformers as a quantizer, so that after `import basis_select`
 factored layers before the weights are read. `groups` lists layers that share one `v`, stored under the first.
 Where `weighted` is not 0 the bases still carry `scale` and `weight`, and it is the `power` of the weight; `new` is the
 number of new bases beside them: such checkpoints come from decompose and learn. `embedding` says how the token
-embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}.
+embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}. `int8` lists the linear layers,
+factors among them, that are stored as int8 `q` with one `scale` a row.
 
 Without the import transformers would only warn and fill these layers with random weights. So every checkpoint also
 holds an empty tensor by the name of a dense weight: from_pretrained then raises, for the model has another shape there.
@@ -22,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..bases import LowRankLinear, add_new, groups, to_dense
 from ..embedding import install, module_name, table_of, table_to_dense
+from ..int8 import Int8Linear, quantized
 
 METHOD = "basis_select"
 VERSION = 1
@@ -30,7 +32,9 @@ HINT = "import_basis_select_before_loading"  # an empty tensor too: transformers
 
 @register_quantization_config(METHOD)
 class BasisSelectConfig(QuantizationConfigMixin):
-    def __init__(self, ranks=None, groups=None, weighted=0, new=0, embedding=None, format_version=VERSION, **kwargs):
+    def __init__(
+        self, ranks=None, groups=None, weighted=0, new=0, embedding=None, int8=None, format_version=VERSION, **kwargs
+    ):
         require_version(format_version)
         self.quant_method = METHOD
         self.format_version = format_version
@@ -39,6 +43,7 @@ class BasisSelectConfig(QuantizationConfigMixin):
         self.weighted = int(weighted)
         self.new = new
         self.embedding = embedding
+        self.int8 = list(int8 or [])
 
 
 def require_version(version):
@@ -60,6 +65,7 @@ def describe(model):
         weighted=first.power if first and first.weighted else 0,
         new=first.new.rank if first and first.new else 0,
         embedding=_describe_embedding(model),
+        int8=quantized(model),
     )
     model.hf_quantizer = BasisSelectQuantizer(model.config.quantization_config)  # it adds `guards` to what is saved
 
@@ -105,6 +111,8 @@ def build(model, config):
     if config.embedding:
         _listed(model, config.embedding["name"], config.embedding["rank"], nn.Embedding)
         install(model, **config.embedding, weighted=bool(config.weighted))
+    for name in config.int8:
+        model.set_submodule(name, Int8Linear.like(model.get_submodule(name)))
 
 
 def _leaders(config):
@@ -157,6 +165,8 @@ class BasisSelectQuantizer(HfQuantizer):
         return {**model.state_dict(), **guards(model)}, {}
 
     def _dequantize(self, model, dtype=None):
+        for name in quantized(model):
+            model.set_submodule(name, model.get_submodule(name).to_linear())
         for members in groups(model):
             to_dense(model, members)
         if table_of(model) is not None:
