@@ -118,7 +118,7 @@ def _states(parameters, precision):
 
 
 def moments_step(config, shape):
-    """The Cost of one batch of decompose.second_moments without the moments: two backward passes to activations."""
+    """The Cost of one batch of moments.second_moments without the moments: two backward passes to activations."""
     with FakeTensorMode():
         model = _model(config)
         watch = _Watch(model, model.parameters())

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .cost import moments_step, training_step
-from .decompose import EXAMPLES_TOGETHER, MAX_MOMENT, moment_bytes, moment_room, passes, same_input, targets
+from .decompose import same_input, targets
 from .derivatives import PROBES
 from .embedding import module_name
 from .evaluation.profile import prices
@@ -18,6 +18,7 @@ from .linalg.budget import BYTES, allocate, keep_for, linear_prices, table_rank,
 from .linalg.metrics import METRICS
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer
+from .moments import EXAMPLES_TOGETHER, MAX_MOMENT, moment_bytes, moment_room, passes
 from .recipe import RESULT
 from .rundir import resident_memory
 from .tasks import load_task

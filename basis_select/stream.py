@@ -20,10 +20,11 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 
 from .checkpoint.files import DTYPES, is_compressed, whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards
-from .decompose import factored, moment_bytes, moment_room, passes, reached, same_input, second_moments, targets
+from .decompose import factored, reached, same_input, targets
 from .linalg.budget import BYTES
 from .linalg.metrics import METRICS
 from .models import config_and_tokenizer, load
+from .moments import moment_bytes, moment_room, passes, second_moments
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors'
 

@@ -24,13 +24,14 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 from basis_select import pipeline
 from basis_select.bases import groups
-from basis_select.decompose import same_input, second_moments, targets
+from basis_select.decompose import same_input, targets
 from basis_select.embedding import TABLE, table_of
 from basis_select.extend import extend
 from basis_select.heal import heal, suitable_rate
 from basis_select.learn import learn
 from basis_select.linalg.metrics import METRICS
 from basis_select.models import load
+from basis_select.moments import second_moments
 from basis_select.prune import prune
 from basis_select.recipe import Recipe, override
 from basis_select.refine import refine

@@ -12,8 +12,9 @@ from conftest import tiny
 from safetensors.torch import load_file, save_file
 
 from basis_select import decompose
-from basis_select.decompose import deal, factored, moment_bytes, passes, same_input, second_moments, targets
+from basis_select.decompose import deal, factored, same_input, targets
 from basis_select.linalg.metrics import METRICS
+from basis_select.moments import moment_bytes, passes, second_moments
 from basis_select.training.data import Batches
 
 
@@ -80,7 +81,7 @@ def test_output_moments_are_those_of_the_stacked_gradients(task, monkeypatch):
 @pytest.mark.parametrize(("metric", "some"), [("kronecker", 400_000), ("whitened", 60_000)])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_any_number_of_passes_gives_the_same_bits(kind, metric, some, task, monkeypatch):
-    module = sys.modules[second_moments.__module__]
+    module = sys.modules[decompose.__module__]
     collected = []
 
     def counted(model, members, *args):

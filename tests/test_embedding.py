@@ -9,10 +9,10 @@ from scipy import stats
 from torch import nn
 
 import basis_select as bs
-from basis_select.decompose import second_moments
 from basis_select.embedding import LowRankEmbedding, table_of
 from basis_select.linalg.budget import keep_for, table_rank
 from basis_select.linalg.metrics import METRICS
+from basis_select.moments import second_moments
 from basis_select.training.data import Batches
 from basis_select.training.loss import response_nll, task_loss
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import basis_select as bs
 from basis_select.bases import groups
-from basis_select.decompose import same_input, second_moments, targets
+from basis_select.decompose import same_input, targets
 from basis_select.linalg.metrics import METRICS
+from basis_select.moments import second_moments
 
 
 @pytest.fixture

@@ -1,0 +1,243 @@
+"""Second moments of what layers read and of the loss's gradients at what they write, over the tokens of a task."""
+
+import os
+import random
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm.auto import tqdm
+
+from .embedding import TABLE, lookup_scale, token_counts
+from .linalg import metrics
+from .training.data import Batches
+from .training.loss import activation_gradients, response_logits
+from .training.precision import autocast
+
+EXAMPLES_TOGETHER = 8  # a batch of those that second moments are averaged over
+MAX_MOMENT = 16384  # a side longer than this has its moment replaced by its mean eigenvalue times the identity
+
+
+def second_moments(model, members, task, examples, uses, embedding=False, group=None):
+    """`A = E[x x^T]` and `G = E[g g^T]` by leader name, fp32, over tokens that are not padding.
+
+    members: names of the layers that read the same tensor, leader first; A is that tensor's, G a list: one moment of
+    their stacked outputs, or where that is longer than MAX_MOMENT one for each layer. A side still longer has its
+    mean eigenvalue instead, shape (). g is the gradient, at the outputs, of the summed negative log-likelihood of a
+    response: half of G is that with the task's own labels, which shows what the task asks for, half that with labels
+    drawn from the model, which is the Fisher information (the curvature of KL(parent || y) at the parent) and does
+    not vanish on a parent that fits its labels. The second is scaled to the trace of the first. `embedding`: where both
+    sides are used, the moments of the token embedding (vocabulary, d) are added under TABLE, see `_TableMoments`.
+    `group`: every process of it sees its part of the batches, and all get the moments of all.
+    """
+    inputs, outputs = {}, {"own": {}, "drawn": {}}
+    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
+    mask, count = {}, {"body": 0, "head": 0}  # the head sees response tokens only (response_logits)
+    labels, pending = "own", {}
+
+    @torch.no_grad()
+    @torch.autocast(model.device.type, enabled=False)  # sums of products are what bf16 must not touch
+    def add(store, key, x):
+        if x.shape[1] > MAX_MOMENT:
+            store[key] = store.get(key, 0) + x.square().mean(1).sum()
+        else:
+            if key not in store:
+                store[key] = x.new_zeros(x.shape[1], x.shape[1])
+            metrics.add_product(store[key], x, x)
+
+    def seen(name, x):
+        return x.detach().flatten(0, -2)[mask["head" if name == head else "body"]].float()
+
+    def add_outputs(names, parts):
+        some = next(iter(parts.values()))
+        wide = [parts[n] if n in parts else some.new_zeros(len(some), width[n]) for n in names]
+        if sum(x.shape[1] for x in wide) <= MAX_MOMENT:
+            wide = [torch.cat(wide, dim=1)]
+        for i, x in enumerate(wide):
+            add(outputs[labels], (names[0], i), x)
+
+    def on_gradient(names, name, g):
+        parts = pending.setdefault(names[0], {})
+        parts[name] = seen(name, g)
+        if len(parts) == len(names):
+            add_outputs(names, pending.pop(names[0]))
+
+    def on_forward(names, name):
+        def hook(module, args, output):
+            if name == names[0] and uses.inputs:
+                add(inputs, name, seen(name, args[0]))
+            if uses.outputs:
+                output.register_hook(lambda g: on_gradient(names, name, g))
+
+        return hook
+
+    width = {name: model.get_submodule(name).out_features for names in members for name in names}
+    handles = [model.get_submodule(n).register_forward_hook(on_forward(names, n)) for names in members for n in names]
+    generator = torch.Generator(model.device)
+    rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+    table = _TableMoments(model, task) if embedding and uses.inputs and uses.outputs else None
+    size = EXAMPLES_TOGETHER
+    rows = random.Random(0).sample(task.train, min(examples, len(task.train)))
+    try:
+        batches = Batches(rows, batch_size=size, steps=-(-len(rows) // size), seed=0)
+        watched = [model.get_submodule(n) for names in members for n in names] if uses.outputs else []
+        watched += [table.embedding] if table else []
+        with activation_gradients(model, watched), torch.enable_grad():
+            for i in tqdm(range(rank, len(batches), world), desc="second moments", unit="batch", disable=rank > 0):
+                batch = batches[i]
+                generator.manual_seed(i)  # what is drawn does not depend on who draws it
+                mask["body"] = batch["real"].flatten().to(model.device)
+                targets = batch["targets"].to(model.device)
+                mask["head"] = targets >= 0
+                count = {which: count[which] + int(mask[which].sum()) for which in count}
+                with autocast(model):
+                    logits = response_logits(model, batch).float()
+                if not uses.outputs:
+                    continue
+                p = logits.detach().softmax(-1)
+                drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
+                if table:
+                    table.add_head(p, targets, mask["head"])
+                for labels, y in (("own", targets), ("drawn", drawn.masked_fill(targets < 0, -100))):
+                    nn.functional.cross_entropy(logits, y, reduction="sum").backward(retain_graph=labels == "own")
+                    if table:
+                        table.add_gradient(labels, mask["body"])
+                    for names in members:  # a layer whose output led nowhere has no gradient
+                        if names[0] in pending:
+                            add_outputs(names, pending.pop(names[0]))
+    finally:
+        for handle in [*handles, *(table.handles if table else ())]:
+            handle.remove()
+    if group:
+        for store in (count, inputs, *outputs.values(), *(table.sums() if table else ())):
+            _sum(store, model.device, group)
+    # The loss is a sum over the tokens a layer sees: A is their mean, G is per token of the body for every
+    # layer alike, so that A and G of all layers give comparable estimates.
+    for name, moment in inputs.items():
+        _complete(moment.div_(count["head" if name == head else "body"]))
+    found = {}
+    for (name, i), own in outputs["own"].items():
+        both = _both(own, outputs["drawn"].pop((name, i)))
+        found.setdefault(name, []).append(_complete(both.div_(count["body"])))
+    if table:
+        inputs[TABLE], rows = table.moments(count)
+        found[TABLE] = [rows]
+    return inputs, found
+
+
+class _TableMoments:
+    """The moments of a token embedding E: (vocabulary, d), summed over batches: one of its columns, one of its rows.
+
+    Row t is read where token t stands, with gradient g: `F = diag(frequency) (x) E[g g^T]`. A tied head multiplies
+    hidden states h by E: `F = diag(E[(p - y)^2]) (x) E[h h^T]`, over response tokens, rows taken as independent. The
+    sum of the two is replaced by the one Kronecker product of the same trace and the same proportions.
+    """
+
+    def __init__(self, model, task):
+        self.embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        vocabulary, d = self.embedding.weight.shape
+        self.gradient, like = None, self.embedding.weight.detach()
+        self.frequency, self.scale = token_counts(task, vocabulary), lookup_scale(self.embedding)
+        self.columns = {labels: like.new_zeros(d, d, dtype=torch.float32) for labels in ("own", "drawn")}
+        self.handles = [self.embedding.register_forward_hook(self._on_embedding)]
+        self.tied = getattr(head, "weight", None) is self.embedding.weight
+        if self.tied:
+            self.hidden = like.new_zeros(d, d, dtype=torch.float32)
+            self.rows = {labels: like.new_zeros(vocabulary, dtype=torch.float32) for labels in ("own", "drawn")}
+            self.handles.append(head.register_forward_hook(self._on_head))
+
+    def _on_embedding(self, module, args, output):
+        output.register_hook(self._on_gradient)
+
+    def _on_gradient(self, g):
+        self.gradient = g
+
+    def _on_head(self, module, args, output):
+        self.states = args[0].detach().flatten(0, -2)
+
+    def add_gradient(self, labels, real):
+        g, self.gradient = self.gradient.flatten(0, -2)[real].float() * self.scale, None
+        self.columns[labels].addmm_(g.T, g)
+
+    def add_head(self, p, y, real):
+        """p: (n, vocabulary) probabilities and y: (n,) labels at the hidden states that the head has just read."""
+        if not self.tied:
+            return
+        h, p, y = self.states[real].float(), p[real], y[real]
+        self.hidden.addmm_(h.T, h)
+        square = p.square().sum(0)
+        self.rows["drawn"] += p.sum(0) - square
+        self.rows["own"] += square.index_add_(0, y, 1 - 2 * p.gather(1, y[:, None])[:, 0])
+
+    def sums(self):
+        """What is summed over tokens: dicts of tensors."""
+        return [self.columns, self.rows, {"hidden": self.hidden}] if self.tied else [self.columns]
+
+    def moments(self, count):
+        """`(columns: (d, d), rows: (vocabulary,))`."""
+        parts = [(_both(*self.columns.values()) / count["body"], self.frequency / self.frequency.sum())]
+        if self.tied:
+            parts.append((self.hidden / count["head"], _both(*self.rows.values()) / count["body"]))
+        parts = [(c.double(), r.to(c.device).double()) for c, r in parts]
+        columns = sum(c * r.sum() for c, r in parts)
+        rows = sum(r * _trace(c) for c, r in parts)
+        return columns / _trace(columns), rows
+
+
+def _both(own, drawn):
+    """Half of the moment with each kind of labels, the second scaled to the trace of the first; in place of `own`."""
+    return own.add_(drawn, alpha=float(_trace(own) / _trace(drawn))).div_(2)
+
+
+def _sum(store, device, group):
+    """Sums over the processes of a group, in place, of what a dict holds: tensors or counts, some may lack some."""
+    shapes = [None] * dist.get_world_size(group)
+    dist.all_gather_object(shapes, {key: getattr(x, "shape", ()) for key, x in store.items()}, group)
+    for key, shape in {key: shape for part in shapes for key, shape in part.items()}.items():
+        total = torch.as_tensor(store.get(key, torch.zeros(shape)), device=device)
+        dist.all_reduce(total, group=group)
+        store[key] = total
+
+
+def _trace(moment):
+    return (moment.diagonal() if moment.dim() == 2 else moment).sum()
+
+
+def _complete(moment):
+    """The lower triangle mirrored, in place."""
+    return moment.copy_(moment.tril() + moment.tril(-1).T) if moment.dim() else moment
+
+
+def passes(members, sizes, room):
+    """`members` cut, in order, into parts whose `sizes` sum to at most `room`; a larger one is a part of its own."""
+    parts, left = [], 0
+    for names, size in zip(members, sizes, strict=True):
+        if not parts or size > left:
+            parts.append([])
+            left = room
+        parts[-1].append(names)
+        left -= size
+    return parts
+
+
+def moment_bytes(reads, writes, uses):
+    """What `second_moments` holds for layers of `reads` inputs and `writes` outputs each: outputs for both labels."""
+
+    def entries(n):
+        return n * n if n <= MAX_MOMENT else 1
+
+    outputs = entries(sum(writes)) if sum(writes) <= MAX_MOMENT else sum(map(entries, writes))
+    return 4 * (bool(uses.inputs) * entries(reads) + 2 * bool(uses.outputs) * outputs)
+
+
+def moment_room(device, coming):
+    """Bytes that second moments may take: half of the memory free now after the `coming` bytes are held as well.
+
+    The other half is for activations and the float64 work on one layer. Processes of one machine share its memory.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return (free - coming) // 2
