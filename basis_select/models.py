@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from . import ranks
 from .checkpoint import files, hub
+from .int8 import quantized
 from .runtime import MANIFEST, load_export
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ def load(source, dtype=None, sharded=False):
         raise ValueError(f"unknown dtype {dtype!r}; known are float32, bfloat16, float16")
     source, gguf = _resolve(source)
     if gguf:
-        quantized = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
-        return _load(source, dtype or "float32", **quantized)
+        dense = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+        return _load(source, dtype or "float32", **dense)
     path = hub.snapshot(source) or Path(source)
     if (path / MANIFEST).exists():
         return load_export(path, dtype)
@@ -112,13 +113,13 @@ def _load(source, dtype, **kwargs):
 def _check_values(model, tokenizer, path, dtype):
     """Raise ValueError unless every number is finite, none was rounded and every token has a row."""
     saved = {name: files.DTYPES.get(kind) for name, (_, kind) in files.stored(path).items()}
-    buffers = dict(model.named_buffers())
+    whole = {*dict(model.named_buffers()), *(f"{name}.q" for name in quantized(model))}  # of any dtype
     for name, tensor in model.state_dict().items():
         here = ranks.local(tensor)
         if here.is_floating_point() and here.numel() and not torch.stack(here.aminmax()).isfinite().all():
             raise ValueError(f"{path} holds numbers that are not finite in {name}")
         kept = saved.get(name, here.dtype)
-        if name in buffers and kept == here.dtype:
+        if kept == here.dtype and name in whole:
             continue
         rounded = not dtype and kept and torch.promote_types(kept, here.dtype) != here.dtype
         if kept is None or not kept.is_floating_point or rounded:
