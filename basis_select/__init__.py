@@ -19,6 +19,8 @@ from .checkpoint.hub import push
 from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
+from .evaluation.record import measure
+from .evaluation.standard import evaluate_on
 from .extend import extend
 from .heal import heal
 from .learn import learn
@@ -39,11 +41,13 @@ __all__ = [
     "decompose_checkpoint",
     "derivatives",
     "evaluate",
+    "evaluate_on",
     "extend",
     "heal",
     "learn",
     "load",
     "load_task",
+    "measure",
     "prune",
     "push",
     "refine",

@@ -1,4 +1,4 @@
-"""basis-select: run | plan | inspect | verify | report | push."""
+"""basis-select: run | plan | inspect | verify | eval | report | push."""
 
 import functools
 import logging
@@ -140,6 +140,40 @@ def push(
         size = what.stat().st_size if isinstance(what, Path) else len(what.encode())
         typer.echo(f"{size:>14,}  {name}", err=True)
     typer.echo(made["README.md"])
+
+
+@_command
+def eval_(
+    model: Annotated[str, typer.Argument(help="hub id, folder, adapter, GGUF file or wheel", show_default=False)],
+    tasks: Annotated[str, typer.Option(help="names joined by commas; `suite`: the twelve of the capability suite")],
+    against: Annotated[str | None, typer.Option(help="the parent to pair with, or its result file")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="first items of each task only")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="examples in the prompt, where a task has any")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="completions of each code problem, for pass@k")] = 1,
+    out: Annotated[Path | None, typer.Option(help="JSON file with every item")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as saved")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="default from free memory")] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="run programs the model writes, in the sandbox")
+    ] = False,
+):
+    """Measure a model on standard benchmarks or on the data of a task, and pair it with its parent item by item."""
+    from .evaluation.record import lines, measure
+
+    report = measure(
+        model,
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        against=against,
+        dtype=dtype,
+        out=out,
+        limit=limit,
+        shots=shots,
+        samples=samples,
+        batch_size=batch_size,
+        allow_code_execution=allow_code_execution,
+    )
+    for line in lines(report):
+        typer.echo(line)
 
 
 def _recipe(path, changes):

@@ -11,12 +11,9 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import platform
 import shutil
 import time
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -42,6 +39,7 @@ from .prune import prune
 from .refine import refine
 from .rundir import (
     alone,
+    environment,
     fingerprint,
     forget_peak_memory,
     peak_memory,
@@ -367,12 +365,9 @@ def _collect_metrics(folder):
 
 
 def _manifest(recipe, parent, task):
-    packages = ("basis-select", "torch", "transformers", "accelerate", "datasets", "lm-eval", "reasoning-gym")
     encoded = json.dumps([[e.input_ids for e in split] for split in (task.train, task.validation, task.test)])
     return {
-        "versions": {name: version(name) for name in packages if _installed(name)},
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        **environment(),
         "seed": recipe.seed,
         "parent_weights_sha256": read_json(parent / "stage.json")["weights_sha256"],
         "data_sha256": hashlib.sha256(encoded.encode()).hexdigest(),
@@ -383,10 +378,3 @@ def _manifest(recipe, parent, task):
             **task.report,
         },
     }
-
-
-def _installed(name):
-    try:
-        return bool(version(name))
-    except PackageNotFoundError:
-        return False

@@ -4,10 +4,14 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 import platform
 import resource
 import shutil
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import torch
 
 
 def fingerprint(source):
@@ -69,6 +73,23 @@ def alone(folder):
         except BlockingIOError:
             raise ValueError(f"another run is using {folder}: wait for it or name another folder") from None
         yield
+
+
+def environment():
+    """`{versions, python, machine}`: what numbers depend on beside the code."""
+    packages = ("basis-select", "torch", "transformers", "accelerate", "datasets", "lm-eval", "reasoning-gym")
+    return {
+        "versions": {name: version(name) for name in packages if _installed(name)},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+    }
+
+
+def _installed(name):
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def read_json(path):

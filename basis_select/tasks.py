@@ -209,6 +209,12 @@ def _reasoning_gym(family, options, template, sizes, seed):
     return rows, number if rationale else exact
 
 
+def generated_test(family, size, seed=0):
+    """The rows of which `load_task("reasoning_gym:FAMILY", seed=seed, test=size)` makes its test split."""
+    sizes = {"train": 1, "validation": 1, "test": size}
+    return _disjoint(_reasoning_gym(family, {}, None, sizes, seed)[0], sizes)[0]["test"]
+
+
 def _gym_row(item, template, family):
     metadata, answer = item["metadata"], str(item["answer"])
     rationale = next((metadata[k] for k in ("answer_cot", "rationale", "cot") if metadata.get(k)), None)
@@ -235,21 +241,23 @@ def _hub(name, options, sizes, seed):
             path = Path(options["data_dir"]) / f"{where}.jsonl"
             if not path.is_file():
                 raise FileNotFoundError(f"{name}: there is no {path}")
-            data = _read(path)
+            data = read_rows(path)
         else:
             source = (spec.path, spec.config)
             if split == "test" and spec.test_path:
                 source = (spec.test_path, None)
             data = load_dataset(*source, split=where)
-        rows[split] = [
-            {
-                "prompt": spec.prompt.format(**row),
-                "response": spec.response.format(**row),
-                "answer": spec.answer and spec.answer(row),
-            }
-            for row in data
-        ]
+        rows[split] = [fill(spec, row) for row in data]
     return _hold_out(rows, sizes, seed), spec.score
+
+
+def fill(spec, row):
+    """A row of a data set in HUB as `{prompt, response, answer}`."""
+    return {
+        "prompt": spec.prompt.format(**row),
+        "response": spec.response.format(**row),
+        "answer": spec.answer and spec.answer(row),
+    }
 
 
 def _hold_out(rows, sizes, seed):
@@ -264,7 +272,7 @@ def _folder(path, tokenizer, sizes, seed):
     if missing:
         raise FileNotFoundError(f"{path} has no {' and no '.join(f'{m}.jsonl' for m in missing)}")
     rows = {
-        split: [_file_row(row, f"{file}, row {i + 1}", tokenizer) for i, row in enumerate(_read(file))]
+        split: [_file_row(row, f"{file}, row {i + 1}", tokenizer) for i, row in enumerate(read_rows(file))]
         for split, file in files.items()
         if file.is_file()
     }
@@ -279,7 +287,7 @@ def _file(source, tokenizer, sizes, seed):
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no data file at {path}")
-    rows = [_file_row(row, f"{path}, row {i + 1}", tokenizer) for i, row in enumerate(_read(path))]
+    rows = [_file_row(row, f"{path}, row {i + 1}", tokenizer) for i, row in enumerate(read_rows(path))]
     if len(rows) < 3:
         raise ValueError(f"{path} holds {len(rows)} rows: at least one each to train, validate and test is needed")
     held = min(sizes["test"], len(rows) // 5 or 1), min(sizes["validation"], len(rows) // 5 or 1)
@@ -313,7 +321,7 @@ def _file_row(row, where, tokenizer):
     raise ValueError(f"{where} has {keys}; a row is {{prompt, response}} or {{messages}}")
 
 
-def _read(path):
+def read_rows(path):
     text = Path(path).read_text(encoding="utf-8")
     try:
         if Path(path).suffix == ".json":
@@ -321,7 +329,7 @@ def _read(path):
             if not isinstance(rows, list):
                 raise ValueError(f"{path} is not a JSON list of rows")
             return rows
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]  # JSON strings hold other line ends
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 

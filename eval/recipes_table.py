@@ -4,8 +4,8 @@ python eval/recipes_table.py DATA    forecasts all recipes again, into eval/resu
 python eval/recipes_table.py         writes the table from the result files that are there
 
 DATA as for eval/prepare_data.py, with math/gsm8k/{train,test}.jsonl and math/math500/test.jsonl. Tokens are counted on
-these with the tokenizer of SmolLM2; other models are planned on their public config (public_configs.py). Where DATA has no
-training split of a task, tokens are counted on its test split. What a recipe reached is in eval/results/RECIPE.json,
+these with the tokenizer of SmolLM2; other models are planned on their public config (public_configs.py). Where DATA has
+no training split of a task, tokens are counted on its test split. What a recipe reached is in eval/results/RECIPE.json,
 the results.json of its run.
 """
 

@@ -1,0 +1,145 @@
+"""A model, and the parent it came from, measured on the same items, with all that is needed to measure them again."""
+
+import hashlib
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from ..models import config_and_tokenizer, load
+from ..rundir import environment, read_json, replace_text
+from ..sizes import sizes
+from .accuracy import SEED, compare
+from .standard import SUITE, domains, evaluate_task, expand
+
+
+def measure(
+    source,
+    names,
+    *,
+    against=None,
+    dtype: str | None = None,
+    out=None,
+    limit: int | None = None,
+    shots: int | None = None,
+    samples: int = 1,
+    batch_size: int | None = None,
+    allow_code_execution: bool = False,
+):
+    """Load `source`, evaluate it on tasks (`evaluate_on`), and pair it with its parent.
+
+    `against`: where the parent is loaded from, or a .json file that this function wrote for it. Both are measured in
+    one dtype, on the same prompts, in batches of the same size. Returns, and writes to the file `out`, `model`
+    (source, dtype, sha256 of its weights, the four sizes), `tasks` (`{name: result}`), `domains` of the suite, the
+    same three for `against`, `paired` (`{name: compare}`), versions, seed, settings and the command. Raises
+    ValueError if results cannot be paired.
+    """
+    names = expand(names, allow_code_execution)
+    how = {"limit": limit, "shots": shots, "samples": samples}
+    batches = dict.fromkeys(names, batch_size)
+    parent = None
+    if against and Path(against).suffix == ".json":
+        parent = _recorded(against, names, how, dtype)
+        dtype = parent["model"]["dtype"]
+        batches = {name: parent["tasks"][name]["batch_size"] for name in names}
+    elif against:
+        config_and_tokenizer(against)  # before the work, not after half of it
+    report = {
+        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "basis-select"), *sys.argv[1:]]),
+        **environment(),
+        "seed": SEED,
+        "settings": how,
+        **_measured(source, dtype, names, how, batches),
+    }
+    if against:
+        if parent is None:
+            batches = {name: report["tasks"][name]["batch_size"] for name in names}
+            parent = _measured(against, report["model"]["dtype"], names, how, batches)
+        report["against"] = parent
+        report["paired"] = {name: compare(parent["tasks"][name], report["tasks"][name]) for name in names}
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        replace_text(Path(out), json.dumps(report, indent=1))
+    return report
+
+
+def _measured(source, dtype, names, how, batches):
+    model, tokenizer = load(source, dtype)
+    tasks = {name: evaluate_task(model, tokenizer, name, batch_size=batches[name], **how) for name in names}
+    return {
+        "model": {
+            "source": str(source),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weights_sha256": weights_sha256(model),
+            "sizes": sizes(model, source if Path(source).is_dir() else None),
+        },
+        "tasks": tasks,
+        "domains": domains(tasks),
+    }
+
+
+def _recorded(path, names, how, dtype):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no result file at {path}")
+    report = read_json(Path(path))
+    if not {"model", "tasks", "settings"} <= report.keys():
+        raise ValueError(f"{path} is not a result file of this command")
+    missing = [name for name in names if name not in report["tasks"]]
+    if missing:
+        raise ValueError(f"{path} has no result for {missing[0]}: it holds {', '.join(report['tasks'])}")
+    if report["settings"] != how:
+        raise ValueError(f"{path} was measured with {report['settings']}, this is {how}: they cannot be paired")
+    if dtype not in (None, report["model"]["dtype"]):
+        raise ValueError(f"{path} was measured in {report['model']['dtype']}, not in {dtype}: they cannot be paired")
+    return {key: report[key] for key in ("model", "tasks", "domains")}
+
+
+def weights_sha256(model):
+    """One digest of the names and bytes of all tensors of `model`, in the dtype it has."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def lines(report):
+    """A report as lines of text: a block per task, a line per model."""
+    models = [("parent", report["against"])] if "against" in report else []
+    models.append(("model", report))
+    for name, result in report["tasks"].items():
+        shots = f", {result['shots']} shots" if result.get("shots") else ""
+        cut = f", {result['cut']:,} prompts cut at their start" if result.get("cut") else ""
+        yield f"{name} ({result['n']:,} of {result['of']:,}{shots}{cut})"
+        for who, measured in models:
+            yield f"  {who}: {', '.join(_figures(measured['tasks'][name]))}"
+        if "paired" in report:
+            yield f"  paired: {', '.join(_differences(report['paired'][name]))}"
+    for domain in report["domains"]:
+        yield f"{domain}, mean of {len(SUITE[domain])}"
+        for who, measured in models:
+            yield f"  {who}: {_interval(measured['domains'][domain], '.1%')}"
+
+
+def _figures(result):
+    forms = {"accuracy": ".1%", "nll": ".4f", "perplexity": ".2f", "repetition": ".1%", "empty": ".1%"}
+    for key, form in forms.items():
+        if result.get(key):
+            yield f"{key} {_interval(result[key], form)}"
+    for k, value in result.get("pass@k", {}).items():
+        if k != "1":
+            yield f"pass@{k} {_interval(value, '.1%')}"
+
+
+def _differences(paired):
+    if "p" in paired:
+        yield f"{paired['gained']} gained, {paired['lost']} lost (p {paired['p']:.2g})"
+    for key in ("nll", "score"):
+        if key in paired:
+            yield f"{key} {_interval(paired[key], '+.4f')}"
+
+
+def _interval(x, form):
+    return f"{x['value']:{form}}" + ("" if x["low"] is None else f" ({x['low']:{form}} to {x['high']:{form}})")
