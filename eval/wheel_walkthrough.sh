@@ -4,7 +4,7 @@
 #   bash eval/wheel_walkthrough.sh [FOLDER]     default: a temporary one; two environments of 1 GB each are made in it
 #
 # `maker` has the wheel with its demo extra, `user` the wheel alone. The model is the small one of the notebooks, which is
-# trained on the way: a few minutes on two cores.
+# trained on the way: minutes on two cores, beside the installations.
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 home=${1:-$(mktemp -d)}
@@ -38,6 +38,7 @@ maker/bin/python -c 'import small; small.parent(); small.data(["reverse"])'
 maker/bin/basis-select run reverse.yaml
 maker/bin/basis-select inspect runs/reverse/final | tail -4
 maker/bin/basis-select verify runs/reverse/final
+maker/bin/basis-select eval runs/reverse/final --tasks runs/small/reverse.jsonl --against runs/small/model --limit 100
 maker/bin/basis-select push runs/reverse me/reverser --base org/base --license apache-2.0
 HF_HOME=elsewhere user/bin/python - <<'END'
 import basis_select as bs

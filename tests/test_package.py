@@ -38,7 +38,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     }
     assert names == expected
     assert {Path(name).suffix for name in names} <= {".py", ".css", ".yaml"}
-    assert "basis_select/evaluation/report.css" in names
+    assert {"basis_select/evaluation/report.css", "basis_select/evaluation/tasks/gsm8k.yaml"} <= names
 
 
 def test_it_says_what_it_needs(wheel):
