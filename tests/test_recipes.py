@@ -8,14 +8,15 @@ from conftest import make_tokenizer
 from public_configs import MODELS, save
 from recipes_table import costs
 from recipes_table import table as costs_table
+from transformers import AutoConfig
 
 from basis_select import recipe as recipes
-from basis_select.plan import forecast, plan
-from basis_select.tasks import HUB
+from basis_select.plan import dense_on_meta, forecast, plan
+from basis_select.tasks import HUB, load_task
 
 REPO = Path(__file__).parents[1]
 RECIPES = {p.stem: p for p in sorted((REPO / "recipes").glob("*.yaml")) if not p.stem.startswith("phonelm")}
-FEW = ("svamp", "gemma-3")  # a plan takes seconds; the others are slow together
+EARLIER = ("basel", "gsm_symbolic", "quickstart")  # their commands are in the README
 RATES = {"train": 1e11, "float64": 1e10}
 
 
@@ -74,12 +75,24 @@ def planned(path, stand_in, *changes):
     return sum(p.numel() for p in model.parameters()), rows, stages
 
 
-@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_public_config_has_the_published_number_of_parameters(model, tmp_path):
+    save(model, tmp_path)
+    dense = dense_on_meta(AutoConfig.from_pretrained(tmp_path))
+    assert sum(p.numel() for p in dense.parameters()) == MODELS[model][1]
+
+
+def test_recipes_can_be_read():
+    for name, path in RECIPES.items():
+        r = recipes.read(path)
+        assert r.model in MODELS or r.model.startswith("wheel:"), name
+        assert f"basis-select run recipes/{path.name}" in path.read_text() or name in EARLIER
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_can_be_planned(name, stand_in):
-    source = recipes.read(RECIPES[name]).model
-    parameters, rows, stages = planned(RECIPES[name], stand_in)
-    if source in MODELS:
-        assert parameters == MODELS[source][1]
+    _, rows, stages = planned(RECIPES[name], stand_in)
     assert {stage.name for _, stage in stages} >= {"decompose", "heal", "evaluate"}
     assert all(0 < keep <= 1 for _, keep in rows.values())
     assert all(stage.memory > 0 for _, stage in stages if stage.name in ("tune", "decompose", "heal"))
@@ -114,3 +127,15 @@ def test_the_readme_of_the_recipes_is_what_their_files_say():
     assert costs_table(costs()) in readme
     for name in RECIPES:
         assert f"[{name}]({name}.yaml)" in readme
+
+
+def test_math_is_tested_on_another_data_set_without_what_both_hold(monkeypatch):
+    rows = [{"problem": f"{i} and {i}?", "solution": f"It is $\\boxed{{{2 * i}}}$."} for i in range(60)]
+    sets = {("DigitalLearningGmbH/MATH-lighteval", "default", "train"): rows[:45]}
+    sets[("HuggingFaceH4/MATH-500", None, "test")] = rows[40:]
+    monkeypatch.setattr("datasets.load_dataset", lambda path, config, split: sets[path, config, split])
+    task = load_task("math", make_tokenizer(), validation=5, test=500)
+    assert (len(task.train), len(task.validation), len(task.test)) == (35, 5, 20)
+    assert task.report["overlaps_dropped"] == 5
+    assert task.test[0].prompt == "Problem:\n40 and 40?\n\nSolution:"
+    assert task.test[0].response == r" It is $\boxed{80}$."
