@@ -19,8 +19,11 @@ from .checkpoint.hub import push
 from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
+from .evaluation.bench import bench
+from .evaluation.profile import profile
 from .evaluation.record import measure
 from .evaluation.standard import evaluate_on
+from .export import export
 from .extend import extend
 from .heal import heal
 from .learn import learn
@@ -36,18 +39,21 @@ __version__ = "0.1.0"
 __all__ = [
     "LowRankLinear",
     "Task",
+    "bench",
     "compare",
     "decompose",
     "decompose_checkpoint",
     "derivatives",
     "evaluate",
     "evaluate_on",
+    "export",
     "extend",
     "heal",
     "learn",
     "load",
     "load_task",
     "measure",
+    "profile",
     "prune",
     "push",
     "refine",

@@ -42,7 +42,7 @@ class LowRankLinear(nn.Module):
         # In a tuple, so that nn.Module does not register it; never self, so that a dropped layer is freed at once.
         self._leader = (leader,)
         self._readers = 1  # how many layers use this leader's latent
-        self._latent = None
+        self._latent = self._traced = None
         if leader is not None:
             leader._readers += 1
 
@@ -71,8 +71,10 @@ class LowRankLinear(nn.Module):
 
     def latent(self, x):
         """`(v x) * s`: (..., r), computed once when several layers read the same `x`."""
-        if self._readers == 1 or torch.compiler.is_compiling():  # a compiler finds the common product itself
+        if self._readers == 1:
             return self._project(x)
+        if torch.compiler.is_compiling():
+            return self._project(x) if torch.is_grad_enabled() else self._once_in_graph(x)
         # The key holds x weakly and pins its version, so a freed or overwritten input can never match.
         key = (x._version if not x.is_inference() else None, torch.is_grad_enabled())
         if self._latent is None or self._latent[0]() is not x or self._latent[1] != key:
@@ -83,12 +85,22 @@ class LowRankLinear(nn.Module):
             self._latent = None
         return z
 
+    def _once_in_graph(self, x):
+        """`latent` for a compiler that traces inference: it follows no weak references, and unlike one that traces
+        training it does not merge equal products itself. What is held is gone when the last reader has been traced.
+        """
+        if self._traced is None or self._traced[0] is not x:
+            self._traced = x, self._project(x), self._readers
+        x, z, left = self._traced
+        self._traced = (x, z, left - 1) if left > 1 else None
+        return z
+
     def _project(self, x):
         z = self.v(x)
         return z * self.s.to(z.dtype) if self.weighted else z
 
     def __getstate__(self):  # deepcopy must not meet the graph of a half-used latent
-        return {**self.__dict__, "_latent": None}
+        return {**self.__dict__, "_latent": None, "_traced": None}
 
     def extra_repr(self):
         shared = "" if self.leader is self else ", shared v"
@@ -133,6 +145,11 @@ def groups(model):
             found.setdefault(module.leader, []).append((name, module))
     # A leader is not always first in model order.
     return [sorted(members, key=lambda nm: nm[1] is not leader) for leader, members in found.items()]
+
+
+def shape_of(members):
+    """What a group reads and what its layers write: `(in, (out, ...))`."""
+    return members[0][1].in_features, tuple(layer.out_features for _, layer in members)
 
 
 def basis_cost(members):

@@ -1,7 +1,10 @@
-"""basis-select: run | plan | inspect | verify | eval | report | push."""
+"""basis-select: run | plan | inspect | verify | eval | bench | profile | report | export | push."""
 
 import functools
+import json
 import logging
+import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -176,7 +179,94 @@ def eval_(
         typer.echo(line)
 
 
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+
+
+@_command
+def bench(
+    models: Annotated[list[str], typer.Argument(help="checkpoint folders or other models, compared with the first")],
+    prompts: Annotated[str, typer.Option(help="lengths of the prompts")] = "32,128,512",
+    tokens: Annotated[int, typer.Option(help="tokens decoded after the shortest")] = 16,
+    rounds: Annotated[int, typer.Option(help="measurements of each")] = 5,
+    compile: Annotated[bool, typer.Option("--compile", help="measure torch.compile's graphs too")] = False,
+    pause: Annotated[float, typer.Option(help="seconds of rest before each, against throttling")] = 0.0,
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="a JSON file for the result")] = None,
+):
+    """Time to the first token, time per token, memory and where the time goes, of models that take turns."""
+    from .evaluation.bench import bench as measure
+    from .evaluation.bench import table
+
+    if not re.fullmatch(r"\d+(,\d+)*", prompts):
+        raise ValueError(f"--prompts {prompts} should read like 32,128,512")
+    loaded = {_name(m, models): _load_to(m, device) for m in dict.fromkeys(models)}
+    lengths = [int(n) for n in prompts.split(",")]
+    facts = measure(loaded, prompts=lengths, tokens=tokens, rounds=rounds, compiled=compile, pause=pause)
+    _write(out, {"command": _command_line(), **facts})
+    typer.echo(table(facts))
+
+
+@_command
+def profile(
+    model: Annotated[str, typer.Argument(help="a dense model")],
+    tokens: Annotated[str, typer.Option(help="tokens computed at once, 1 is decoding")] = "1,128",
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option(help="the table of costs")] = Path("costs.json"),
+):
+    """Measure what each rank of each layer shape costs on this device, for prune.costs."""
+    from .evaluation.profile import profile as measure
+
+    if not re.fullmatch(r"\d+(,\d+)*", tokens):
+        raise ValueError(f"--tokens {tokens} should read like 1,128")
+    facts = measure(_load_to(model, device), tokens=[int(n) for n in tokens.split(",")])
+    _write(out, {"command": _command_line(), **facts})
+    typer.echo(f"costs of {len(facts['layers'])} layer shapes on {facts['device']}: {out}")
+
+
+@_command
+def export(
+    source: Annotated[str, typer.Argument(help="a checkpoint folder, or any model that a recipe takes")],
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+    to: Annotated[str, typer.Option(help="dense, onnx, openvino or int8")],
+):
+    """Write a model in a form that other runtimes read."""
+    from .export import export as write
+
+    write(source, to, out)
+    typer.echo(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
+
+
 def _recipe(path, changes):
     from . import recipe
 
     return recipe.read(path, changes or ())
+
+
+def _load_to(source, device):
+    """A model on a device, in bf16 where that is native there, else in fp32."""
+    import torch
+
+    from .models import load
+    from .training.precision import fast_bf16
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU here")
+    device = torch.device(device)
+    return load(source, "bfloat16" if fast_bf16(device) else "float32")[0].to(device)
+
+
+def _name(source, among):
+    """The last part of a path, unless another's is the same."""
+    return Path(source).name if [Path(m).name for m in among].count(Path(source).name) == 1 else source
+
+
+def _command_line():
+    return " ".join(["basis-select", *sys.argv[1:]])
+
+
+def _write(path, facts):
+    from .rundir import replace_text
+
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(facts, indent=1) + "\n")

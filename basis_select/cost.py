@@ -1,7 +1,7 @@
 """What a training step computes and keeps in memory: the step itself, run on tensors that have no data."""
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from .bases import LowRankLinear
 from .checkpoint.format import BasisSelectConfig, build
+from .decompose import targets
 from .training.collage import CollageAdamW
 from .training.engine import checkpoint_layers
 from .training.loss import activation_gradients, task_loss
@@ -85,24 +86,35 @@ def training_step(
         if checkpointing:
             checkpoint_layers(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        if precision == "fp32":
-            optimizer = torch.optim.AdamW(parameters, fused=True)
-        else:
-            optimizer = CollageAdamW(parameters, variant=precision)
-        parent = _model(config, getattr(torch, teacher)).requires_grad_(False) if taught else None
+        wide = torch.bfloat16 if teacher == "int8" else getattr(torch, teacher)
+        parent = _model(config, wide).requires_grad_(False) if taught else None
         batch = _batch(*shape)
-        for p in parameters:  # the first step makes the states; the second is the one that counts
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
-        states = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+        states = _states(parameters, precision)  # those of the first step; the second is the one that counts
         watch = _Watch(model, [*model.parameters(), *(parent.parameters() if taught else ()), *states])
         held = watch.now
         with watch:
             task_loss(model, batch, parent)[0].backward()
             gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
-            optimizer.step()
-    return watch.cost(held, gradients)
+        cost = watch.cost(held, gradients)
+        if taught and teacher == "int8":  # of every weight a byte less, of every row a scale more
+            saved = sum(m.weight.numel() - 2 * m.out_features for m in targets(parent).values())
+            cost = replace(cost, held=held - saved)
+    return cost
+
+
+def _states(parameters, precision):
+    """The tensors that the optimizer keeps. What a step needs beside them is a few MB at a time."""
+    if precision == "fp32":
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        optimizer = CollageAdamW(parameters, variant=precision)
+        for p in parameters:
+            optimizer.state_of(p)
+    return [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
 
 
 def moments_step(config, shape):
@@ -115,6 +127,17 @@ def moments_step(config, shape):
             loss = task_loss(model, _batch(*shape))[0]
             loss.backward(retain_graph=True)
             loss.backward()
+    return watch.cost(held, 0)
+
+
+def forward_pass(model, **inputs):
+    """The Cost of one forward pass of `model` without gradients, run for real; `passing` is what it adds to weights
+    and buffers at the worst moment, a cache included.
+    """
+    watch = _Watch(model, [*model.parameters(), *model.buffers()])
+    held = watch.now
+    with torch.no_grad(), watch:
+        model(**inputs)
     return watch.cost(held, 0)
 
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .bases import LowRankLinear
 from .embedding import TABLE, decompose_embedding, lookup_scale, token_counts
+from .int8 import Int8Linear
 from .linalg import metrics
 from .linalg.metrics import METRICS
 from .training.data import Batches
@@ -28,16 +29,18 @@ def targets(model, required=True):
     """`{name: nn.Linear}` that can be decomposed, in model order.
 
     The output head counts unless it is tied to the embedding. Conv1D layers and 3-D expert parameters are not
-    nn.Linear: if `required`, they are named in a warning, and finding nothing raises ValueError.
+    nn.Linear: if `required`, they are named in a warning, and finding nothing raises ValueError. If not, layers that
+    were rounded to int8 count as well.
     """
     tied = getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
     head = model.get_output_embeddings() if tied else None
     factors = {child for m in model.modules() if isinstance(m, LowRankLinear) for child in m.children()}
+    kinds = (nn.Linear,) if required else (nn.Linear, Int8Linear)
     found, skipped = {}, []
     for name, module in model.named_modules():
         if module in factors:
             continue
-        if type(module) is nn.Linear and module is not head:
+        if type(module) in kinds and module is not head:
             found[name] = module
         elif isinstance(module, Conv1D) or any(p.dim() == 3 for p in module.parameters(recurse=False)):
             skipped.append(f"{name} ({type(module).__name__})")
@@ -71,12 +74,12 @@ def decompose(
     `metric` is one of METRICS. `share`: layers that read the same tensor get one input basis. The second moments of
     metrics that use them come from `examples` training examples of `task`, drawn at random, whose tokens all count
     except padding, in as many passes over the examples as memory asks for; `moments` are those of an earlier
-    `second_moments`. `group`: a torch.distributed group, every process of which calls this with the same model: layers
-    are dealt over them, and all end with the bits that one process would give. `embedding`: the token embedding, and
-    the head if tied to it, become bases too, which the kronecker metric weighs like those of any layer. Raises
-    ValueError for an unknown metric, a missing task, a model that is already decomposed, and, with the layer's name,
-    for non-finite weights or moments. The Fisher information as a product of A and G is K-FAC's (arXiv 1503.05671); the
-    formulas stand in linalg/metrics.py.
+    `second_moments`. `group`: a torch.distributed group, every process of which calls this with the same model:
+    examples and layers are dealt over them, and all end with the same bits, those of one process but for the rounding
+    of the moments' sums. `embedding`: the token embedding, and the head if tied to it, become bases too, which the
+    kronecker metric weighs like those of any layer. Raises ValueError for an unknown metric, a missing task, a model
+    that is already decomposed, and, with the layer's name, for non-finite weights or moments. The Fisher information as
+    a product of A and G is K-FAC's (arXiv 1503.05671); the formulas stand in linalg/metrics.py.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
@@ -88,20 +91,23 @@ def decompose(
         raise ValueError(f"metric {metric!r} with embedding={embedding} looks at task data: pass a task")
     members, shapes = _shapes(model, task, share)
     owners = deal(shapes, dist.get_world_size(group) if group else 1)
-    mine = [i for i, owner in enumerate(owners) if owner == (dist.get_rank(group) if group else 0)]
-    parts, made = [mine], {}
+    rank, parts, made = dist.get_rank(group) if group else 0, [range(len(members))], {}
     if measured:
         factors = sum(min(reads, sum(writes)) * (reads + sum(writes)) for reads, writes in shapes)
         room = moment_room(model.device, factors * model.dtype.itemsize)
-        parts = passes(mine, [moment_bytes(*shapes[i], uses) for i in mine], room)
+        if group:  # all make the same passes
+            least = torch.tensor(room, device=model.device)
+            dist.all_reduce(least, dist.ReduceOp.MIN, group)
+            room = int(least)
+        parts = passes(parts[0], [moment_bytes(*shape, uses) for shape in shapes], room)
     for part in parts:
         found = moments
         if measured:
             first = part is parts[0]
-            found = second_moments(model, [members[i] for i in part], task, examples, uses, embedding and first)
+            found = second_moments(model, [members[i] for i in part], task, examples, uses, embedding and first, group)
         if embedding and uses.inputs and uses.outputs and table is None:
             table = _of_table(found)
-        for i in tqdm(part, desc="decompose", unit="layer"):
+        for i in tqdm([i for i in part if owners[i] == rank], desc="decompose", unit="layer", disable=rank > 0):
             if reached(members[i], found, uses):
                 made[i] = factored(members[i], [model.get_submodule(n) for n in members[i]], found, uses)
             if part is parts[-1] and not group:  # until then every pass must see the dense model
@@ -269,7 +275,7 @@ def same_input(model, layers, task):
     return list(seen.values())
 
 
-def second_moments(model, members, task, examples, uses, embedding=False):
+def second_moments(model, members, task, examples, uses, embedding=False, group=None):
     """`A = E[x x^T]` and `G = E[g g^T]` by leader name, fp32, over tokens that are not padding.
 
     members: names of the layers that read the same tensor, leader first; A is that tensor's, G a list: one moment of
@@ -279,6 +285,7 @@ def second_moments(model, members, task, examples, uses, embedding=False):
     drawn from the model, which is the Fisher information (the curvature of KL(parent || y) at the parent) and does
     not vanish on a parent that fits its labels. The second is scaled to the trace of the first. `embedding`: where both
     sides are used, the moments of the token embedding (vocabulary, d) are added under TABLE, see `_TableMoments`.
+    `group`: every process of it sees its part of the batches, and all get the moments of all.
     """
     inputs, outputs = {}, {"own": {}, "drawn": {}}
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
@@ -323,7 +330,8 @@ def second_moments(model, members, task, examples, uses, embedding=False):
 
     width = {name: model.get_submodule(name).out_features for names in members for name in names}
     handles = [model.get_submodule(n).register_forward_hook(on_forward(names, n)) for names in members for n in names]
-    generator = torch.Generator(model.device).manual_seed(0)
+    generator = torch.Generator(model.device)
+    rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     table = _TableMoments(model, task) if embedding and uses.inputs and uses.outputs else None
     size = EXAMPLES_TOGETHER
     rows = random.Random(0).sample(task.train, min(examples, len(task.train)))
@@ -332,7 +340,9 @@ def second_moments(model, members, task, examples, uses, embedding=False):
         watched = [model.get_submodule(n) for names in members for n in names] if uses.outputs else []
         watched += [table.embedding] if table else []
         with activation_gradients(model, watched), torch.enable_grad():
-            for batch in tqdm(batches, desc="second moments", unit="batch"):
+            for i in tqdm(range(rank, len(batches), world), desc="second moments", unit="batch", disable=rank > 0):
+                batch = batches[i]
+                generator.manual_seed(i)  # what is drawn does not depend on who draws it
                 mask["body"] = batch["real"].flatten().to(model.device)
                 targets = batch["targets"].to(model.device)
                 mask["head"] = targets >= 0
@@ -355,6 +365,9 @@ def second_moments(model, members, task, examples, uses, embedding=False):
     finally:
         for handle in [*handles, *(table.handles if table else ())]:
             handle.remove()
+    if group:
+        for store in (count, inputs, *outputs.values(), *(table.sums() if table else ())):
+            _sum(store, model.device, group)
     # The loss is a sum over the tokens a layer sees: A is their mean, G is per token of the body for every
     # layer alike, so that A and G of all layers give comparable estimates.
     for name, moment in inputs.items():
@@ -413,6 +426,10 @@ class _TableMoments:
         self.rows["drawn"] += p.sum(0) - square
         self.rows["own"] += square.index_add_(0, y, 1 - 2 * p.gather(1, y[:, None])[:, 0])
 
+    def sums(self):
+        """What is summed over tokens: dicts of tensors."""
+        return [self.columns, self.rows, {"hidden": self.hidden}] if self.tied else [self.columns]
+
     def moments(self, count):
         """`(columns: (d, d), rows: (vocabulary,))`."""
         parts = [(_both(*self.columns.values()) / count["body"], self.frequency / self.frequency.sum())]
@@ -427,6 +444,16 @@ class _TableMoments:
 def _both(own, drawn):
     """Half of the moment with each kind of labels, the second scaled to the trace of the first; in place of `own`."""
     return own.add_(drawn, alpha=float(_trace(own) / _trace(drawn))).div_(2)
+
+
+def _sum(store, device, group):
+    """Sums over the processes of a group, in place, of what a dict holds: tensors or counts, some may lack some."""
+    shapes = [None] * dist.get_world_size(group)
+    dist.all_gather_object(shapes, {key: getattr(x, "shape", ()) for key, x in store.items()}, group)
+    for key, shape in {key: shape for part in shapes for key, shape in part.items()}.items():
+        total = torch.as_tensor(store.get(key, torch.zeros(shape)), device=device)
+        dist.all_reduce(total, group=group)
+        store[key] = total
 
 
 def _trace(moment):

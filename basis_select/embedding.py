@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .bases import LowRankLinear
+from .int8 import Int8Linear
 from .linalg import metrics
 
 TABLE = "token embedding"  # its name among second moments
@@ -35,11 +36,13 @@ class LowRankEmbedding(nn.Module):
 
     def forward(self, ids):
         bases = self.bases
-        if not isinstance(bases.u, nn.Linear) or not isinstance(bases.v, nn.Linear):  # its weights alone are read here
+        plain = nn.Linear | Int8Linear  # the weights alone are read here
+        if not isinstance(bases.u, plain) or not isinstance(bases.v, plain):
             raise ValueError("adapters of the token embedding would train its head alone: target r'.*layers.*\\.(u|v)'")
-        if bases.u.weight.is_meta and not ids.is_meta:
+        u = bases.u
+        if u.weight.is_meta and not ids.is_meta:
             raise ValueError("the token embedding and the head tied to it cannot be offloaded: name a device for both")
-        z = F.embedding(ids, bases.u.weight)
+        z = u.rows(ids) if isinstance(u, Int8Linear) else F.embedding(ids, u.weight)
         y = F.linear(z * bases.s if bases.weighted else z, bases.v.weight.T)
         return y if self.scale == 1 else y * torch.tensor(self.scale, dtype=y.dtype, device=y.device)
 

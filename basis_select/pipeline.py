@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, set_seed
 from . import ranks
 from . import recipe as recipes
 from .checkpoint.files import save, verify, weight_hash
-from .decompose import decompose
+from .decompose import decompose, targets
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
 from .evaluation.report import curve, table
@@ -125,12 +125,14 @@ class Stages:
 
     def decomposed(self, r, moments=lambda: None):
         parent = self.parent()
-        return self.stage(
-            "decompose",
-            r.decompose,
-            [parent],
-            lambda out: self.change(decompose, parent, out, r.decompose, self.task, moments()),
-        )
+
+        def work(out):
+            if self.shard:  # a whole copy in every process is what must not be
+                return self.change(decompose, parent, out, r.decompose, self.task, moments())
+            options = dataclasses.asdict(r.decompose)
+            return ranks.everywhere(_decompose, parent, _sendable(self.task), moments(), out, options)
+
+        return self.stage("decompose", r.decompose, [parent], work)
 
     def compressed(self, r):
         """The compressed model of one row, in fp32."""
@@ -183,9 +185,10 @@ class Stages:
 
     def pruned(self, r, source):
         arguments = self.task, self.derivatives(r, source), r.extend.rank, r.dtype, r.seed
+        costs = {"costs": fingerprint(r.prune.costs)} if r.prune.costs else {}
         return self.stage(
             "prune",
-            {**dataclasses.asdict(r.prune), "reserve": r.extend.rank, "dtype": r.dtype},
+            {**dataclasses.asdict(r.prune), "reserve": r.extend.rank, "dtype": r.dtype, **costs},
             [source],
             lambda out: self.change(prune, source, out, r.prune, *arguments),
         )
@@ -206,7 +209,7 @@ class Stages:
 
     def cuts(self, r):
         """How far `learn` prunes: to the smallest of the recipe's sizes. Nothing where the size is yet to be found."""
-        if not r.learn.rounds or r.prune.max_drop is not None:
+        if not r.learn.rounds or r.prune.max_drop is not None or r.prune.latency is not None:
             return {}
         how = {k: getattr(r.prune, k) for k in ("budget", "score", "multiple_of")} | {"reserve": r.extend.rank}
         if r.prune.mass is not None:
@@ -256,9 +259,8 @@ class Stages:
 
         parent: the stage and the dtype of the teacher.
         """
-        task = dataclasses.replace(self.task, score=None)  # functions of its own cannot be sent
         options = {"seed": self.recipe.seed, **dataclasses.asdict(options), **more}
-        return ranks.everywhere(_train, verb, source, parent, task, out, options, self.shard)
+        return ranks.everywhere(_train, verb, source, parent, _sendable(self.task), out, options, self.shard)
 
     @cached_property
     def task(self):
@@ -298,9 +300,20 @@ class Stages:
         return target
 
 
+def _sendable(task):
+    return dataclasses.replace(task, score=None)  # functions of its own cannot be sent
+
+
+def _decompose(source, task, moments, out, options):
+    model, tokenizer = _load(source, False)
+    decompose(model, task, moments, ranks.everyone(), **options)
+    save(model, tokenizer, out / "model")
+    return _measured(model, task, out) if ranks.rank() == 0 else None
+
+
 def _train(verb, source, parent, task, out, options, shard):
     set_seed(options["seed"])
-    teacher = [_load(parent[0], shard, parent[1])[0]] if parent else []
+    teacher = [_teacher(*parent, shard)] if parent else []
     # `learn` changes shapes while it trains, and adapters are added later: there every rank has the whole model.
     shard = shard and verb is not learn and not options.get("lora")
     if shard and verb is heal and options["lr"] is None:
@@ -313,6 +326,24 @@ def _train(verb, source, parent, task, out, options, shard):
     if shard:  # for the same reason
         model, _ = _load(out, shard)
     return _measured(model, task, out)
+
+
+def _teacher(parent, dtype, shard):
+    """The dense parent as it teaches; int8: its linear layers' weights, a scale for every row, the rest bfloat16."""
+    if dtype != "int8":
+        return _load(parent, shard, dtype)[0]
+    if shard:
+        raise ValueError("teacher=int8 cannot be spread over processes: with --shard choose bfloat16")
+    try:
+        from torchao.quantization import IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerAxis
+    except ImportError:
+        raise ValueError("teacher=int8 needs torchao: install it or choose bfloat16") from None
+    model, _ = _load(parent, False, "bfloat16")
+    layers = set(targets(model).values())
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+    quantize_(model, config, lambda module, name: module in layers)
+    return model
 
 
 def _load(stage, shard, dtype=None):

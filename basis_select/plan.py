@@ -11,9 +11,10 @@ from .cost import moments_step, training_step
 from .decompose import EXAMPLES_TOGETHER, MAX_MOMENT, moment_bytes, moment_room, passes, same_input, targets
 from .derivatives import PROBES
 from .embedding import module_name
+from .evaluation.profile import prices
 from .heal import add_adapters
 from .learn import weights
-from .linalg.budget import BYTES, allocate, keep_for, table_rank, uniform_scores
+from .linalg.budget import BYTES, allocate, keep_for, linear_prices, table_rank, uniform_scores
 from .linalg.metrics import METRICS
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer
@@ -180,19 +181,34 @@ def _fraction(r, model, shapes):
     """The fraction of the targeted parameters that stays; 1 where it is an outcome. ValueError if it cannot be met."""
     if r.prune.mass is not None or r.prune.max_drop is not None:
         return 1.0
+    if r.prune.latency is not None:
+        return _fraction_in_time(r, model, shapes)
     keep = keep_of(r, model, sum(g.dense_cost for g in shapes if not g.is_table))
     _ranks(r, shapes, keep)
     return keep
 
 
+def _fraction_in_time(r, model, shapes):
+    """The fraction of the targeted parameters that stays where time is the budget, shared evenly."""
+    more = []
+    if r.prune.keep_embedding is not None:
+        vocabulary, d = model.get_input_embeddings().weight.shape
+        more = [((d, (vocabulary,)), table_rank(r.prune.keep_embedding, vocabulary, d, r.prune.multiple_of)[0])]
+    reserve = r.extend.rank + r.learn.new
+    choices, free = prices(r.prune.costs, r.prune.latency, [(g.reads, g.writes) for g in shapes], reserve, more)
+    ranks = allocate([uniform_scores(g.rank, g.basis_cost, g.dense_cost) for g in shapes], choices, free)
+    kept = [g.dense_cost if k is None else (k + reserve) * g.basis_cost for g, k in zip(shapes, ranks, strict=True)]
+    return sum(kept) / sum(g.dense_cost for g in shapes)
+
+
 def _ranks(r, shapes, keep):
     """`{layer: rank}` of what `keep` leaves, the same share of every layer, without those that stay dense."""
-    costs, dense = [g.basis_cost for g in shapes], [g.dense_cost for g in shapes]
     scores = [uniform_scores(g.rank, g.basis_cost, g.dense_cost) for g in shapes]
     more = r.extend.rank + r.learn.new
-    room = int(keep * sum(dense)) - more * sum(g.basis_cost for g in shapes if not g.is_table)
+    room = int(keep * sum(g.dense_cost for g in shapes)) - more * sum(g.basis_cost for g in shapes if not g.is_table)
     try:
-        found = allocate(scores, costs, dense, room, r.prune.multiple_of)
+        lines = [linear_prices(g.rank, g.basis_cost, g.dense_cost, r.prune.multiple_of) for g in shapes]
+        found = allocate(scores, lines, room)
     except ValueError as error:
         how = f"prune.keep={r.prune.keep}" if r.prune.size is None else f"prune.size={r.prune.size}"
         raise ValueError(f"{how} with extend.rank={r.extend.rank}: {error}") from None
@@ -295,9 +311,11 @@ def _decomposition(r, task, model, shapes, rates):
     widest = max(shapes, key=lambda g: g.dense_cost)
     work = 8 * (4 * widest.dense_cost + 4 * widest.rank**2 + bool(uses.outputs) * widest.square)
     factors = 4 * sum(g.basis_cost * g.rank for g in shapes)
-    memory = 4 * total + max(max(collected, default=0) + max(passing, work), factors + work)
+    # Weights read from a file stay mapped until the last of them is replaced. What activations leave free in the heap
+    # stays with the process and takes up factors, but not float64 work, whose blocks are mapped anew.
+    memory = 4 * total + max(collected, default=0) + max(passing, factors) + work
     if len(collected) > 1:
-        memory += factors  # those of earlier passes
+        memory += passing  # beside the factors of earlier passes
     seconds = moments / rates["train"] + svd / rates["float64"]
     return Stage("decompose", None, len(collected) * steps * tokens or None, moments + svd, seconds, memory)
 

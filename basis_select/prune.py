@@ -5,11 +5,12 @@ import math
 
 import torch
 
-from .bases import basis_cost, dense_cost, fold, groups, only, take, to_dense
+from .bases import basis_cost, dense_cost, fold, groups, only, shape_of, take, to_dense
 from .checkpoint.format import describe
 from .derivatives import derivatives as differentiate
 from .embedding import table_of, table_to_dense
-from .linalg.budget import allocate, by_mass, keep_for, table_rank, uniform_scores
+from .evaluation.profile import prices
+from .linalg.budget import allocate, by_mass, keep_for, linear_prices, table_rank, uniform_scores
 from .linalg.scores import SCORES
 from .sizes import sizes
 from .training.loss import response_nll
@@ -29,6 +30,8 @@ def prune(
     size: str | None = None,
     max_drop: float | None = None,
     mass: float | None = None,
+    latency: str | None = None,
+    costs: str | None = None,
     budget: str = "global",
     score: str = "energy",
     multiple_of: int = 16,
@@ -36,11 +39,14 @@ def prune(
 ):
     """Keep the best bases, fold their weights into the factors, in place; returns the model.
 
-    How much stays is said in one of four ways. `keep`: the fraction of the targeted layers' parameters. `size`: of
+    How much stays is said in one of five ways. `keep`: the fraction of the targeted layers' parameters. `size`: of
     the whole model, "4x" fewer parameters, "90M" parameters or "120MB" in `dtype`. Neither is ever exceeded.
     `max_drop`: the smallest model whose response NLL on the validation split of `task` rises by at most so many nats
     per token, before healing and with the embedding cut as `keep_embedding` says. `mass`: Basel's KeepRatio, the
-    share of each layer's sum of scores; size is an outcome.
+    share of each layer's sum of scores; size is an outcome. `latency`: how fast the whole model should be on the device
+    whose times `basis-select profile` wrote to the file `costs`: "2x decode", "20ms decode", "1.5x prefill 128". Bases
+    are kept by score per second then, at ranks that were timed, and a layer stays dense where it would be no faster
+    factored.
 
     `score` is one of SCORES; those that need derivatives take `derivatives` or compute them on `task`. `budget` says
     how the size is shared: "global" (highest score per parameter over all layers), "uniform" (the same
@@ -51,6 +57,8 @@ def prune(
     layers, but of `size`. Without it, `size` is shared between embedding and layers as `best_share` finds on the
     validation split of `task`. Raises ValueError when the budget cannot be met.
     """
+    if sum(target is not None for target in (keep, size, max_drop, mass, latency)) != 1:
+        raise ValueError("say how much to keep: exactly one of keep, size, max_drop, mass, latency")
     how = {"budget": budget, "score": score, "multiple_of": multiple_of, "reserve": reserve, "seed": seed}
     if SCORES.get(score) and SCORES[score].derivatives:
         if task is None and derivatives is None:
@@ -70,6 +78,8 @@ def prune(
         rank, saved = best_share(model, task, size, dtype, **how)
     if max_drop is not None:
         keep = smallest(model, task, max_drop, **how)
+    elif latency is not None:
+        how["latency"] = _times(model, latency, costs, budget, reserve, table and (table, rank))
     elif mass is None:
         now = sizes(model)
         keep = keep_for(now["parameters_dense"], now["targeted_dense"], dtype, keep, size, saved)
@@ -88,10 +98,24 @@ def prune(
     return model
 
 
+def _times(model, latency, costs, budget, reserve, settled):
+    """What `select` needs to choose by time: prices of every group's ranks, and the seconds they may take."""
+    if costs is None:
+        raise ValueError("latency is reached by measured times: name the file of costs that basis-select profile wrote")
+    if budget != "global":
+        raise ValueError(f"latency is shared over all layers: it goes with budget=global, not {budget}")
+    found = groups(model)
+    new = found[0][0][1].leader.new if found else None
+    later = reserve + (new.rank if new else 0)
+    more = [(shape_of([("", settled[0])]), settled[1])] if settled else []
+    return prices(costs, latency, [shape_of(members) for members in found], later, more)
+
+
 def select(
     model,
     keep=None,
     mass=None,
+    latency=None,
     budget="global",
     score="energy",
     multiple_of=16,
@@ -101,7 +125,8 @@ def select(
 ):
     """`[(members, index), ...]`: for every group the indices of the bases to keep, or None if it stays dense.
 
-    Bases that `learn` removed come back only when its later, smaller sets leave room.
+    latency: prices and budget of measured times, in place of a size. Bases that `learn` removed come back only when
+    its later, smaller sets leave room, or where time is the budget.
     """
     for name, value in (("keep", keep), ("mass", mass)):
         if value is not None and not 0 < value <= 1:
@@ -116,7 +141,10 @@ def select(
     costs, dense = [basis_cost(m) for m in found], [dense_cost(m) for m in found]
     new = sum(m[0][1].leader.new.rank * c for m, c in zip(found, costs, strict=True) if m[0][1].leader.new)
     free = None if keep is None else int(keep * sum(dense)) - reserve * sum(costs) - new
-    alive, done = _survivors(found, costs, dense, free, multiple_of)
+    if latency is None:
+        alive, done = _survivors(found, costs, dense, free, multiple_of)
+    else:
+        alive, done = [torch.arange(m[0][1].rank) for m in found], False
     if done:
         return [(m, None if len(i) * c >= d else i) for m, i, c, d in zip(found, alive, costs, dense, strict=True)]
     generator = torch.Generator().manual_seed(seed)
@@ -134,7 +162,11 @@ def select(
         worth = [x[o] for x, o in zip(scores, orders, strict=True)]
         if budget == "uniform":
             worth = [uniform_scores(len(x), c, d) for x, c, d in zip(worth, costs, dense, strict=True)]
-        ranks = allocate(worth, costs, dense, free, multiple_of)
+        if latency is None:
+            lines = [linear_prices(len(x), c, d, multiple_of) for x, c, d in zip(worth, costs, dense, strict=True)]
+            ranks = allocate(worth, lines, free)
+        else:
+            ranks = allocate(worth, *latency, unit="seconds")
         kept = [None if r is None else o[:r].sort().values for r, o in zip(ranks, orders, strict=True)]
     return [
         (m, None if k is None or len(k) * c >= d else i[k])

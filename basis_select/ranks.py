@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-PATIENCE = timedelta(days=7)  # the first rank decomposes and evaluates alone
+PATIENCE = timedelta(days=7)  # the first rank evaluates alone, and decomposes alone what is sharded
 TOGETHER = 2**24  # elements of gradients that are averaged at once
 
 
@@ -23,6 +23,11 @@ def rank():
 
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def everyone():
+    """The group of all ranks; None if there is one."""
+    return dist.group.WORLD if world() > 1 else None
 
 
 def started():

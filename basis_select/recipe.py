@@ -46,7 +46,7 @@ Data = _options(load_task)
 
 
 RESULT = "result"  # the name of the recipe's own row among those it compares
-TARGETS = ("keep", "size", "max_drop", "mass")  # of prune: how much stays
+TARGETS = ("keep", "size", "max_drop", "mass", "latency")  # of prune: how much stays
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class Recipe:
     extend: Extend = dataclasses.field(default_factory=lambda: Extend(rank=0))
     refine: Refine = Refine()
     heal: Heal = Heal()
-    teacher: str = "float32"  # dtype of the dense parent while it teaches; bfloat16 takes half the memory
+    teacher: str = (
+        "float32"  # dtype of the dense parent while it teaches; bfloat16 takes half the memory, int8 a quarter
+    )
     dtype: str = "bfloat16"  # of the final checkpoint and of all evaluation
     sizes: list = field(default_factory=list)  # further sizes, 0.5 (to keep) or "2x": a family from one learning
     compare: dict = field(default_factory=dict)  # row name -> {"section.key": value} that differ from this recipe
@@ -124,7 +126,7 @@ def _check_values(r):
         ("extend.init", r.extend.init, INITS),
         *((f"{s}.precision", getattr(r, s).precision, ("fp32", *VARIANTS)) for s in ("tune", "learn", "heal")),
         ("dtype", r.dtype, BYTES),
-        ("teacher", r.teacher, BYTES),
+        ("teacher", r.teacher, (*BYTES, "int8")),
         ("data.score", r.data.score, (None, *ANSWER_SCORES)),
     ):
         if value not in known:
@@ -150,6 +152,8 @@ def _check_values(r):
         raise ValueError("sizes is a list of further sizes: prune itself needs keep or size then")
     if r.prune.budget != "mass" and "mass" in targets:
         raise ValueError("prune.mass is a share of every layer's scores: it goes with prune.budget=mass")
+    if "latency" in targets and (r.prune.costs is None or r.prune.budget != "global"):
+        raise ValueError("prune.latency needs prune.costs, a file of basis-select profile, and prune.budget=global")
     if r.learn.rounds > (room := r.learn.steps - int(r.learn.unpruned * r.learn.steps)) and r.learn.steps:
         raise ValueError(f"learn.rounds={r.learn.rounds} prunings do not fit into {room} steps of learning")
 

@@ -25,11 +25,11 @@ def refine(model, task, parent, seed=0, *, steps: int = 0, batch_size: int = 16,
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before refine")
     batches = list(Batches(task.train, batch_size, steps, seed, task.pad_id))
-    blocks, dense = _blocks(model), _blocks(parent)
+    found, dense = blocks(model), blocks(parent)
     model.requires_grad_(False)
-    inputs = [_first_input(model, blocks[0], batch) for batch in batches]
+    inputs = [_first_input(model, found[0], batch) for batch in batches]
     targets = [_first_input(parent, dense[0], batch)[0] for batch in batches]
-    for block, original in tqdm(list(zip(blocks, dense, strict=True)), desc="refine", unit="block"):
+    for block, original in tqdm(list(zip(found, dense, strict=True)), desc="refine", unit="block"):
         with torch.no_grad(), autocast(model):
             targets = [_run(original, t, kwargs) for t, (_, kwargs) in zip(targets, inputs, strict=True)]
         _fit(model, block, inputs, targets, [batch["real"].to(model.device) for batch in batches], lr)
@@ -57,12 +57,12 @@ def _fit(model, block, inputs, targets, real, lr):
     block.requires_grad_(False)
 
 
-def _blocks(model):
+def blocks(model):
     """The decoder's blocks: the longest ModuleList whose members hold linear layers."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     lists = [m for m in lists if any(isinstance(x, nn.Linear | LowRankLinear) for x in m.modules())]
     if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of blocks to refine one by one")
+        raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
     return max(lists, key=len)
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from .checkpoint.files import DTYPES, is_compressed, whole
-from .checkpoint.format import BasisSelectConfig, build, describe
+from .checkpoint.format import BasisSelectConfig, build, describe, guards
 from .decompose import factored, moment_bytes, moment_room, passes, reached, same_input, second_moments, targets
 from .linalg.budget import BYTES
 from .linalg.metrics import METRICS
@@ -101,7 +101,8 @@ def decompose_checkpoint(
                 del factors, tensor  # before the next group is read
             del found
         for name, place in places.items():  # what is no factor
-            _write(*place, _read(files, name).to(tensors[name].dtype))
+            if tensors[name].numel():
+                _write(*place, _read(files, name).to(tensors[name].dtype))
         model.config.architectures = [type(model).__name__]
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.save_pretrained(partial)
@@ -156,8 +157,8 @@ def _read(files, name):
 
 
 def _tensors(model):
-    """`{name: tensor on the meta device}` of everything that a checkpoint of this model holds."""
-    state, tied = model.state_dict(), model.all_tied_weights_keys
+    """`{name: tensor, on the meta device or empty}` of everything that a checkpoint of this model holds."""
+    state, tied = model.state_dict() | guards(model), model.all_tied_weights_keys
     names = sorted((name for name in state if name not in tied), key=dot_natural_key)  # as a loaded model is saved
     stored = revert_weight_conversion(model, {name: state[name] for name in names})
     return {name: tensor.clone() for name, tensor in stored.items()}  # not a view: its own size is what is asked for

@@ -3,6 +3,7 @@
 from . import ranks
 from .bases import LowRankLinear
 from .embedding import LowRankEmbedding
+from .int8 import quantized
 from .training.engine import train
 
 
@@ -30,6 +31,8 @@ def tune(
 
 def trainable(model, embeddings=False):
     """What tune and heal train: every parameter except, unless `embeddings`, the embedding and a dense output head."""
+    if quantized(model):
+        raise ValueError("int8 weights do not train: train the checkpoint that they were rounded from")
     ranks.gather_no_more(model)
     model.requires_grad_(True)
     if embeddings:

@@ -1,15 +1,19 @@
-"""The same healing in fp32 and by every bfloat16 optimizer: quality over seeds, and what each of them loses.
+"""The same healing in fp32, by every bfloat16 optimizer and by adapters: quality over seeds, memory, what is lost.
 
-python eval/optimizers.py GRID.yaml FOLDER RESULTS.jsonl TASK SIZE [--steps N] [--seeds N] [--lr X]
+python eval/optimizers.py GRID.yaml FOLDER RESULTS.jsonl TASK SIZE [--seeds N] [--cases NAME ...] [--shorten N]
 
-GRID and FOLDER as in compare.py; the grid's method "default" is healed. Continues whatever is in RESULTS.jsonl; the
-table and the plot of the descent quality are written beside it.
+GRID and FOLDER as in compare.py; the grid's method "default" is healed, in the cases below. Every row is a process of
+its own, so that its peak of memory is its own. Continues whatever is in RESULTS.jsonl, and says after every row about
+how long the rest will take; the table and the plot of the descent quality are written beside it. `--shorten N` takes N
+times fewer steps: a trial.
 """
 
 import argparse
-import copy
 import json
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,72 +21,113 @@ import numpy as np
 import yaml
 from compare import cut, read
 
-from basis_select.heal import heal, suitable_rate
+from basis_select.heal import LORA_RATE, heal, suitable_rate
+from basis_select.rundir import forget_peak_memory, peak_memory
 from basis_select.training.collage import VARIANTS
 from basis_select.training.loss import response_nll
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-KINDS = ("fp32", *VARIANTS)
+KINDS = ("fp32", *VARIANTS, "lora 16")
+CASES = {  # steps and rate (None: heal's own). Where the rate is small, bfloat16 alone should lose most
+    "own rate": (24, None),
+    "small rate": (150, 2e-5),
+}
 
 
-def measure(grid, folder, results, name, size, steps, seeds, lr):
-    r, task, teacher, start = cut(grid, name, "default", size, folder)
-    lr = lr or suitable_rate(start, task, teacher)
-    done = {(row["kind"], row["seed"]) for row in read(results)}
-    for seed in range(seeds):
-        for kind in KINDS:
-            if (kind, seed) in done:
-                continue
-            model = copy.deepcopy(start)
-            with tempfile.TemporaryDirectory() as out:
-                options = {"steps": steps, "batch_size": r.heal.batch_size, "lr": lr, "precision": kind}
-                heal(model, task, teacher, out, seed, **options)
-                lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-            row = {
-                "task": name,
-                "size": size,
-                "kind": kind,
-                "seed": seed,
-                "steps": steps,
-                "lr": lr,
-                "test_nll": round(response_nll(model, task.test, task.pad_id), 4),
-                "quality": {x["step"]: round(x["descent_quality"], 4) for x in lines if "descent_quality" in x},
-                "lost": {x["step"]: round(x["lost_updates"], 4) for x in lines if "lost_updates" in x},
-                "seconds_per_step": round(float(np.median([x["seconds"] for x in lines])), 3),
-            }
-            print(kind, seed, row["test_nll"], flush=True)
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+def measure(a):
+    wanted = [(case, seed, kind) for case in a.cases for seed in range(a.seeds) for kind in KINDS]
+    for left, row in zip(range(len(wanted), 0, -1), wanted, strict=True):
+        if row in {(r["case"], r["seed"], r["kind"]) for r in read(a.results)}:
+            continue
+        began = time.monotonic()
+        subprocess.run([sys.executable, *sys.argv, "--row", *map(str, row)], check=True)
+        seconds = time.monotonic() - began
+        steps = [CASES[case][0] for case, _, _ in wanted[len(wanted) - left + 1 :]]
+        print(f"{seconds:.0f} s, the rest about {seconds / CASES[row[0]][0] * sum(steps) / 60:.0f} minutes", flush=True)
+
+
+def child(a, case, seed, kind):
+    """Heal once and append the row to the results."""
+    r, task, teacher, model = cut(
+        yaml.safe_load(a.grid.read_text(encoding="utf-8")), a.task, "default", a.size, a.folder
+    )
+    steps, lr = CASES[case]
+    steps, lr = max(1, steps // a.shorten), lr or suitable_rate(model, task, teacher)
+    options = {"steps": steps, "batch_size": r.heal.batch_size, "lr": lr}
+    if kind.startswith("lora"):
+        options |= {"lora": int(kind.split()[1]), "lr": lr * LORA_RATE}
+    else:
+        options["precision"] = kind
+    before = response_nll(model, task.test, task.pad_id)
+    forget_peak_memory()
+    with tempfile.TemporaryDirectory() as out:
+        heal(model, task, teacher, out, seed, **options)
+        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    peak = peak_memory()
+    row = {
+        "task": a.task,
+        "size": a.size,
+        "case": case,
+        "seed": seed,
+        "kind": kind,
+        **options,
+        "nll_before": round(before, 4),
+        "test_nll": round(response_nll(model, task.test, task.pad_id), 4),
+        "quality": {x["step"]: round(x["descent_quality"], 4) for x in lines if "descent_quality" in x},
+        "lost": {x["step"]: round(x["lost_updates"], 4) for x in lines if "lost_updates" in x},
+        "peak_bytes": peak,
+        "seconds_per_step": round(float(np.median([x["seconds"] for x in lines])), 3),
+    }
+    print(case, seed, kind, row["test_nll"], flush=True)
+    with a.results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def table(rows):
-    lines = [
-        "| optimizer | test NLL, mean | lowest to highest | descent quality | updates lost |",
-        "|---|---:|---|---:|---:|",
-    ]
-    for kind in KINDS:
-        own = [r for r in rows if r["kind"] == kind]
-        if not own:
+    lines = []
+    for case in CASES:
+        here = [r for r in rows if r["case"] == case]
+        if not here:
             continue
-        nll = [r["test_nll"] for r in own]
-        quality, lost = ([x for r in own for x in r[key].values()] for key in ("quality", "lost"))
-        shown = [f"{np.mean(x):.3f}" if x else "" for x in (quality, lost)]
-        lines.append(f"| {kind} | {np.mean(nll):.4f} | {min(nll):.4f} to {max(nll):.4f} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+        r = here[0]
+        lines += [
+            f"## {case}: {r['task']} at {r['size']:g}x, {r['steps']} steps of {r['batch_size']} at "
+            f"{next(x['lr'] for x in here if 'lora' not in x):.2g}, test NLL {r['nll_before']:.4f} before",
+            "",
+            "| healed by | mean test NLL | lowest to highest | descent quality | updates lost | peak memory | s/step |",
+            "|---|---:|---|---:|---:|---:|---:|",
+        ]
+        for kind in KINDS:
+            own = [r for r in here if r["kind"] == kind]
+            if not own:
+                continue
+            nll = [r["test_nll"] for r in own]
+            quality, lost = ([x for r in own for x in r[key].values()] for key in ("quality", "lost"))
+            shown = [f"{np.mean(x):.3f}" if x else "" for x in (quality, lost)]
+            peak, seconds = (np.median([r[key] for r in own]) for key in ("peak_bytes", "seconds_per_step"))
+            lines.append(
+                f"| {kind} | {np.mean(nll):.4f} | {min(nll):.4f} to {max(nll):.4f} | {' | '.join(shown)} | "
+                f"{peak / 2**30:.2f} GiB | {seconds:.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
 
 
 def plot(rows, path):
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for kind in KINDS[1:]:
-        curves = [r["quality"] for r in rows if r["kind"] == kind]
-        if curves:
-            steps = sorted(map(int, curves[0]))
-            ax.plot(steps, [np.mean([c[str(s)] for c in curves]) for s in steps], label=kind, marker="o", markersize=3)
-    ax.set(xlabel="healing step", ylabel="descent quality (1: nothing lost)")
-    ax.legend()
-    ax.grid(alpha=0.3)
+    cases = [case for case in CASES if any(r["case"] == case for r in rows)]
+    figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4), layout="constrained", squeeze=False)
+    for ax, case in zip(axes[0], cases, strict=True):
+        for kind in VARIANTS:
+            curves = [r["quality"] for r in rows if r["kind"] == kind and r["case"] == case]
+            if curves:
+                steps = sorted(map(int, curves[0]))
+                means = [np.mean([c[str(s)] for c in curves]) for s in steps]
+                ax.plot(steps, means, label=kind, marker="o", markersize=3)
+        ax.set(title=case, xlabel="healing step", ylabel="descent quality (1: nothing lost)")
+        ax.legend()
+        ax.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
 
@@ -90,12 +135,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     for name, kind in (("grid", Path), ("folder", Path), ("results", Path), ("task", str), ("size", float)):
         parser.add_argument(name, type=kind)
-    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--shorten", type=int, default=1)
+    parser.add_argument("--row", nargs=3, help="internal: measure this one")
     a = parser.parse_args()
-    content = yaml.safe_load(a.grid.read_text(encoding="utf-8"))
-    measure(content, a.folder, a.results, a.task, a.size, a.steps, a.seeds, a.lr)
-    found = read(a.results)
-    a.results.with_suffix(".md").write_text(table(found), encoding="utf-8")
-    plot(found, a.results.with_suffix(".png"))
+    if a.row:
+        child(a, a.row[0], int(a.row[1]), a.row[2])
+    else:
+        measure(a)
+        found = read(a.results)
+        a.results.with_suffix(".md").write_text(table(found), encoding="utf-8")
+        plot(found, a.results.with_suffix(".png"))

@@ -1,10 +1,11 @@
 """What `plan` says against what happens, FLOPs of training and peak memory of stages, and what it says of large models.
 
 python eval/plan_check.py TASK OUT.json      TASK is a folder written by eval/prepare_data.py
+python eval/plan_check.py TASK OUT.md        plans of Llama-3.1-8B and 70B
 
 Every stage runs in a process of its own, so that its peak is its own; its FLOPs are counted in a second process,
-since counting slows it down. Beside OUT.json the plans for Llama-3.1-8B and 70B are written as OUT.md, from their
-configs alone and with the small model's tokenizer, which counts somewhat more tokens than theirs would.
+since counting slows it down. The plans of large models are from their configs alone, with the small model's
+tokenizer, which counts somewhat more tokens than theirs would.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -130,22 +132,38 @@ def main(task, out):
         save(load(MODEL)[0], tokenizer, scratch / "SmolLM2-135M")
         for name in ("SmolLM2-135M", "qwen2-shaped"):
             result[name] = check(scratch / name, task, scratch / f"{name}-run")
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        text = []
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def plans(task, out):
+    tokenizer = config_and_tokenizer(MODEL)[1]
+    steps = {"tune.steps": 200, "learn.steps": 0, "heal.steps": 200, "decompose.examples": 256}
+    bf16 = {"tune.precision": "plus", "heal.precision": "plus", "data.train": 3000, "teacher": "bfloat16"}
+    text = []
+    with tempfile.TemporaryDirectory() as scratch:
         for name, config in (
             ("Llama-3.1-8B", llama(4096, 14336, 32, 32)),
             ("Llama-3.1-70B", llama(8192, 28672, 80, 64)),
         ):
-            folder = scratch / name
+            folder = Path(scratch) / name
             config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            steps = {"tune.steps": 200, "learn.steps": 0, "heal.steps": 200, "decompose.examples": 256}
-            bf16 = {"tune.precision": "plus", "heal.precision": "plus", "data.train": 3000}
-            for ranks in (1, 8, 64) if config.hidden_size == 4096 else (8, 64):
+            for ranks in (1, 8):
+                began = time.monotonic()
                 written = plan.plan(recipe(folder, task, **steps, **bf16), ranks)
-                text += [f"## {name}, {ranks} process{'es' if ranks > 1 else ''}", "", "```", written, "```", ""]
-    plans = "\n".join(text).replace(f"{scratch}/", "").replace(str(task), Path(task).name)
-    out.with_suffix(".md").write_text(plans, encoding="utf-8")
+                written = written.replace(str(folder), name).replace(str(task), Path(task).name)
+                took = f"Planned in {time.monotonic() - began:.0f} s, {rundir.peak_memory() / 2**30:.1f} GiB."
+                text += [
+                    f"## {name}, {ranks} process{'es' if ranks > 1 else ''}",
+                    "",
+                    took,
+                    "",
+                    "```",
+                    written,
+                    "```",
+                    "",
+                ]
+                out.write_text("\n".join(text), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -153,4 +171,4 @@ if __name__ == "__main__":
         model, task, _, folder, stage, kind = sys.argv[1:]
         child(model, task, Path(folder), stage, kind == "flops")
     else:
-        main(sys.argv[1], Path(sys.argv[2]))
+        (plans if sys.argv[2].endswith(".md") else main)(sys.argv[1], Path(sys.argv[2]))

@@ -5,6 +5,7 @@ python eval/readme_table.py
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from compare import read
@@ -41,7 +42,18 @@ def _pair(found, unit):
     return f"{found['said'] / unit:.2f}, {found['measured'] / unit:.2f} ({found['said / measured'] - 1:+.0%})"
 
 
-TABLES = {"quickstart": table, "healing_speed": healing_speed, "plan_check": plan_check}
+def runtimes(result):
+    lines = ["| model, runtime | MB | decode tokens/s, median (range) | NLL | largest logit difference |"]
+    lines.append("|---|---:|---:|---:|---:|")
+    for name, row in result["rows"].items():
+        speeds = [r[name] for r in result["rounds"]]
+        speed = f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})"
+        difference = f"{row['largest logit difference']:.2g}"
+        lines.append(f"| {name} | {row['bytes'] / 1e6:.1f} | {speed} | {row['nll']:.3f} | {difference} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"quickstart": table, "healing_speed": healing_speed, "plan_check": plan_check, "runtimes": runtimes}
 
 
 def fill(text):

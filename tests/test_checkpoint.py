@@ -14,6 +14,7 @@ from transformers.utils import is_optimum_quanto_available
 
 import basis_select as bs
 from basis_select.bases import groups
+from basis_select.checkpoint.format import HINT
 
 
 def compressed(task, kind="llama", **options):
@@ -117,6 +118,69 @@ def test_the_import_is_what_makes_transformers_read_it(task, tokenizer, ids, tmp
     )
     out = subprocess.run([sys.executable, "-c", code, str(ids.tolist())], capture_output=True, text=True)
     assert float(out.stdout) == pytest.approx(logits(model, ids).double().sum().item(), abs=1e-9)
+
+
+STOCK = """
+import sys
+from transformers import AutoModelForCausalLM
+
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+        print("loaded")
+    except RuntimeError as error:
+        print(error)
+assert "basis_select" not in sys.modules
+"""
+
+
+def test_without_the_import_transformers_refuses(task, ids, tmp_path):
+    """However a checkpoint was written, and whatever part of the model is bases; a dense export loads."""
+    half = {"keep": 0.5, "multiple_of": 1}
+    whole_layers, embedding = {"keep": 1, "keep_embedding": 0.5}, {**half, "keep_embedding": 0.5}
+    models = {  # kind, options, pruned to what
+        "layers": ("llama", {}, half),
+        "bfloat16": ("qwen2", {"dtype": "bfloat16", "tied": True}, half),
+        "experts": ("qwen3_moe", {}, half),
+        "and embedding": ("llama", {"tied": True}, embedding),
+        "embedding": ("llama", {}, whole_layers),
+    }
+    folders = []
+    for name, (kind, options, budget) in models.items():
+        model = bs.decompose(tiny(kind, **options), task, examples=16, embedding="embedding" in name)
+        bs.prune(model, **budget)
+        bs.save(model, None, tmp_path / name / "saved")
+        bs.save(model, None, tmp_path / name / "shards", "float32", max_shard_size="40KB")
+        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / name / "saved", output_loading_info=True)
+        assert not any(info.values())
+        model.save_pretrained(tmp_path / name / "by transformers")
+        loaded.save_pretrained(tmp_path / name / "again", max_shard_size="40KB")
+        folders += [tmp_path / name / how for how in ("saved", "shards", "by transformers", "again")]
+        for folder in folders[-4:]:
+            again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+            assert torch.equal(logits(again, ids), logits(model, ids))
+    rows = [{"input_ids": PROMPT[0], "labels": PROMPT[0]}]
+    for trained in (loaded, model):
+        out = tmp_path / f"trained {len(folders)}"
+        arguments = TrainingArguments(out, max_steps=1, save_steps=1, report_to="none")
+        Trainer(trained, arguments, train_dataset=rows).train()
+        folders.append(out / "checkpoint-1")
+    bs.decompose_checkpoint(dense_folder(tmp_path / "dense"), tmp_path / "streamed", metric="plain")
+    folders.append(tmp_path / "streamed")
+    loaded.dequantize().save_pretrained(tmp_path / "dequantized")
+    command = [sys.executable, "-c", STOCK, *map(str, folders), str(tmp_path / "dequantized")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    *refused, dense = done.stdout.splitlines()
+    assert dense == "loaded", done.stderr
+    assert len(refused) == len(folders)
+    assert all("`ignore_mismatched_sizes`" in line for line in refused), list(zip(folders, refused, strict=True))
+    assert done.stderr.count(HINT) == len(folders)
+
+
+def dense_folder(folder):
+    tiny().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def test_users_tools_work_on_the_factors(task, tokenizer, ids, tmp_path):

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from basis_select.training.collage import VARIANTS, CollageAdamW, grow, mul
+from basis_select.training.collage import VARIANTS, CollageAdamW, join, split
 
 BF16 = torch.bfloat16
 
@@ -14,6 +14,14 @@ def normal(n, seed, scale=1.0):
 
 def exact(x, low):
     return x.double() + low.double()
+
+
+def grow(x, low, a):
+    split([join([x], [low])[0] + a], [x], [low])
+
+
+def mul(x, low, b):
+    split([join([x], [low])[0] * b], [x], [low])
 
 
 def steps_on(variant, values, gradients, **options):
@@ -31,7 +39,7 @@ def test_grow_adds_as_exactly_as_two_numbers_can(scale):
     x, low, a = normal(5000, 0).bfloat16(), torch.zeros(5000, dtype=BF16), normal(5000, 1, scale).bfloat16()
     smaller = a.abs() <= x.abs()
     want = exact(x, low) + a.double()
-    grow([x], [low], [a])
+    grow(x, low, a)
     error = (exact(x, low) - want).abs() / want.abs().clamp_min(1e-30)
     assert error[smaller].max() <= 2**-16
     assert (low.double().abs() <= 2**-8 * x.double().abs()).all()  # the two stay apart
@@ -41,7 +49,7 @@ def test_a_thousand_small_additions_are_not_lost():
     x = normal(5000, 0).bfloat16()
     low, a, start = torch.zeros_like(x), torch.full_like(x, 1e-4), x.double()
     for _ in range(1000):
-        grow([x], [low], [a])
+        grow(x, low, a)
     moved = exact(x, low) - start
     assert abs(moved.mean() / (1000 * a[0].double()) - 1) < 0.01
 
@@ -52,7 +60,7 @@ def test_mul_by_a_number_that_bfloat16_cannot_hold(factor):
     low = torch.zeros_like(x)
     start = x.double()
     for _ in range(50):
-        mul([x], [low], factor)
+        mul(x, low, factor)
     assert ((exact(x, low) / (start * factor**50) - 1).abs().max()) < 50 * 2**-16
 
 

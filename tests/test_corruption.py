@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import basis_select as bs
 from basis_select.checkpoint.files import INDEX, SIDECAR, sha256
+from basis_select.checkpoint.format import HINT
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -158,7 +159,7 @@ FOUND_BY_CONTENT = {
     "rank missing": (
         "whole",
         lambda f: format_(f, lambda c: c["ranks"].pop(DOWN) and None),
-        "missing keys, first model.layers.0.mlp.down_proj.weight",
+        "unexpected keys, first model.layers.0.mlp.down_proj.u.weight",
     ),
     "layer that is not there": (
         "whole",
@@ -272,6 +273,13 @@ def test_nothing_else_is_refused(kind, saved, tmp_path, ids):
     expected, tokenizer = bs.load(saved / "whole")
     assert torch.equal(bs.load(folder)[0](ids).logits, expected(ids).logits)
     assert len(tokenizer) == 128
+
+
+def test_a_checkpoint_without_what_stops_stock_transformers_loads(saved, tmp_path, ids):
+    folder = shutil.copytree(saved / "whole", tmp_path / "copy")
+    weights(folder, lambda t: [t.pop(name) for name in (HINT, "model.layers.0.mlp.down_proj.weight")])
+    sign(folder)
+    assert torch.equal(bs.load(folder)[0](ids).logits, bs.load(saved / "whole")[0](ids).logits)
 
 
 def test_a_dense_checkpoint_is_checked_as_well(tmp_path):

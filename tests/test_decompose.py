@@ -121,18 +121,38 @@ def test_the_room_is_counted_as_it_is_taken(task):
 
 def in_one_of_two(rank, folder, task):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = decompose(tiny("qwen2", dtype="bfloat16"), task, group=dist.group.WORLD, examples=16)
+    model = decompose(tiny("qwen2", tied=True), task, group=dist.group.WORLD, examples=20, embedding=True)
     save_file(dict(model.state_dict()), folder / f"{rank}.safetensors")
+    model = decompose(tiny("qwen2"), metric="plain", group=dist.group.WORLD)
+    save_file(dict(model.state_dict()), folder / f"{rank}-plain.safetensors")
+    model = tiny("qwen2")  # 3 examples are one batch: the second process has none
+    inputs, outputs = second_moments(model, MEMBERS, task, 3, METRICS["kronecker"], dist.group.WORLD)
+    moments = inputs | {f"{name}.{i}": x for name, parts in outputs.items() for i, x in enumerate(parts)}
+    save_file(moments, folder / f"{rank}-moments.safetensors")
     dist.destroy_process_group()
 
 
-def test_two_processes_give_the_bits_of_one(task, tmp_path):
-    expected = decompose(tiny("qwen2", dtype="bfloat16"), task, examples=16).state_dict()
+MEMBERS = [["model.layers.0.self_attn.q_proj"], ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]]
+
+
+def test_two_processes_give_what_one_does(task, tmp_path):
+    inputs, outputs = second_moments(tiny("qwen2"), MEMBERS, task, 3, METRICS["kronecker"])
+    exact = decompose(tiny("qwen2"), metric="plain").state_dict()
+    expected = decompose(tiny("qwen2", tied=True), task, examples=20, embedding=True).state_dict()
     mp.spawn(in_one_of_two, (tmp_path, task), nprocs=2)
+    found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    assert found[0].keys() == expected.keys()
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
+    for name, x in expected.items():
+        if name.endswith("scale"):  # bases of nearly the same s may turn within their plane
+            torch.testing.assert_close(found[0][name], x, rtol=1e-4, atol=1e-5 * float(x.max()))
     for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(x, expected[name]) for name, x in found.items())
+        plain = load_file(tmp_path / f"{rank}-plain.safetensors")
+        assert all(torch.equal(x, exact[name]) for name, x in plain.items())
+        moments = load_file(tmp_path / f"{rank}-moments.safetensors")
+        for names in MEMBERS:
+            torch.testing.assert_close(moments[names[0]], inputs[names[0]])
+            torch.testing.assert_close(moments[f"{names[0]}.0"], outputs[names[0]][0])
 
 
 def test_layers_are_dealt_by_what_they_cost():

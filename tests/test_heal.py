@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import make_tokenizer, tiny
 
-from basis_select import decompose, heal, learn, prune, tune
+from basis_select import decompose, heal, learn, load, pipeline, prune, save, tune
 from basis_select.bases import groups
 from basis_select.embedding import table_of
 from basis_select.heal import suitable_rate
 from basis_select.training import precision
 from basis_select.training.collage import VARIANTS
+from basis_select.training.data import Batches
 from basis_select.training.loss import log_probabilities
 
 
@@ -172,3 +173,17 @@ def test_the_further_from_the_parent_the_faster_it_heals(task):
     assert rates[0] == 1e-5 < rates[1] < rates[2] < rates[3] <= 1e-3
     with pytest.raises(ValueError, match="pass a teacher or lr"):
         heal(parent, task, steps=1)
+
+
+def test_a_teacher_in_int8_says_nearly_the_same(tmp_path, task, ids):
+    pytest.importorskip("torchao")
+    save(tiny(tied=True), make_tokenizer(), tmp_path / "model")
+    parent, teacher = load(tmp_path / "model")[0], pipeline._teacher(tmp_path, "int8", shard=False)
+    batch = next(iter(Batches(task.train, 8, 1, 0)))
+    near, far = log_probabilities(parent, batch), log_probabilities(teacher, batch)
+    assert 0 < (near.exp() * (near - far)).sum(-1).mean() < 1e-3
+    assert teacher.get_output_embeddings().weight is teacher.get_input_embeddings().weight
+    model = prune(decompose(parent, task, examples=8), keep=0.4, multiple_of=2)
+    heal(model, task, teacher, steps=2, batch_size=4, lr=1e-3)
+    with pytest.raises(ValueError, match="with --shard choose bfloat16"):
+        pipeline._teacher(tmp_path, "int8", shard=True)

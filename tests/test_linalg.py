@@ -3,9 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basis_select.linalg.budget import allocate, by_mass, keep_for, table_rank, uniform_scores
+from basis_select.linalg.budget import allocate, by_mass, keep_for, linear_prices, table_rank, uniform_scores
 from basis_select.linalg.metrics import METRICS, SHRINKAGE, decompose, diagonal, shrunk
 from basis_select.linalg.scores import SCORES
+
+
+def linear(scores, costs, dense, multiple):
+    return [linear_prices(len(s), c, d, multiple) for s, c, d in zip(scores, costs, dense, strict=True)]
 
 
 def moment(n, seed, tokens=None):
@@ -152,7 +156,7 @@ def test_allocate_never_exceeds_the_budget_and_leaves_no_room_for_another_step(s
     ]
     budget = int(keep * sum(dense))
     try:
-        ranks = allocate(scores, costs, dense, budget, multiple)
+        ranks = allocate(scores, linear(scores, costs, dense, multiple), budget)
     except ValueError as error:
         least = [d if multiple * c >= d else multiple * c for c, d in zip(costs, dense, strict=True)]
         assert sum(least) > budget
@@ -169,8 +173,40 @@ def test_allocate_never_exceeds_the_budget_and_leaves_no_room_for_another_step(s
 
 def test_global_prefers_the_layer_whose_bases_are_worth_more_per_parameter():
     strong, weak = torch.linspace(20, 10, 10), torch.linspace(2, 1, 10)
-    assert allocate([strong, weak], [10, 10], [10_000, 10_000], 110, 1) == [10, 1]
-    assert allocate([strong, weak], [100, 10], [10_000, 10_000], 300, 1) == [2, 10]
+    scores, dense = [strong, weak], [10_000, 10_000]
+    assert allocate(scores, linear(scores, [10, 10], dense, 1), 110) == [10, 1]
+    assert allocate(scores, linear(scores, [100, 10], dense, 1), 300) == [2, 10]
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=8), min_size=1, max_size=5),
+    st.floats(0, 1),
+    st.integers(),
+)
+def test_prices_that_do_not_grow_with_the_rank(tables, part, seed):
+    """No rank is taken where more cost no more, time is never exceeded, and what fits beside the rest is taken."""
+    generator = torch.Generator().manual_seed(seed % 2**32)
+    prices = [[*((4 * (i + 1), p) for i, p in enumerate(table[:-1])), (None, table[-1])] for table in tables]
+    scores = [torch.rand(40, generator=generator).sort(descending=True).values for _ in tables]
+    least, most = (sum(f(p for _, p in choices) for choices in prices) for f in (min, max))
+    budget = least + part * (most - least)
+    ranks = allocate(scores, prices, budget)
+    spent = [dict(choices)[rank] for rank, choices in zip(ranks, prices, strict=True)]
+    assert sum(spent) <= budget
+    for rank, price, choices in zip(ranks, spent, prices, strict=True):
+        larger = choices[[r for r, _ in choices].index(rank) + 1 :]
+        assert all(other > price for _, other in larger)
+        assert all(sum(spent) + other - price > budget for _, other in larger)
+    with pytest.raises(ValueError, match=f"the smallest possible is {least} hours"):
+        allocate(scores, prices, least - 1, "hours")
+
+
+def test_a_rank_that_a_device_likes_is_passed_to_through_one_it_does_not():
+    flat = torch.ones(64)
+    liked = [(16, 10), (32, 19), (48, 20), (None, 90)]  # 32 to 48 is nearly free: both steps are worth their mean
+    plain = [(16, 10), (32, 17), (48, 24), (None, 90)]
+    assert allocate([flat, flat], [plain, liked], 30) == [16, 48]
+    assert allocate([flat], [[(16, 30), (32, 40), (None, 20)]], 100) == [None]
 
 
 def test_by_mass_keeps_the_smallest_sufficient_set():

@@ -4,10 +4,12 @@ import pytest
 from conftest import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from basis_select import decompose, prune
 from basis_select.bases import groups
 from basis_select.cost import Flops, moments_step, training_step
+from basis_select.decompose import targets
 from basis_select.learn import weights
 from basis_select.training.data import Batches
 from basis_select.training.loss import task_loss
@@ -43,6 +45,11 @@ def test_what_saves_memory_is_seen_to(task):
     assert again.flops > whole.flops
     assert narrow.held < 0.8 * whole.held
     assert narrow.gradients == whole.gradients / 2
+    eighth = step(precision="plus", teacher="int8")
+    linears = sum(
+        m.weight.numel() - 2 * m.out_features for m in targets(AutoModelForCausalLM.from_config(config)).values()
+    )
+    assert narrow.held - eighth.held == linears
     assert moments_step(config, shape).passing < whole.passing
     assert whole.block < whole.held / 16
 

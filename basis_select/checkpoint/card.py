@@ -169,7 +169,7 @@ def _limits(row, task):
         f"- For {task or 'its task'} only. What the task does not need was removed: expect other tasks, languages and "
         "prompt formats to work much worse than with the dense parent. None of them was measured.\n"
         f"- {n}They say nothing about safety or bias; the limits of the base model remain.\n"
-        "- Without `import basis_select` transformers does not know the format: it warns, fills the compressed layers "
-        "with random weights and returns a model that writes nonsense.\n"
+        "- Without `import basis_select` transformers does not know the format: `from_pretrained` raises an error "
+        "over mismatched sizes. Do not ignore them: the compressed layers would be filled with random weights.\n"
         "- Servers that do not go through transformers' `from_pretrained` need a dense export, which is no smaller."
     )

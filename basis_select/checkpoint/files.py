@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 from .. import ranks
 from ..bases import groups
-from .format import METHOD, describe, require_version
+from ..int8 import quantized
+from .format import METHOD, describe, guards, require_version
 
 SIDECAR = "basis_select.json"  # sha256 of every file that was saved
 INDEX = "model.safetensors.index.json"
@@ -47,13 +49,16 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
             with tempfile.TemporaryDirectory() as scratch:
                 model.save_pretrained(scratch, is_main_process=False)  # hands over this rank's part
         return Path(folder)
-    if groups(model):
+    if groups(model) or quantized(model):
         describe(model)
     with whole(folder) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        twins = model.all_tied_weights_keys if ranks.is_sharded(model) else {}  # gathering writes tied tensors twice
-        if dtype is not None or twins:
-            _rewrite(partial, dtype, twins)
+        # Gathering writes tied tensors twice and leaves out what is beside the state.
+        sharded = ranks.is_sharded(model)
+        twins = model.all_tied_weights_keys if sharded else {}
+        more = revert_weight_conversion(model, guards(model)) if sharded else {}
+        if dtype is not None or twins or more:
+            _rewrite(partial, dtype, twins, more)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return Path(folder)
@@ -85,15 +90,18 @@ def whole(folder):
         raise
 
 
-def _rewrite(folder, dtype, without):
-    """Cast a saved checkpoint (unless `dtype` is None) and drop the tensors named in `without`, shard by shard.
+def _rewrite(folder, dtype, without, more):
+    """Cast a saved checkpoint (unless `dtype` is None), drop the tensors in `without` and add `more`, shard by shard.
 
-    (save_pretrained takes a state dict, but neither sees tied tensors in a cast one nor uses it for a model that was
-    loaded with a quantizer, ours included.)
+    (save_pretrained takes a state dict, but neither sees tied tensors in a cast one nor uses it for a model that has a
+    quantizer, ours included.)
     """
-    size = 0
-    for path in folder.glob("*.safetensors"):
+    size, first = 0, None
+    for path in sorted(folder.glob("*.safetensors")):
         tensors = {name: tensor for name, tensor in load_file(path).items() if name not in without}
+        if first is None:
+            first = path.name
+            tensors |= more
         for name, tensor in tensors.items():
             if dtype is not None and tensor.is_floating_point():
                 tensors[name] = tensor.to(getattr(torch, dtype))
@@ -106,6 +114,7 @@ def _rewrite(folder, dtype, without):
         index = json.loads(path.read_text())
         index["metadata"]["total_size"] = size
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in without}
+        index["weight_map"] |= dict.fromkeys(more, first)
         path.write_text(json.dumps(index, indent=2))
 
 
@@ -124,16 +133,22 @@ def check(folder):
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in recorded:
             raise ValueError(f"{path} was not part of this checkpoint when it was saved")
-    for name in recorded:
-        if not (folder / name).exists():
-            raise ValueError(f"{folder / name} is missing")
     places = stored(folder)
+    _check_hashes(folder, recorded)
+    _check_index(folder, {name: path.name for name, (path, _) in places.items()})
+
+
+def check_hashes(folder):
+    """Raise ValueError, naming the file, unless every file that was saved is there and has its sha256."""
+    _check_hashes(folder, _recorded(folder))
+
+
+def _check_hashes(folder, recorded):
     for name, digest in recorded.items():
         path = folder / name
         if sha256(path) != digest:
             meant = "" if path.suffix == ".safetensors" else f"; if the change is meant, {AGAIN}"
             raise ValueError(f"{path} is not the file that was saved: its sha256 differs{meant}")
-    _check_index(folder, {name: path.name for name, (path, _) in places.items()})
 
 
 def stored(folder):
@@ -155,7 +170,7 @@ def stored(folder):
 
 
 def _recorded(folder):
-    """`{file name: sha256}` of what was saved."""
+    """`{file name: sha256}` of what was saved, and is there."""
     path = folder / SIDECAR
     if not path.exists():
         raise ValueError(f"{folder} has no {SIDECAR}, so its weights cannot be checked: {AGAIN}")
@@ -165,6 +180,8 @@ def _recorded(folder):
     for name in recorded:
         if Path(name).name != name:
             raise ValueError(f"{path} names {name!r}, which is no file of this folder")
+        if not (folder / name).exists():
+            raise ValueError(f"{folder / name} is missing")
     return recorded
 
 

@@ -7,23 +7,34 @@ Registered with transformers as a quantizer, so that after `import basis_select`
 factored layers before the weights are read. `groups` lists layers that share one `v`, stored under the first.
 Where `weighted` is not 0 the bases still carry `scale` and `weight`, and it is the `power` of the weight; `new` is the
 number of new bases beside them: such checkpoints come from decompose and learn. `embedding` says how the token
-embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}.
+embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}. `int8` lists the linear layers,
+factors among them, that are stored as int8 `q` with one `scale` a row.
+
+Without the import transformers would only warn and fill these layers with random weights. So every checkpoint also
+holds an empty tensor by the name of a dense weight: from_pretrained then raises, for the model has another shape there.
 """
 
+import re
+
+import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..bases import LowRankLinear, add_new, groups, to_dense
 from ..embedding import install, module_name, table_of, table_to_dense
+from ..int8 import Int8Linear, quantized
 
 METHOD = "basis_select"
 VERSION = 1
+HINT = "import_basis_select_before_loading"  # an empty tensor too: transformers' report of what does not fit shows it
 
 
 @register_quantization_config(METHOD)
 class BasisSelectConfig(QuantizationConfigMixin):
-    def __init__(self, ranks=None, groups=None, weighted=0, new=0, embedding=None, format_version=VERSION, **kwargs):
+    def __init__(
+        self, ranks=None, groups=None, weighted=0, new=0, embedding=None, int8=None, format_version=VERSION, **kwargs
+    ):
         require_version(format_version)
         self.quant_method = METHOD
         self.format_version = format_version
@@ -32,6 +43,7 @@ class BasisSelectConfig(QuantizationConfigMixin):
         self.weighted = int(weighted)
         self.new = new
         self.embedding = embedding
+        self.int8 = list(int8 or [])
 
 
 def require_version(version):
@@ -43,7 +55,7 @@ def require_version(version):
 
 
 def describe(model):
-    """Write what the model now is into its config, so that `save_pretrained` makes a loadable checkpoint."""
+    """Write what the model now is into its config, so that `save_pretrained` makes a checkpoint of ours."""
     found = groups(model)
     first = found[0][0][1].leader if found else None
     ranks = {name: layer.rank for members in found for name, layer in members}
@@ -53,7 +65,9 @@ def describe(model):
         weighted=first.power if first and first.weighted else 0,
         new=first.new.rank if first and first.new else 0,
         embedding=_describe_embedding(model),
+        int8=quantized(model),
     )
+    model.hf_quantizer = BasisSelectQuantizer(model.config.quantization_config)  # it adds `guards` to what is saved
 
 
 def _describe_embedding(model):
@@ -62,6 +76,19 @@ def _describe_embedding(model):
         return None
     name = module_name(model, embedding)
     return {"name": name, "rank": table.rank, "tied": embedding.tied, "scale": embedding.scale}
+
+
+def guards(model):
+    """`{name: empty tensor}` of what a checkpoint of `model` holds beside its state: nothing if no layer is bases."""
+    config, state = getattr(model.config, "quantization_config", None), model.state_dict()
+    names = _guard_names(config) if isinstance(config, BasisSelectConfig) else []
+    # The `weight` of weighted bases can have the name: its shape is not the dense one either.
+    return {name: torch.empty(0, dtype=model.dtype) for name in names if name not in state}
+
+
+def _guard_names(config):
+    factored = config.ranks or ([config.embedding["name"]] if config.embedding else [])
+    return [f"{min(factored)}.weight", HINT] if factored else []
 
 
 def build(model, config):
@@ -84,6 +111,8 @@ def build(model, config):
     if config.embedding:
         _listed(model, config.embedding["name"], config.embedding["rank"], nn.Embedding)
         install(model, **config.embedding, weighted=bool(config.weighted))
+    for name in config.int8:
+        model.set_submodule(name, Int8Linear.like(model.get_submodule(name)))
 
 
 def _leaders(config):
@@ -122,6 +151,8 @@ class BasisSelectQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         build(model, self.quantization_config)
+        known = {rf"^(.+\.)?{re.escape(name)}$" for name in _guard_names(self.quantization_config)}
+        model._keys_to_ignore_on_load_unexpected = known | set(model._keys_to_ignore_on_load_unexpected or ())
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         # Tensors read from a file start where the file has them; matmul kernels round differently off the 64-byte
@@ -130,7 +161,12 @@ class BasisSelectQuantizer(HfQuantizer):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
 
+    def get_state_dict_and_metadata(self, model):
+        return {**model.state_dict(), **guards(model)}, {}
+
     def _dequantize(self, model, dtype=None):
+        for name in quantized(model):
+            model.set_submodule(name, model.get_submodule(name).to_linear())
         for members in groups(model):
             to_dense(model, members)
         if table_of(model) is not None:

@@ -1,33 +1,145 @@
-"""Decode speed, measured so that the numbers can be compared: models take turns in one process."""
+"""Times, measured so that they can be compared: what is compared takes turns in one process."""
 
+import functools
+import platform
 import statistics
 import time
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
+from transformers import DynamicCache, StaticCache
 
 
-@torch.no_grad()
+def take_turns(runs, rounds, pause=0.0, device=None):
+    """`{name: [seconds, ...]}` of `{name: prepare}`, where `prepare()` gives the function that is timed.
+
+    Each round calls every one of them once, in turn; one round before them warms up and is not counted. `pause`:
+    seconds of rest before every call, against throttling. Where `device` is a GPU its work is waited for.
+    """
+    seconds = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, prepare in runs.items():
+            run = prepare()
+            time.sleep(pause)
+            wait(device)
+            began = time.perf_counter()
+            run()
+            wait(device)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: found[1:] for name, found in seconds.items()}
+
+
+def spread(values):
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
 def decode_speed(models, tokens=16, rounds=5):
     """Median tokens per second of greedy decoding at batch 1 after a 16-token prompt, for `{name: model}`.
 
-    Each round times every model once, in turn; the first round warms up and is not counted. Returns
-    `{name: {"median", "low", "high"}}`.
+    Returns `{name: {"median", "low", "high"}}`.
     """
-    rates = {name: [] for name in models}
-    for _ in range(rounds + 1):
-        for name, model in models.items():
-            rates[name].append(tokens / _decode_seconds(model, tokens))
+    runs = {name: Generation(model, 16, tokens).to_decode for name, model in models.items()}
+    times = take_turns(runs, rounds, device=next(iter(models.values())).device)
+    return {name: spread([tokens / s for s in found]) for name, found in times.items()}
+
+
+class Generation:
+    """Greedy generation at batch 1, in the two parts that are timed apart: the first token, and those after it.
+
+    prompt: tokens read; tokens: how many are generated after the first. Where `compiled`, both parts are one graph
+    each over a cache of fixed size, without torch.compile's checks that the model is still the one it compiled: each
+    graph is called only here, with one model and one shape.
+    """
+
+    def __init__(self, model, prompt, tokens, compiled=False):
+        self.model, self.tokens, self.compiled = model, tokens, compiled
+        self.ids = (torch.arange(prompt, device=model.device) % (model.get_input_embeddings().num_embeddings - 1))[None]
+        self.fixed, self.read = None, self._next
+        if compiled:
+            self.fixed = StaticCache(model.config, max_cache_len=prompt + tokens)
+            with torch.no_grad():
+                self._next(self.ids, self.fixed)  # allocates the cache outside the graphs
+            self.read = _compiled(self._next)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def step(self):
+        """The function that decodes one token."""
+        if not self.compiled:
+            return self._next
+        step = _compiled(self._next)
+        before = self.model.config._attn_implementation
+        if self.model.device.type == "cpu":
+            # With 272 keys torch's fused attention for CPUs takes 4 times as long for one token as plain products,
+            # unless heads that share keys are packed, which transformers does only where it is not traced.
+            self.model.set_attn_implementation("eager")
+        try:
+            step(self.ids[:, :1], self.fixed)
+        finally:
+            self.model.set_attn_implementation(before)
+        return step
+
+    def to_prefill(self):
+        """The function that computes the first token, its cache empty."""
+        return functools.partial(self.first, self.empty_cache())
+
+    def to_decode(self):
+        """The function that decodes the tokens after the first."""
+        step = self.step  # compiled before the cache is filled
+        cache = self.empty_cache()
+        return functools.partial(self.rest, step, self.first(cache), cache)
+
+    def empty_cache(self):
+        if not self.compiled:
+            return DynamicCache(config=self.model.config)
+        self.fixed.reset()
+        return self.fixed
+
+    @torch.no_grad()
+    def first(self, cache):
+        return self.read(self.ids, cache)
+
+    @torch.no_grad()
+    def rest(self, step, token, cache):
+        for _ in range(self.tokens):
+            token = step(token, cache)
+        return token
+
+    def _next(self, ids, cache):
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits.argmax(-1)
+
+
+def _compiled(function):
+    """`function` as one graph for one shape."""
+
+    def alone(*args):
+        return function(*args)
+
+    # torch.compile keeps its graphs by code object: with one of its own, no other model's are tried before it.
+    alone.__code__ = alone.__code__.replace()
+    unchecked = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    return torch.compile(alone, dynamic=False, fullgraph=True, options=unchecked)
+
+
+def environment(device, dtype):
+    """What a time depends on beside the model: device, threads, dtype, versions."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        name: {"median": statistics.median(r[1:]), "low": min(r[1:]), "high": max(r[1:])} for name, r in rates.items()
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {package: version(package) for package in ("basis-select", "torch", "transformers")},
     }
 
 
-def _decode_seconds(model, tokens):
-    ids = torch.arange(10, 26, device=model.device)[None]
-    out = model(input_ids=ids, use_cache=True)
-    began = time.perf_counter()
-    for _ in range(tokens):
-        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+def wait(device):
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,5 +1,6 @@
 """Which bases stay: scores and a budget in, ranks out. Maths on plain tensors and ints."""
 
+import itertools
 import math
 import re
 
@@ -25,7 +26,7 @@ def keep_for(total, targeted, dtype, keep=None, size=None, saved=0):
     weights in `dtype`. Raises ValueError, with the smallest size there is, for one that cannot be met.
     """
     if (keep is None) == (size is None):
-        raise ValueError("say how much to keep: exactly one of keep, size, max_drop, mass")
+        raise ValueError("say how much to keep: exactly one of keep, size, max_drop, mass, latency")
     if keep is not None:
         if not 0 < keep <= 1:
             raise ValueError(f"keep={keep} is not a fraction above 0 and up to 1 of the targeted parameters")
@@ -63,39 +64,42 @@ def uniform_scores(bases, basis_cost, dense_cost):
     return basis_cost * (2.0 - fraction)
 
 
-def allocate(scores, basis_costs, dense_costs, budget, multiple_of=16):
-    """Ranks that take the best score per parameter over all layers until `budget` parameters are used.
+def linear_prices(bases, basis_cost, dense_cost, multiple_of=16):
+    """What `allocate` may choose for a layer whose bases all cost the same: multiples below break-even, or dense.
 
-    scores: list of (r_g,), each descending: what keeping the g-th layer's next basis is worth. basis_costs: what
-    one basis costs; dense_costs: what the dense layer costs. Returns one int per layer, the rank (a multiple of
-    `multiple_of`), or None where the layer stays dense because a factored one of that rank would be no smaller.
-    The total is never above `budget`, and nothing that still fits is left out. Raises ValueError, naming the
-    smallest possible budget, when even one step per layer is too much.
+    A layer that stays smaller factored even with all its `bases` may also keep every one.
     """
-    ranks = [0] * len(scores)
-    offers = []  # (value per parameter, layer, position, rank it leads to or None, parameters it adds)
-    for g, (score, cost, dense) in enumerate(zip(scores, basis_costs, dense_costs, strict=True)):
+    largest = min(bases, math.ceil(dense_cost / basis_cost) - 1)
+    ranks = list(range(multiple_of, largest + 1, multiple_of))
+    if largest == bases and (not ranks or ranks[-1] < largest):
+        ranks.append(largest)  # nothing to round
+    return [*((rank, rank * basis_cost) for rank in ranks), (None, dense_cost)]
+
+
+def allocate(scores, prices, budget, unit="parameters"):
+    """Ranks that take the best score per price over all layers until `budget` is used.
+
+    scores: list of (r_g,), each descending: what keeping the g-th layer's next basis is worth. prices: for each layer
+    `[(rank, price), ...]` of what may be chosen, ranks ascending, then `(None, price)` of leaving it dense; parameters,
+    or measured times, which need not grow with the rank. Returns one of its ranks, or None, per layer. A rank is never
+    chosen where a larger one, or the dense layer, costs no more. The total is never above `budget`, and nothing that
+    still fits is left out. Raises ValueError, naming the smallest possible budget in `unit`, when even the cheapest
+    choice of every layer is too much.
+    """
+    ranks, offers = [], []  # (-value per price, layer, position, rank it leads to or None, what it adds to the price)
+    for g, (score, choices) in enumerate(zip(scores, prices, strict=True)):
+        (cheapest, spent), *others = _undominated(choices, len(score))
+        ranks.append(cheapest)
+        budget -= spent
         value = torch.cat([torch.zeros(1, dtype=torch.float64), score.double().cpu().cumsum(0)]).tolist()
-        largest = min(len(score), math.ceil(dense / cost) - 1)  # below break-even
-        steps = list(range(multiple_of, largest + 1, multiple_of))
-        if largest == len(score) and (not steps or steps[-1] < largest):
-            steps.append(largest)  # every basis is kept: nothing to round
-        previous_rank, used, density = 0, 0, math.inf
-        for position, rank in enumerate([*steps, None]):
-            if rank is None and largest == len(score):
-                break
-            price = (dense if rank is None else rank * cost) - used
-            gain = value[-1 if rank is None else rank] - value[previous_rank]
-            # Bases of one layer are only ever taken in order, so an offer is worth at most the one before it.
-            density = min(density, gain / price)
-            offers.append((math.inf if position == 0 else density, g, position, rank, price))
-            previous_rank, used = rank, used + price
-    offers.sort(key=lambda o: (-o[0], o[1], o[2]))
-    least = sum(price for _, _, position, _, price in offers if position == 0)
-    if least > budget:
-        raise ValueError(f"the smallest possible is {least:,} parameters, the budget allows {int(budget):,}")
+        points = [(price, value[-1 if rank is None else rank]) for rank, price in ((cheapest, spent), *others)]
+        for i, ((rank, price), density) in enumerate(zip(others, _descending(points), strict=True)):
+            offers.append((-density, g, i, rank, price - points[i][0]))
+    if budget < 0:
+        least = sum(min(price for _, price in choices) for choices in prices)
+        raise ValueError(f"the smallest possible is {least:,} {unit}, the budget allows {int(budget + least):,}")
     full = set()
-    for _, g, _, rank, price in offers:
+    for _, g, _, rank, price in sorted(offers, key=lambda offer: offer[:3]):
         if g in full:
             continue
         if price <= budget:
@@ -103,3 +107,31 @@ def allocate(scores, basis_costs, dense_costs, budget, multiple_of=16):
         else:
             full.add(g)  # the next ones need this one first
     return ranks
+
+
+def _undominated(choices, bases):
+    """Those of at most `bases`, without any that a larger rank or the dense layer costs no more than: prices ascend."""
+    kept = []
+    for rank, price in choices:
+        if rank is not None and rank > bases:
+            continue
+        while kept and kept[-1][1] >= price:
+            kept.pop()
+        if rank is not None or not kept or kept[-1][0] != bases:  # dense is worth no more than all bases
+            kept.append((rank, price))
+    return kept
+
+
+def _descending(points):
+    """Value per price of each step between `[(price, value), ...]`, steps pooled where a later one is worth more.
+
+    A layer's steps are only ever taken in order, so a good one lends its worth to those before it: what is returned
+    are the slopes of the points' upper concave hull.
+    """
+    pools = []  # [value, price, steps]
+    for (before, low), (price, high) in itertools.pairwise(points):
+        pools.append([high - low, price - before, 1])
+        while len(pools) > 1 and pools[-1][0] * pools[-2][1] > pools[-2][0] * pools[-1][1]:
+            last = pools.pop()
+            pools[-1] = [a + b for a, b in zip(pools[-1], last, strict=True)]
+    return [value / price for value, price, steps in pools for _ in range(steps)]

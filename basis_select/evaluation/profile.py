@@ -1,0 +1,161 @@
+"""What ranks cost on this device: measured times of factored linear layers against the dense ones.
+
+A table made by `profile` holds, for every distinct shape of a model's layers, one by one and in the groups that read
+the same tensor, the seconds of the dense product and of the factored one at each rank of a grid. `prices` turns it into
+what `prune(latency=, costs=)` chooses by.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..bases import LowRankLinear
+from ..decompose import same_input, targets
+from .speed import Generation, environment, take_turns
+
+COPIES = 4  # layers of a shape timed together, each with weights of its own: what was just read is still in a cache
+POOL = 2**28  # bytes of weights that are walked through, more than caches hold
+GRID = 32  # ranks of a shape at most, from one step to break-even
+
+
+def profile(model, *, tokens=(1, 128), rounds=15, multiple_of=16):
+    """Time every layer shape of a dense `model`, and the model itself, on its device and in its dtype; eager, batch 1.
+
+    tokens: how many are computed at once, 1 being a decoded token. Ranks are multiples of `multiple_of`. Returns
+    `{"layers": [{"in", "out": [...], "dense": {tokens: s}, "ranks": {rank: {tokens: s}}}], "model": {tokens: s}}` and
+    what the times depend on, each the least of `rounds`: whatever else the device does only adds to it. Raises
+    ValueError for a model that is already factored.
+    """
+    if any(isinstance(m, LowRankLinear) for m in model.modules()):
+        raise ValueError("this model is factored already: profile the dense one")
+    if min(tokens) < 1:
+        raise ValueError(f"{min(tokens)} tokens cannot be timed, it should be at least 1")
+    found = targets(model)
+    groups = [*same_input(model, found, None), *([name] for name in found)]
+    shapes = {(found[g[0]].in_features, tuple(found[name].out_features for name in g)): None for g in groups}
+    weight = next(iter(found.values())).weight
+    head = (model.get_input_embeddings().embedding_dim, (model.get_output_embeddings().out_features,))
+    shapes[head] = None
+    largest = max(reads * max(writes) for reads, writes in shapes)
+    pool = torch.randn(max(POOL // weight.element_size(), largest), device=weight.device, dtype=weight.dtype)
+    layers = []
+    with tqdm(shapes, desc="profile", unit="shape") as bar:
+        for shape in bar:
+            bar.set_postfix_str(f"{shape[0]} -> {'+'.join(map(str, shape[1]))}")
+            layers.append(_shape(*shape, tokens, shape == head, rounds, multiple_of, _Weights(pool)))
+    runs = {n: Generation(model, n, 1).to_prefill for n in tokens if n > 1}
+    if 1 in tokens:
+        runs[1] = Generation(model, 16, 1).to_decode
+    seconds = take_turns(runs, rounds, device=model.device)
+    times = {str(n): min(seconds[n]) for n in tokens}
+    return {**environment(weight.device, weight.dtype), "layers": layers, "model": times}
+
+
+class _Weights:
+    """Hands out pieces of one pool of numbers in turn: the next ones are always those read longest ago."""
+
+    def __init__(self, pool):
+        self.pool, self.at = pool, 0
+
+    def take(self, *shape):
+        size = math.prod(shape)
+        if self.at + size > len(self.pool):
+            self.at = 0
+        piece = self.pool[self.at : self.at + size].view(shape)
+        self.at += -(-size // 32) * 32  # starts are aligned as allocations are
+        return nn.Parameter(piece, requires_grad=False)
+
+
+def _shape(reads, writes, tokens, is_head, rounds, multiple_of, weights):
+    """The times of one shape, dense and at each rank of the grid; a head only ever computes the last token."""
+    largest = math.ceil(reads * sum(writes) / (reads + sum(writes))) - 1
+    step = multiple_of * max(1, -(-largest // (multiple_of * GRID)))
+    device, dtype = weights.pool.device, weights.pool.dtype
+    calls = {1: COPIES} if is_head else {n: COPIES if n == 1 else 1 for n in tokens}
+    runs = {}
+    for rank in (None, *range(step, largest + 1, step)):
+        for n, copies in calls.items():
+            x = torch.randn(1, n, reads, device=device, dtype=dtype)
+            runs[rank, n] = _prepare(x, [_layers(reads, writes, rank, weights) for _ in range(copies)])
+    seconds = {key: min(found) for key, found in take_turns(runs, rounds, device=device).items()}
+    times = {}
+    for rank, _ in runs:
+        times[rank] = {str(n): seconds[rank, 1 if is_head else n] / calls[1 if is_head else n] for n in tokens}
+    return {"in": reads, "out": list(writes), "dense": times.pop(None), "ranks": {str(r): t for r, t in times.items()}}
+
+
+def _layers(reads, writes, rank, weights):
+    """Layers that read the same tensor, with weights from the pool: dense, or of one rank with a shared `v`."""
+    made = []
+    for out in writes:
+        if rank is None:
+            layer = nn.Linear(reads, out, bias=False, device="meta")
+            layer.weight = weights.take(out, reads)
+        else:
+            layer = LowRankLinear(reads, out, rank, bias=False, leader=made[0] if made else None, device="meta")
+            layer.u.weight = weights.take(out, rank)
+            if not made:
+                layer.v.weight = weights.take(rank, reads)
+        made.append(layer)
+    return made
+
+
+def _prepare(x, copies):
+    @torch.no_grad()
+    def run():
+        for layers in copies:
+            for layer in layers:
+                layer(x)
+
+    return lambda: run
+
+
+def prices(path, latency, shapes, reserve=0, more=()):
+    """What `linalg.budget.allocate` needs to choose ranks by time: `([(rank, seconds), ..., (None, seconds)] per shape,
+    seconds that all of them may take)`.
+
+    path: a table that `profile` wrote; shapes: `[(in, (out, ...)), ...]`, one for every group of layers; `latency` is
+    how fast the whole model should be, "2x decode" or "20ms decode", "1.5x prefill 128". `reserve`: bases that each
+    layer gets later. more: `[(shape, rank), ...]` of layers whose ranks are settled. Raises ValueError if the table
+    does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no table of costs at {path}: basis-select profile makes one")
+    costs = json.loads(path.read_text(encoding="utf-8"))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(x|ms) (?:decode|prefill (\d+))", latency)
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"latency={latency!r} should read like 2x decode, 20ms decode or 1.5x prefill 128")
+    tokens = match[3] or "1"
+    if tokens not in costs["model"]:
+        raise ValueError(f"{path} has no times of {tokens} tokens at once, only of {', '.join(costs['model'])}")
+    measured = {(layer["in"], tuple(layer["out"])): layer for layer in costs["layers"]}
+    for reads, writes in (*shapes, *(shape for shape, _ in more)):
+        if (reads, writes) not in measured:
+            raise ValueError(
+                f"{path} has no layer {reads} -> {'+'.join(map(str, writes))}: profile this model's parent"
+            )
+    choices = []
+    for shape in shapes:
+        ranks = [(int(r) - reserve, t[tokens]) for r, t in measured[shape]["ranks"].items() if int(r) > reserve]
+        choices.append([*ranks, (None, measured[shape]["dense"][tokens])])
+    now = costs["model"][tokens]
+    allowed = now / float(match[1]) if match[2] == "x" else float(match[1]) / 1e3
+    free = allowed - now + sum(c[-1][1] for c in choices)
+    for shape, rank in more:
+        layer = measured[shape]
+        settled = [t[tokens] for r, t in layer["ranks"].items() if int(r) >= rank] or [layer["dense"][tokens]]
+        free += layer["dense"][tokens] - settled[0]
+    least = sum(min(seconds for _, seconds in c) for c in choices)
+    if least > free:
+        fastest = allowed - free + least
+        raise ValueError(
+            f"latency={latency} asks for {allowed * 1e3:.3g} ms, the fastest choice of ranks in {path} makes it "
+            f"{fastest * 1e3:.3g} ms, {now / fastest:.2f}x"
+        )
+    return choices, free

@@ -1,0 +1,177 @@
+"""Write a model in a form that other runtimes read: a stock dense checkpoint, an ONNX or OpenVINO graph, int8 weights.
+
+transformers' own exporters trace the graphs, one for any number of tokens after any number of cached ones; layers stay
+factored there, two products each. runtime.py runs what `onnx` writes; openvino_genai what `openvino` does.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from .bases import LowRankLinear, groups
+from .checkpoint.files import save, whole
+from .decompose import targets
+from .embedding import LowRankEmbedding, table_of
+from .int8 import Int8Linear, quantized
+from .models import load
+
+log = logging.getLogger(__name__)
+
+
+def export(source, to, out, tokenizer=None):
+    """Write `source`, a model or whatever `load` takes, to the new folder `out`: all of it or nothing; returns `out`.
+
+    to: "dense", a checkpoint that transformers, vLLM and llama.cpp's converter read without this package, no smaller
+    than the parent; "onnx", weights in float32; "openvino", in float16; "int8", a checkpoint of ours whose weights take
+    half the bytes. `tokenizer` goes with a model; `load` finds that of other sources. Raises ValueError on an unknown
+    format, on a model that it does not fit and without the packages of the `export` extra.
+    """
+    if to not in FORMATS:
+        hint = ": export dense and give that to llama.cpp's convert_hf_to_gguf.py" if to == "gguf" else ""
+        raise ValueError(f"cannot export to {to!r}; known are {', '.join(FORMATS)}{hint}")
+    if isinstance(source, nn.Module):
+        model = source
+    else:
+        model, tokenizer = load(source, "float32" if to in ("onnx", "openvino") else None)
+    if to != "dense" and any(members[0][1].weighted for members in groups(model)):
+        raise ValueError(f"these bases are still weighted: call prune before exporting to {to}")
+    if to != "dense" and quantized(model):
+        raise ValueError(f"the weights of this model are int8 already: export what they were rounded from to {to}")
+    FORMATS[to](model, tokenizer, Path(out))
+    return Path(out)
+
+
+def _dense(model, tokenizer, out):
+    save(dense(model), tokenizer, out)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    log.warning("%s is dense: %.1f MB, no smaller than the model was before it was cut", out, size / 1e6)
+
+
+@torch.no_grad()
+def dense(model):
+    """A stock model with the function of `model`, which stays as it is: products of factors, the embedding put back."""
+    config, state = plain_config(model), {}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankEmbedding | Int8Linear):
+            state[f"{name}.weight"] = module.weight
+        elif isinstance(module, LowRankLinear):
+            state[f"{name}.weight"] = module.dense_weight()
+            if module.u.bias is not None:
+                state[f"{name}.bias"] = module.u.bias
+    if table_of(model) is not None:
+        config.tie_word_embeddings = model.get_input_embeddings().tied
+    with torch.device("meta"):
+        stock = type(model)(config)
+    names = stock.state_dict().keys()
+    state = {name: tensor for name, tensor in {**model.state_dict(), **state}.items() if name in names}
+    stock.load_state_dict(state, assign=True)
+    stock.tie_weights()
+    stock.generation_config = model.generation_config
+    return stock
+
+
+def plain_config(model):
+    """A copy of the config that says nothing of factors."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _onnx(model, tokenizer, out):
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+        from transformers.exporters import OnnxConfig, OnnxExporter
+    except ImportError:
+        raise ValueError("ONNX needs the export extra: pip install 'basis-select[export]'") from None
+    with whole(out) as partial:
+        _trace(model, OnnxExporter, OnnxConfig()).save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def _openvino(model, tokenizer, out):
+    try:
+        import openvino
+        from openvino_tokenizers import convert_tokenizer
+        from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+    except ImportError:
+        raise ValueError("OpenVINO needs the export extra: pip install 'basis-select[export]'") from None
+    with whole(out) as partial:
+        _trace(model, OpenVINOExporter, OpenVINOConfig(compress_to_fp16=True)).save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+            for name, graph in zip(
+                ("openvino_tokenizer", "openvino_detokenizer"),
+                convert_tokenizer(tokenizer, with_detokenizer=True),
+                strict=True,
+            ):
+                openvino.save_model(graph, partial / f"{name}.xml")
+
+
+def _trace(model, exporter, config):
+    """One graph of ids, mask, positions and cache -> logits and cache; all lengths and the batch are free."""
+    # In 16 bits transformers' OpenVINO exporter hides the weights of nn.Linear, which an embedding of bases reads.
+    if model.dtype != torch.float32:
+        raise ValueError(f"graphs are traced in float32 and this model is {model.dtype}: load it as float32")
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+    from transformers.exporters.utils import decompose_for_generation
+
+    ids = torch.arange(8).view(2, 4) % model.get_input_embeddings().num_embeddings
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0  # padding, or the mask is left out of the graph
+    with _quiet():
+        stages = decompose_for_generation(
+            model.eval(),
+            {"input_ids": ids, "attention_mask": mask},
+            generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
+            multi_token_decode=True,
+        )
+        part, inputs = stages["decode"]
+        part.config = plain_config(model)
+        free = get_auto_dynamic_shapes({name: x for name, x in inputs.items() if not isinstance(x, bool)})
+        exported = exporter().export(part, inputs, dataclasses.replace(config, dynamic_shapes=free))
+    exported.generation_config = model.generation_config
+    return exported
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Exporters report every step, and say of each version newer than theirs that it is newer."""
+    ours, theirs = transformers_logging.get_verbosity(), logging.getLogger("torch.onnx")
+    level = theirs.level
+    transformers_logging.set_verbosity_error()
+    theirs.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(ours)
+        theirs.setLevel(level)
+
+
+def _int8(model, tokenizer, out):
+    save(to_int8(copy.deepcopy(model)), tokenizer, out)
+
+
+def to_int8(model):
+    """Round factors, and linear layers left dense but a tied head, to int8, in place; returns the model."""
+    layers = targets(model, required=False)
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            layers.update({f"{name}.{part}": child for part, child in module.named_children()})
+    for name, linear in layers.items():
+        model.set_submodule(name, Int8Linear.rounded(linear))
+    return model
+
+
+FORMATS = {"dense": _dense, "onnx": _onnx, "openvino": _openvino, "int8": _int8}

@@ -1,0 +1,65 @@
+"""Run an ONNX export: a model without PyTorch weights whose `generate` is transformers' own."""
+
+import json
+
+import torch
+from transformers import AutoTokenizer, DynamicCache, GenerationMixin, PreTrainedModel
+
+from .checkpoint.files import check_hashes
+
+MANIFEST = "export.json"  # transformers' own, beside every graph that its exporters save
+
+
+class OnnxModel(PreTrainedModel, GenerationMixin):
+    """Logits and cache of the graph that `export` wrote to `folder`, computed by ONNX Runtime on the CPU.
+
+    `options` are an onnxruntime.SessionOptions, for the number of threads and the like.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder, options=None):
+        from transformers.exporters import ExportedModel
+
+        exported = ExportedModel.from_pretrained(folder, device="cpu", session_options=options)
+        super().__init__(exported.config)
+        self.generation_config = exported.generation_config
+        (self.runner,) = exported.runners.values()
+        keys = [spec.shape for spec in self.runner.session.get_inputs() if spec.name.endswith(".keys")]
+        self.heads = [(int(heads), int(size)) for _, heads, _, size in keys]  # of each layer's cache
+
+    dtype = property(lambda self: self.runner.dtype)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=True,
+        return_dict=True,
+    ):
+        """input_ids: (batch, tokens); attention_mask: (batch, cached + tokens); the output has logits and the cache."""
+        cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+        for layer, (heads, size) in zip(cache.layers, self.heads, strict=True):
+            if not layer.is_initialized:
+                empty = torch.empty(len(input_ids), heads, 0, size, dtype=self.dtype)
+                layer.update(empty, empty)
+        past = cache.layers[0].keys.shape[-2]  # the graph does not count for layers with a sliding window
+        if attention_mask is None:
+            attention_mask = torch.ones(len(input_ids), past + input_ids.shape[1], dtype=torch.int64)
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, past:]
+        return self.runner(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache
+        )
+
+
+def load_export(folder, dtype=None):
+    """`(model, tokenizer)` of what `export` wrote for ONNX; hashes are checked first."""
+    if json.loads((folder / MANIFEST).read_text())["export_format"] != "onnx":
+        raise ValueError(f"{folder} is an OpenVINO export: openvino_genai.LLMPipeline runs it")
+    if dtype not in (None, "float32"):
+        raise ValueError(f"{folder} is an ONNX export: it computes in float32, not in {dtype}")
+    check_hashes(folder)
+    return OnnxModel(folder).eval(), AutoTokenizer.from_pretrained(folder)

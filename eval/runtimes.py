@@ -1,0 +1,197 @@
+"""One model and its cut version in every runtime: bytes, response NLL, logits against eager float32, decode speed.
+
+python eval/runtimes.py DENSE CUT TASK FOLDER OUT.json [--items N] [--tokens N] [--rounds N] [--threads N]
+
+FOLDER keeps the exports. OUT.json is written after every row and every round, and the same command continues it. In a
+round each row decodes `--tokens` tokens at batch 1 once, in turn; the table has the medians. For SmolLM2-135M on two
+quiet cores about 15 minutes, most of them compiling and exporting. eval/readme_table.py writes the table.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnxruntime
+import openvino
+import torch
+from torch import nn
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerAxis, PerGroup
+
+from basis_select import export, load, load_task
+from basis_select.bases import LowRankLinear
+from basis_select.decompose import targets
+from basis_select.evaluation.speed import _decode_seconds
+from basis_select.runtime import OnnxModel
+
+GROUP = 16  # weights that share one scale in int4: ranks are multiples of 16
+
+
+class OpenVino:
+    """An OpenVINO export with the call of a transformers model; its cache stays inside."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder, threads):
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        self.request = openvino.compile_model(folder / "openvino_model.xml", "CPU", options).create_infer_request()
+
+    def __call__(self, input_ids, past_key_values=None, use_cache=True):
+        past = past_key_values or 0
+        if past == 0:
+            self.request.reset_state()
+        end = past + input_ids.shape[1]
+        found = self.request.infer(
+            {
+                "input_ids": input_ids.numpy(),
+                "attention_mask": torch.ones(1, end, dtype=torch.int64).numpy(),
+                "position_ids": torch.arange(past, end)[None].numpy(),
+                "beam_idx": torch.zeros(1, dtype=torch.int32).numpy(),
+            }
+        )
+        return SimpleNamespace(logits=torch.from_numpy(found["logits"].copy()), past_key_values=end)
+
+
+def eager(source, folder, threads, dtype):
+    model = load(source, dtype)[0]
+    return model, sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def compiled(source, folder, threads, dtype):
+    model, size = eager(source, folder, threads, dtype)
+    model.forward = torch.compile(model.forward, dynamic=True)
+    return model, size
+
+
+def onnx(source, folder, threads):
+    out = exported(source, "onnx", folder)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others have the cores in their turn
+    return OnnxModel(out, options).eval(), size_of(out, "*.onnx*")
+
+
+def open_vino(source, folder, threads):
+    out = exported(source, "openvino", folder)
+    return OpenVino(out, threads), size_of(out, "openvino_model.*")
+
+
+def int8(source, folder, threads):
+    out = exported(source, "int8", folder)
+    return load(out)[0], size_of(out, "*.safetensors")
+
+
+def int8_compiled(source, folder, threads):
+    model, size = int8(source, folder, threads)
+    model.forward = torch.compile(model.forward, dynamic=True)
+    return model, size
+
+
+def torchao(source, folder, threads, width):
+    """Linear layers rounded in memory by torchao, except the table of an embedding; not a checkpoint of ours."""
+    model, size = eager(source, folder, threads, "bfloat16")
+    layers = list(targets(model, required=False).values())
+    for module in model.modules():
+        if isinstance(module, LowRankLinear) and not module.is_table:
+            layers += [child for child in module.children() if type(child) is nn.Linear]
+    weights, rows = sum(m.weight.numel() for m in layers), sum(m.out_features for m in layers)
+    if width == "int8":
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+        size += 2 * rows - weights
+    else:
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+        size += 2 * weights // GROUP - 3 * weights // 2
+    quantize_(model, config, lambda m, _: m in layers)
+    return model, size
+
+
+RUNTIMES = {
+    "eager float32": (eager, "float32"),
+    "eager bfloat16": (eager, "bfloat16"),
+    "compiled bfloat16": (compiled, "bfloat16"),
+    "ONNX Runtime float32": (onnx,),
+    "OpenVINO": (open_vino,),
+    "int8 checkpoint": (int8,),
+    "int8 checkpoint, compiled": (int8_compiled,),
+    "torchao int8": (torchao, "int8"),
+    "torchao int4": (torchao, "int4"),
+}
+
+
+def exported(source, to, folder):
+    out = folder / f"{Path(source).name}-{to}"
+    return out if out.exists() else export(source, to, out)
+
+
+def size_of(folder, pattern):
+    return sum(path.stat().st_size for path in folder.glob(pattern))
+
+
+@torch.no_grad()
+def score(model, examples):
+    """`(nats per response token, logits of all items)`; item by item, so that padding plays no part."""
+    total, tokens, seen = 0.0, 0, []
+    for example in examples:
+        ids = torch.tensor(example.input_ids)[None]
+        logits = model(input_ids=ids).logits[0].float()
+        start = example.start
+        wanted = ids[0, start:, None]
+        total -= logits[start - 1 : -1].log_softmax(-1).gather(1, wanted).double().sum().item()
+        tokens += len(wanted)
+        seen.append(logits)
+    return total / tokens, torch.cat(seen)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("dense", "cut", "task"):
+        parser.add_argument(name)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--items", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch._dynamo.config.cache_size_limit = 32
+    options = {"items": args.items, "tokens": args.tokens, "threads": args.threads}
+    result = {"options": options, "rows": {}, "rounds": []}
+    if args.out.exists():
+        result = json.loads(args.out.read_text(encoding="utf-8"))
+        if result["options"] != options:
+            parser.error(f"{args.out} was begun with other options: {result['options']}")
+
+    def write():
+        part = args.out.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        part.replace(args.out)
+
+    examples = load_task(args.task, load(args.dense)[1], test=args.items).test
+    models, reference = {}, {}
+    for which, source in (("dense", args.dense), ("cut", args.cut)):
+        for runtime, (make, *dtype) in RUNTIMES.items():
+            row = f"{which}, {runtime}"
+            models[row], size = make(source, args.folder, args.threads, *dtype)
+            if row in result["rows"] and which in reference:
+                continue
+            nll, logits = score(models[row], examples)
+            reference.setdefault(which, logits)
+            difference = (logits - reference[which]).abs().max().item()
+            result["rows"][row] = {"bytes": size, "nll": nll, "largest logit difference": difference}
+            print(row, json.dumps(result["rows"][row]), flush=True)
+            write()
+    with torch.no_grad():
+        for model in models.values():
+            _decode_seconds(model, 2)  # compiles and warms up
+        while len(result["rounds"]) < args.rounds:
+            speeds = {row: args.tokens / _decode_seconds(model, args.tokens) for row, model in models.items()}
+            result["rounds"].append(speeds)
+            write()
+
+
+if __name__ == "__main__":
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    main()
