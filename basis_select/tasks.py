@@ -62,6 +62,7 @@ class _Hub:
     answer: Callable | None
     splits: dict
     score: Callable | None
+    test_path: str | None = None  # a data set of its own, for the test split
 
 
 _QUESTION = "Question: {question}\nAnswer:"
@@ -92,6 +93,16 @@ HUB = {
         None,  # running model-written code needs the sandbox: only the likelihood is scored
         {"train": "train", "validation": "validation", "test": "test"},
         None,
+    ),
+    "math": _Hub(
+        "DigitalLearningGmbH/MATH-lighteval",
+        "default",
+        "Problem:\n{problem}\n\nSolution:",  # of Minerva, as in the benchmark math500
+        " {solution}",
+        None,  # an answer is an expression, which math500 compares: only the likelihood is scored
+        {"train": "train", "test": "test"},
+        None,
+        test_path="HuggingFaceH4/MATH-500",
     ),
 }
 
@@ -232,7 +243,10 @@ def _hub(name, options, sizes, seed):
                 raise FileNotFoundError(f"{name}: there is no {path}")
             data = read_rows(path)
         else:
-            data = load_dataset(spec.path, spec.config, split=where)
+            source = (spec.path, spec.config)
+            if split == "test" and spec.test_path:
+                source = (spec.test_path, None)
+            data = load_dataset(*source, split=where)
         rows[split] = [fill(spec, row) for row in data]
     return _hold_out(rows, sizes, seed), spec.score
 

