@@ -209,7 +209,8 @@ class Host:
         self.secret.write_text("a secret")
         self.server = self.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         self.server.setblocking(False)
-        self.signals = []
+        self.signals, self.before = [], set()
+        self.before = self.processes()
         old = signal.signal(signal.SIGUSR1, lambda number, frame: self.signals.append(number))
         self.stack.callback(signal.signal, signal.SIGUSR1, old)
         return self
@@ -222,11 +223,10 @@ class Host:
         return text.format(**places, pid=os.getpid(), bytes="bytes(2**16)")
 
     def processes(self):
-        """Those that an attack left: descendants of this process, or anyone's by now."""
+        """Those that an attack left: descendants of this process that are new, or anyone's by now."""
         every = psutil.process_iter(["cmdline"])
-        return {*psutil.Process().children(recursive=True)} | {
-            p for p in every if str(self.memory) in (p.info["cmdline"] or [])
-        }
+        ours = {p for p in every if str(self.memory) in (p.info["cmdline"] or [])}
+        return ({*psutil.Process().children(recursive=True)} | ours) - self.before
 
     def traces(self):
         """What the attacks since the last call left, in words."""
