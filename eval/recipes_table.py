@@ -111,7 +111,7 @@ def table(found):
             "SmolLM2-135M-Instruct" if c["model"].startswith("wheel:") else c["model"].rpartition("/")[2],
             c["task"],
             f"{c['examples']:,} of {c['tokens']} tokens",
-            f"{c['parameters_m']:,.0f} M to {c['kept_m']:,.0f} M, {c['megabytes']:,} MB",
+            _after(c),
             f"{c['tflop']:,.0f}",
             f"{c['tflop'] / rate() / 3600:,.1f}",
             f"{c['memory_gib']:.1f} GiB",
@@ -119,6 +119,12 @@ def table(found):
         for name, c in found.items()
     ]
     return markdown(head, rows, "lllrrrrr")
+
+
+def _after(c):
+    if c["kept_m"] >= c["parameters_m"]:
+        return f"{c['parameters_m']:,.0f} M to an outcome"
+    return f"{c['parameters_m']:,.0f} M to {c['kept_m']:,.0f} M, {c['megabytes']:,} MB"
 
 
 def reached():

@@ -38,12 +38,9 @@ def parent():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config()).eval()
         everything = bs.load_task(data(list(SKILLS), 12000), tokenizer)
-        bs.tune(model, everything, steps=STEPS, batch_size=64, lr=3e-3)
+        bs.tune(model, everything, steps=500, batch_size=64, lr=3e-3)
         bs.save(model, tokenizer, FOLDER / "model")
     return bs.load(FOLDER / "model")
-
-
-STEPS = 500
 
 
 def config():
