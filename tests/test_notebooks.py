@@ -11,6 +11,7 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p.name for p in (REPO / "notebooks").glob("*.ipynb"))
+LONG = "2_compress.ipynb"  # tunes, cuts and evaluates SmolLM2: minutes, run by notebooks/execute.py alone
 
 
 def texts(notebook):
@@ -21,6 +22,11 @@ def texts(notebook):
             text = output.get("text") or output.get("data", {}).get("text/plain", "")
             found.append((output["output_type"], text))
     return found
+
+
+def kinds(notebook):
+    """Which kinds of output every code cell has; into how many pieces a stream is cut depends on the time it takes."""
+    return [{o["output_type"] for o in cell.outputs} for cell in notebook.cells if cell.cell_type == "code"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("nbclient"), reason="notebooks are run by the dev extra")
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name != LONG])
 def test_a_notebook_runs(name, folder, monkeypatch):
     from execute import execute
 
@@ -43,7 +49,7 @@ def test_a_notebook_runs(name, folder, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     ran = execute(folder / name)
     committed = nbformat.read(REPO / "notebooks" / name, as_version=4)
-    assert [kind for kind, _ in texts(ran)] == [kind for kind, _ in texts(committed)]
+    assert kinds(ran) == kinds(committed)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
