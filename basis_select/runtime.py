@@ -35,12 +35,12 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         input_ids,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         use_cache=True,
         return_dict=True,
     ):
         """input_ids: (batch, tokens); attention_mask: (batch, cached + tokens); the output has logits and the cache."""
-        cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+        cache = DynamicCache(config=self.config) if cache is None else cache
         for layer, (heads, size) in zip(cache.layers, self.heads, strict=True):
             if not layer.is_initialized:
                 empty = torch.empty(len(input_ids), heads, 0, size, dtype=self.dtype)
@@ -50,9 +50,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             attention_mask = torch.ones(len(input_ids), past + input_ids.shape[1], dtype=torch.int64)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, past:]
-        return self.runner(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache
-        )
+        return self.runner(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache)
 
 
 def load_export(folder, dtype=None):

@@ -209,10 +209,10 @@ def _reasoning_gym(family, options, template, sizes, seed):
     return rows, number if rationale else exact
 
 
-def generated_test(family, size, seed=0):
-    """The rows of which `load_task("reasoning_gym:FAMILY", seed=seed, test=size)` makes its test split."""
-    sizes = {"train": 1, "validation": 1, "test": size}
-    return _disjoint(_reasoning_gym(family, {}, None, sizes, seed)[0], sizes)[0]["test"]
+def generated(family, split, size, seed=0):
+    """The first `size` rows of which `load_task("reasoning_gym:FAMILY", seed=seed)` makes a split."""
+    sizes = dict.fromkeys(SPLITS, 1) | {split: size}
+    return _disjoint(_reasoning_gym(family, {}, None, sizes, seed)[0], sizes)[0][split]
 
 
 def _gym_row(item, template, family):

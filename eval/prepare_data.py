@@ -1,10 +1,10 @@
-"""Writes the comparison's word-problem and code tasks as folders of {prompt, response} rows.
+"""Writes tasks as folders of {prompt, response} rows: word problems, code, and math and code together.
 
 python eval/prepare_data.py DATA OUT
 
 DATA holds math/svamp/mawps_asdiv_a_train.csv and math/svamp/test.jsonl (arkilpatel/SVAMP),
-code/mbpp/{train,validation,test}.jsonl (google-research-datasets/mbpp) and
-code/code_alpaca/code_alpaca_2k.json (sahil280114/codealpaca).
+math/gsm8k/{train,test}.jsonl (openai/gsm8k), code/mbpp/{train,validation,test}.jsonl
+(google-research-datasets/mbpp) and code/code_alpaca/code_alpaca_2k.json (sahil280114/codealpaca).
 """
 
 import csv
@@ -12,6 +12,8 @@ import json
 import re
 import sys
 from pathlib import Path
+
+from basis_select import tasks
 
 
 def svamp(data):
@@ -68,13 +70,26 @@ def code(data):
     return mbpp
 
 
+def math_code(data):
+    """Equal parts of SVAMP, GSM8K, gsm_symbolic and code, in the forms that `basis-select eval` tests."""
+    rows = [svamp(data), code(data)]
+    rows.append({s: [tasks.fill(tasks.HUB["gsm8k"], r) for r in _jsonl(data / f"math/gsm8k/{s}.jsonl")] for s in SIZES})
+    rows.append({split: tasks.generated("gsm_symbolic", split, size // 4) for split, size in SIZES.items()})
+    return {
+        s: [row for four in zip(*(r[s][: n // 4] for r in rows), strict=True) for row in four] for s, n in SIZES.items()
+    }
+
+
+SIZES = {"train": 4000, "test": 400}  # of math_code
+
+
 def _jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    for make in (svamp, code):
+    for make in (svamp, code, math_code):
         folder = target / make.__name__
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in make(source).items():

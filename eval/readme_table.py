@@ -5,7 +5,6 @@ python eval/readme_table.py
 
 import json
 import re
-import statistics
 from pathlib import Path
 
 from compare import read
@@ -46,8 +45,7 @@ def runtimes(result):
     lines = ["| model, runtime | MB | decode tokens/s, median (range) | NLL | largest logit difference |"]
     lines.append("|---|---:|---:|---:|---:|")
     for name, row in result["rows"].items():
-        speeds = [r[name] for r in result["rounds"]]
-        speed = f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})"
+        speed = "{median:.1f} ({low:.1f} to {high:.1f})".format(**row["tokens per second"])
         difference = f"{row['largest logit difference']:.2g}"
         lines.append(f"| {name} | {row['bytes'] / 1e6:.1f} | {speed} | {row['nll']:.3f} | {difference} |")
     return "\n".join(lines) + "\n"

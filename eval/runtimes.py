@@ -2,9 +2,9 @@
 
 python eval/runtimes.py DENSE CUT TASK FOLDER OUT.json [--items N] [--tokens N] [--rounds N] [--threads N]
 
-FOLDER keeps the exports. OUT.json is written after every row and every round, and the same command continues it. In a
-round each row decodes `--tokens` tokens at batch 1 once, in turn; the table has the medians. For SmolLM2-135M on two
-quiet cores about 15 minutes, most of them compiling and exporting. eval/readme_table.py writes the table.
+FOLDER keeps the exports, so that a killed run does not repeat them. In a round each row decodes `--tokens` tokens at
+batch 1 once, in turn, after a prompt of 16. For SmolLM2-135M about 20 minutes, most of them compiling and exporting.
+eval/readme_table.py writes the table.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from basis_select import export, load, load_task
 from basis_select.bases import LowRankLinear
 from basis_select.decompose import targets
-from basis_select.evaluation.speed import _decode_seconds
+from basis_select.evaluation.speed import Generation, spread, take_turns
+from basis_select.rundir import replace_text
 from basis_select.runtime import OnnxModel
 
 GROUP = 16  # weights that share one scale in int4: ranks are multiples of 16
@@ -38,8 +39,8 @@ class OpenVino:
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
         self.request = openvino.compile_model(folder / "openvino_model.xml", "CPU", options).create_infer_request()
 
-    def __call__(self, input_ids, past_key_values=None, use_cache=True):
-        past = past_key_values or 0
+    def __call__(self, input_ids, cache=None, use_cache=True):
+        past = cache or 0
         if past == 0:
             self.request.reset_state()
         end = past + input_ids.shape[1]
@@ -51,18 +52,12 @@ class OpenVino:
                 "beam_idx": torch.zeros(1, dtype=torch.int32).numpy(),
             }
         )
-        return SimpleNamespace(logits=torch.from_numpy(found["logits"].copy()), past_key_values=end)
+        return SimpleNamespace(logits=torch.from_numpy(found["logits"].copy()), cache=end)
 
 
 def eager(source, folder, threads, dtype):
     model = load(source, dtype)[0]
     return model, sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def compiled(source, folder, threads, dtype):
-    model, size = eager(source, folder, threads, dtype)
-    model.forward = torch.compile(model.forward, dynamic=True)
-    return model, size
 
 
 def onnx(source, folder, threads):
@@ -81,12 +76,6 @@ def open_vino(source, folder, threads):
 def int8(source, folder, threads):
     out = exported(source, "int8", folder)
     return load(out)[0], size_of(out, "*.safetensors")
-
-
-def int8_compiled(source, folder, threads):
-    model, size = int8(source, folder, threads)
-    model.forward = torch.compile(model.forward, dynamic=True)
-    return model, size
 
 
 def torchao(source, folder, threads, width):
@@ -110,11 +99,11 @@ def torchao(source, folder, threads, width):
 RUNTIMES = {
     "eager float32": (eager, "float32"),
     "eager bfloat16": (eager, "bfloat16"),
-    "compiled bfloat16": (compiled, "bfloat16"),
+    "compiled bfloat16": (eager, "bfloat16"),
     "ONNX Runtime float32": (onnx,),
     "OpenVINO": (open_vino,),
     "int8 checkpoint": (int8,),
-    "int8 checkpoint, compiled": (int8_compiled,),
+    "compiled int8 checkpoint": (int8,),
     "torchao int8": (torchao, "int8"),
     "torchao int4": (torchao, "int4"),
 }
@@ -144,6 +133,24 @@ def score(model, examples):
     return total / tokens, torch.cat(seen)
 
 
+def decoding(model, tokens):
+    """What `take_turns` prepares and times, of anything called like a model: greedy tokens after a prompt."""
+
+    @torch.no_grad()
+    def prepare():
+        out = model(input_ids=torch.arange(16)[None])
+
+        @torch.no_grad()
+        def run():
+            nonlocal out
+            for _ in range(tokens):
+                out = model(input_ids=out.logits[:, -1:].argmax(-1), cache=out.cache)
+
+        return run
+
+    return prepare
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("dense", "cut", "task"):
@@ -156,40 +163,27 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch._dynamo.config.cache_size_limit = 32
-    options = {"items": args.items, "tokens": args.tokens, "threads": args.threads}
-    result = {"options": options, "rows": {}, "rounds": []}
-    if args.out.exists():
-        result = json.loads(args.out.read_text(encoding="utf-8"))
-        if result["options"] != options:
-            parser.error(f"{args.out} was begun with other options: {result['options']}")
-
-    def write():
-        part = args.out.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        part.replace(args.out)
-
     examples = load_task(args.task, load(args.dense)[1], test=args.items).test
-    models, reference = {}, {}
+    rows, runs = {}, {}
     for which, source in (("dense", args.dense), ("cut", args.cut)):
+        reference = None
         for runtime, (make, *dtype) in RUNTIMES.items():
-            row = f"{which}, {runtime}"
-            models[row], size = make(source, args.folder, args.threads, *dtype)
-            if row in result["rows"] and which in reference:
-                continue
-            nll, logits = score(models[row], examples)
-            reference.setdefault(which, logits)
-            difference = (logits - reference[which]).abs().max().item()
-            result["rows"][row] = {"bytes": size, "nll": nll, "largest logit difference": difference}
-            print(row, json.dumps(result["rows"][row]), flush=True)
-            write()
-    with torch.no_grad():
-        for model in models.values():
-            _decode_seconds(model, 2)  # compiles and warms up
-        while len(result["rounds"]) < args.rounds:
-            speeds = {row: args.tokens / _decode_seconds(model, args.tokens) for row, model in models.items()}
-            result["rounds"].append(speeds)
-            write()
+            name = f"{which}, {runtime}"
+            model, size = make(source, args.folder, args.threads, *dtype)
+            if runtime.startswith("compiled"):
+                runs[name] = Generation(model, 16, args.tokens, compiled=True).to_decode
+                model = torch.compile(model, dynamic=True)
+            else:
+                runs[name] = decoding(model, args.tokens)
+            nll, logits = score(model, examples)
+            reference = logits if reference is None else reference
+            difference = (logits - reference).abs().max().item()
+            rows[name] = {"bytes": size, "nll": nll, "largest logit difference": difference}
+            print(name, json.dumps(rows[name]), flush=True)
+    for name, seconds in take_turns(runs, args.rounds).items():
+        rows[name]["tokens per second"] = spread([args.tokens / s for s in seconds])
+    options = {"items": args.items, "tokens": args.tokens, "rounds": args.rounds, "threads": args.threads}
+    replace_text(args.out, json.dumps({"options": options, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import basis_select as bs
 from basis_select.cli import app
 from basis_select.evaluation import standard
 from basis_select.evaluation.tasks import utils
-from basis_select.tasks import Example, generated_test, load_task
+from basis_select.tasks import Example, generated, load_task
 from basis_select.training.loss import response_nlls
 
 REAL = Path(__file__).parents[2] / "shared/data"
@@ -129,7 +129,7 @@ def test_a_non_finite_logit_is_fatal_also_where_only_text_is_generated(data, tok
 
 def test_gsm_symbolic_is_the_test_split_of_the_recipes(tokenizer):
     task = load_task("reasoning_gym:gsm_symbolic", tokenizer, max_length=10000, train=5, validation=5, test=5)
-    assert [row["prompt"] for row in generated_test("gsm_symbolic", 5)] == [e.prompt for e in task.test]
+    assert [row["prompt"] for row in generated("gsm_symbolic", "test", 5)] == [e.prompt for e in task.test]
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ class Generation:
         return token
 
     def _next(self, ids, cache):
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
         return out.logits.argmax(-1)
 
 

@@ -49,7 +49,7 @@ def as_tuned(task, files, **_):
 
 def generated(family, size, **_):
     """The first `size` test documents of `reasoning_gym:FAMILY` with seed 0."""
-    return _test(tasks.generated_test(family, size))
+    return _test(tasks.generated(family, "test", size))
 
 
 def mmlu(hub, files, config, shots=5, **_):
