@@ -10,9 +10,9 @@ import contextlib
 import dataclasses
 import os
 import re
-import signal
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -80,7 +80,7 @@ ATTACKS = [
     Attack(
         "connecting to a server here", "import socket\nsocket.create_connection(('127.0.0.1', {port}))", "Permission"
     ),
-    Attack("signal to the parent", "import os\nos.kill({pid}, 10)", "failed: ProcessLookupError"),
+    Attack("signal to a process outside", "import os\nos.kill({pid}, 10)", "failed: ProcessLookupError"),
     Attack("signal to everyone", "import os\nos.kill(-1, 9)", f"{ENDED}|ProcessLookupError"),
     Attack(
         "killing the first process of its namespace",
@@ -198,7 +198,7 @@ ATTACKS = [
 
 
 class Host:
-    """What attacks would change on this machine: a secret, a folder, a server, the signals and the processes here."""
+    """What attacks would change on this machine: a secret, a folder, a server, a process, what runs here."""
 
     memory = 2**28 + os.getpid()  # a number that only the processes started from here have in their command line
 
@@ -209,10 +209,10 @@ class Host:
         self.secret.write_text("a secret")
         self.server = self.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         self.server.setblocking(False)
-        self.signals, self.before = [], set()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        self.victim = self.stack.enter_context(subprocess.Popen(["cat"], **pipes))
+        self.before = set()
         self.before = self.processes()
-        old = signal.signal(signal.SIGUSR1, lambda number, frame: self.signals.append(number))
-        self.stack.callback(signal.signal, signal.SIGUSR1, old)
         return self
 
     def __exit__(self, *error):
@@ -220,13 +220,21 @@ class Host:
 
     def fill(self, text):
         places = {"secret": str(self.secret), "folder": str(self.folder), "port": self.server.getsockname()[1]}
-        return text.format(**places, pid=os.getpid(), bytes="bytes(2**16)")
+        return text.format(**places, pid=self.victim.pid, bytes="bytes(2**16)")
 
     def processes(self):
         """Those that an attack left: descendants of this process that are new, or anyone's by now."""
         every = psutil.process_iter(["cmdline"])
         ours = {p for p in every if str(self.memory) in (p.info["cmdline"] or [])}
         return ({*psutil.Process().children(recursive=True)} | ours) - self.before
+
+    def unharmed(self):
+        """The victim answers; a signal would have ended it first."""
+        try:
+            self.victim.stdin.write(b"?\n")
+        except BrokenPipeError:
+            return False
+        return self.victim.stdout.readline() == b"?\n"
 
     def traces(self):
         """What the attacks since the last call left, in words."""
@@ -236,8 +244,8 @@ class Host:
         with contextlib.suppress(BlockingIOError):
             self.server.accept()[0].close()
             found.append("the server saw a connection")
-        if self.signals:
-            found.append("the parent got a signal")
+        if not self.unharmed():
+            found.append("a process outside got a signal")
         if self.processes():
             found.append("processes are still there")
         return found
