@@ -12,25 +12,25 @@ import sys
 import time
 from pathlib import Path
 
-STEPS = {
-    "gsm8k_zeroshot_nll": ["gsm8k_zeroshot_nll"],
+DOMAINS = ("commonsense", "problem_solving", "math")
+STEPS = {  # what matters most first, for whoever stops early
     "svamp_nll": ["svamp_nll"],
     "gsm_symbolic_nll": ["gsm_symbolic_nll"],
-    "math500_nll": ["math500_nll"],
+    "mbpp_zeroshot_nll": ["mbpp_zeroshot_nll"],
     "humaneval_nll": ["humaneval_nll"],
-    "mbpp_nll": ["mbpp_nll,mbpp_zeroshot_nll"],
-    "wikitext2": ["wikitext2"],
+    "gsm8k_zeroshot_nll": ["gsm8k_zeroshot_nll"],
     "gsm8k_zeroshot": ["gsm8k_zeroshot", "--limit", "200"],
-    "gsm8k": ["gsm8k", "--limit", "200"],
     "svamp": ["svamp", "--limit", "200"],
     "gsm_symbolic": ["gsm_symbolic", "--limit", "100"],
+    "mbpp_zeroshot": ["mbpp_zeroshot", "--limit", "50", "--allow-code-execution"],
     "humaneval": ["humaneval", "--limit", "50", "--allow-code-execution"],
-    "mbpp": ["mbpp,mbpp_zeroshot", "--limit", "50", "--allow-code-execution"],
-    **{
-        f"{domain}_{shots}_shots": [domain, "--limit", "100", "--shots", str(shots)]
-        for shots in (5, 0, 1)
-        for domain in ("commonsense", "problem_solving", "math")
-    },
+    **{f"{domain}_0_shots": [domain, "--limit", "50", "--shots", "0"] for domain in DOMAINS},
+    "wikitext2": ["wikitext2"],
+    "math500_nll": ["math500_nll"],
+    "gsm8k": ["gsm8k", "--limit", "200"],
+    "mbpp": ["mbpp", "--limit", "50", "--allow-code-execution"],
+    "mbpp_nll": ["mbpp_nll"],
+    **{f"{d}_{n}_shots": [d, "--limit", "50", "--shots", str(n)] for n in (1, 5) for d in DOMAINS},
 }
 
 
