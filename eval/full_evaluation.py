@@ -4,13 +4,17 @@ BASIS_SELECT_DATA=DATA python eval/full_evaluation.py OUT PARENT [LABEL=MODEL ..
 
 A step is one task for one model and writes OUT/LABEL/STEP.json (the parent's label is `parent`); a step whose file
 is there is not measured again, so a run that was stopped continues with the same command. Code steps run programs
-in the sandbox. Without BASIS_SELECT_DATA the data comes from the hub.
+in the sandbox. Without BASIS_SELECT_DATA the data comes from the hub. OUT.md is the table of whatever is there.
 """
 
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from basis_select.evaluation.record import FORMS
+from basis_select.evaluation.report import interval, markdown
+from basis_select.rundir import read_json, replace_text
 
 DOMAINS = ("commonsense", "problem_solving", "math")
 STEPS = {  # what matters most first, for whoever stops early
@@ -50,7 +54,35 @@ def main(out, parent, models, options):
             if subprocess.run(command).returncode:
                 failed.append(f"{label}: {step}")
             print(f"== {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
+    replace_text(out.with_suffix(".md"), table(out, models))
     sys.exit(f"not measured: {', '.join(failed)}" if failed else 0)
+
+
+def table(out, labels):
+    """Every measure of the parent beside that of each model made of it, and its items that were gained and lost."""
+    text = ""
+    for label in labels:
+        rows = []
+        files = [file for step in STEPS if (file := out / label / f"{step}.json").exists()]
+        for report in map(read_json, files):
+            parent = report["against"]
+            for name, result in report["tasks"].items():
+                paired = report["paired"][name]
+                changed = f"{paired['gained']} / {paired['lost']} ({paired['p']:.2g})" if "p" in paired else ""
+                of = f"{result['n']:,} of {result['of']:,}"
+                about = f"{name}, {result['shots']} shots" if result.get("shots") is not None else name
+                for key, form in FORMS.items():
+                    if result.get(key):
+                        both = (interval(r[key], form) for r in (parent["tasks"][name], result))
+                        rows.append([about, of, key, *both, changed if key == "accuracy" else ""])
+            for domain, mean in report["domains"].items():
+                about = f"mean of {domain.replace('_', ' ')}, {report['settings']['shots']} shots"
+                rows.append(
+                    [about, "", "accuracy", interval(parent["domains"][domain], ".1%"), interval(mean, ".1%"), ""]
+                )
+        head = ["task", "items", "measure", "parent", label, "gained / lost (p)"]
+        text += markdown(head, rows, "lrlrrr") + "\n"
+    return text
 
 
 if __name__ == "__main__":

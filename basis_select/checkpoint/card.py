@@ -4,6 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
+from ..evaluation.report import interval
+
 TEXT = """---
 {metadata}
 ---
@@ -77,7 +79,7 @@ def evaluation(repo_id, recipe, row):
         value=100 * accuracy["value"],
         source_url=f"https://huggingface.co/{repo_id}",
         source_name="Model Card",
-        notes=f"{how}; 95 % interval {_interval(accuracy, '.1%')}",
+        notes=f"{how}; 95 % interval {interval(accuracy, '.1%')}",
     )
     return eval_result_entries_to_yaml([entry])
 
@@ -134,7 +136,7 @@ def _quality(row, parent, recipe):
     lines = ["| | this model | its dense parent |", "|---|---|---|"]
     for name, key, form in (("accuracy", "accuracy", ".1%"), ("NLL per response token", "nll", ".3f")):
         if row[key]:
-            lines.append(f"| {name} | {_interval(row[key], form)} | {_interval(parent[key], form)} |")
+            lines.append(f"| {name} | {interval(row[key], form)} | {interval(parent[key], form)} |")
     text = "\n".join(lines) + (
         f"\n\nMeasured on the same {row['n']} test items for both, greedy decoding. In brackets are 95 % intervals: "
         "Wilson for accuracy, bootstrap over items for the negative log-likelihood."
@@ -146,10 +148,6 @@ def _quality(row, parent, recipe):
     if recipe.get("tune", {}).get("steps"):
         text += " The parent is the base model trained on the same task."
     return text
-
-
-def _interval(x, form):
-    return f"{x['value']:{form}} ({x['low']:{form}} to {x['high']:{form}})"
 
 
 def _made(recipe, versions):

@@ -12,7 +12,10 @@ from ..models import config_and_tokenizer, load
 from ..rundir import environment, read_json, replace_text
 from ..sizes import sizes
 from .accuracy import SEED, compare
+from .report import interval
 from .standard import SUITE, domains, evaluate_task, expand
+
+FORMS = {"accuracy": ".1%", "nll": ".4f", "perplexity": ".2f", "repetition": ".1%", "empty": ".1%"}  # of a result
 
 
 def measure(
@@ -120,17 +123,16 @@ def lines(report):
     for domain in report["domains"]:
         yield f"{domain}, mean of {len(SUITE[domain])}"
         for who, measured in models:
-            yield f"  {who}: {_interval(measured['domains'][domain], '.1%')}"
+            yield f"  {who}: {interval(measured['domains'][domain], '.1%')}"
 
 
 def _figures(result):
-    forms = {"accuracy": ".1%", "nll": ".4f", "perplexity": ".2f", "repetition": ".1%", "empty": ".1%"}
-    for key, form in forms.items():
+    for key, form in FORMS.items():
         if result.get(key):
-            yield f"{key} {_interval(result[key], form)}"
+            yield f"{key} {interval(result[key], form)}"
     for k, value in result.get("pass@k", {}).items():
         if k != "1":
-            yield f"pass@{k} {_interval(value, '.1%')}"
+            yield f"pass@{k} {interval(value, '.1%')}"
 
 
 def _differences(paired):
@@ -138,8 +140,4 @@ def _differences(paired):
         yield f"{paired['gained']} gained, {paired['lost']} lost (p {paired['p']:.2g})"
     for key in ("nll", "score"):
         if key in paired:
-            yield f"{key} {_interval(paired[key], '+.4f')}"
-
-
-def _interval(x, form):
-    return f"{x['value']:{form}}" + ("" if x["low"] is None else f" ({x['low']:{form}} to {x['high']:{form}})")
+            yield f"{key} {interval(paired[key], '+.4f')}"

@@ -84,4 +84,4 @@ def curve(results, folder):
 
 
 def interval(x, form):
-    return f"{x['value']:{form}} ({x['low']:{form}} to {x['high']:{form}})"
+    return f"{x['value']:{form}}" + ("" if x["low"] is None else f" ({x['low']:{form}} to {x['high']:{form}})")
