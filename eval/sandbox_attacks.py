@@ -209,6 +209,8 @@ class Host:
         self.secret.write_text("a secret")
         self.server = self.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         self.server.setblocking(False)
+        # Not this process: where OpenVINO has run a model and let go of it, a signal that is handled ends it (its CPU
+        # plugin leaves a signal stack behind that is no longer mapped).
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         self.victim = self.stack.enter_context(subprocess.Popen(["cat"], **pipes))
         self.before = set()
