@@ -102,6 +102,19 @@ def table(results):
     return "\n".join(lines)
 
 
+def summary(results, sizes=(4, 8)):
+    """The NLL alone, as one Markdown table of all tasks at some sizes; models that are not factored have their own."""
+    cells = _cells(results)
+    columns = [(task, size) for task in dict.fromkeys(r["task"] for r in results) for size in sizes]
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in results):
+        found = [cells.get((task, method, 1 if method in DENSE else size)) for task, size in columns]
+        if any(found):
+            own = f", {next(filter(None, found))[0]['sizes']['bytes'] / 1e6:.0f} MB" if method in DENSE else ""
+            lines.append([method + own, *(f"{interval(rows)[0]:.3f}" if rows else "" for rows in found)])
+    return markdown(["", *(f"{task} {size}x" for task, size in columns)], lines, "l" + "r" * len(columns))
+
+
 def _smaller(cells, task, size):
     """The bytes at which the default, interpolated between its sizes, has the NLL of the best other row of `size`."""
     points = {

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from compare import read
-from compare_report import table as compared
+from compare_report import summary
 
 from basis_select.evaluation.report import table
 
@@ -58,7 +58,7 @@ def fill(text):
     def block(match):
         source = REPO / match[1]
         if source.suffix == ".jsonl":
-            lines = compared(read(source))
+            lines = summary(read(source))
         else:
             lines = TABLES[source.stem](json.loads(source.read_text()))
         return f"<!-- table: {match[1]} -->\n{lines}<!-- end -->"
