@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 from compare import compare, read
-from compare_report import interval, plot, table
+from compare_report import interval, plot, summary, table
 from conftest import tiny
 
 import basis_select as bs
@@ -52,6 +52,7 @@ def test_a_grid_is_measured_once_and_reported(tokenizer, tmp_path):
     value = sum(by_name["BSI", 2]["nll"]) / sum(by_name["BSI", 2]["tokens"])
     assert any(line.startswith("| BSI |") and f"{value:.3f} (" in line for line in lines)
     assert any("best other row" in line for line in lines)
+    assert f"| BSI | {value:.3f} |" in summary(found, sizes=(2,)).splitlines()
     plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
