@@ -10,7 +10,7 @@ from pathlib import Path
 from compare import read
 from compare_report import summary
 
-from basis_select.evaluation.report import table
+from basis_select.evaluation.report import markdown, table
 
 REPO = Path(__file__).parents[1]
 
@@ -51,7 +51,24 @@ def runtimes(result):
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"quickstart": table, "healing_speed": healing_speed, "plan_check": plan_check, "runtimes": runtimes}
+def bench(result):
+    rows = {(r["what"], r["way"], r["model"]): r for r in result["rows"]}
+    cuts = [model for model in dict.fromkeys(model for _, _, model in rows) if model != "dense"]
+    lines = []
+    for what, way in dict.fromkeys((what, way) for what, way, _ in rows):
+        found = [rows[what, way, model] for model in cuts]
+        speeds = (f"{r['times_faster']:.2f} ({r['share_of_ideal']:.0%} of {r['ideal']:.2f})" for r in found)
+        lines.append([f"{what}, {way}", f"{1000 * rows[what, way, 'dense']['seconds']['median']:.0f} ms", *speeds])
+    return markdown(["", "dense", *cuts], lines, "lr" + "r" * len(cuts))
+
+
+TABLES = {
+    "quickstart": table,
+    "healing_speed": healing_speed,
+    "plan_check": plan_check,
+    "runtimes": runtimes,
+    "bench": bench,
+}
 
 
 def fill(text):
