@@ -1,8 +1,10 @@
 """A run's folder on disk: files replaced in one step, one run at a time, room and memory watched."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import gc
 import json
 import os
 import platform
@@ -42,7 +44,13 @@ def require_disk(folder, upstream):
 
 
 def forget_peak_memory():
-    """Start counting anew where the kernel can (Linux); elsewhere the peak is that of the process so far."""
+    """Give back what is freed and count anew; where the system cannot, the peak is that of the process so far.
+
+    glibc keeps freed tensors of up to 32 MiB for itself: after tuning a model of 0.5 GiB that were 5.5 GiB.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -1,5 +1,6 @@
 import csv
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import basis_select as bs
-from basis_select import pipeline
+from basis_select import pipeline, rundir
 from basis_select import recipe as recipes
 from basis_select.checkpoint.hub import contents
 from basis_select.cli import app
@@ -295,3 +296,17 @@ def test_every_recipe_is_valid_and_survives_writing():
             recipes.override(recipes.Recipe("a", "b"), recipes._flat(yaml.safe_load(recipes.write(read)), path), "x")
             == read
         )
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other allocators give memory back by themselves or not at all"
+)
+def test_a_stage_does_not_start_with_what_others_have_freed():
+    torch.ones(2**23 - 2**10)  # freed at once: from now on glibc keeps blocks of this size
+    blocks = [torch.ones(2**18) for _ in range(512)]
+    last = blocks.pop()  # stays, above the others on the heap
+    blocks.clear()
+    before = rundir.resident_memory()
+    rundir.forget_peak_memory()
+    assert rundir.peak_memory() < before - 2**28
+    assert last.sum() == 2**18
