@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-from basis_select.evaluation.record import FORMS
 from basis_select.evaluation.report import interval, markdown
 from basis_select.rundir import read_json, replace_text
 
@@ -60,19 +59,23 @@ def main(out, parent, models, options):
 
 def table(out, labels):
     """Every measure of the parent beside that of each model made of it, and its items that were gained and lost."""
-    text = ""
+    text, forms = "", {"accuracy": ".1%", "nll": ".3f", "perplexity": ".2f", "repetition": ".1%"}
     for label in labels:
         rows = []
-        files = [file for step in STEPS if (file := out / label / f"{step}.json").exists()]
-        for report in map(read_json, files):
+        for step in STEPS:
+            if not (file := out / label / f"{step}.json").exists():
+                continue
+            report = read_json(file)
             parent = report["against"]
             for name, result in report["tasks"].items():
+                if name.endswith("_nll") and not step.endswith("_nll"):
+                    continue  # of the few items that text was generated for: there is a step for all
                 paired = report["paired"][name]
                 changed = f"{paired['gained']} / {paired['lost']} ({paired['p']:.2g})" if "p" in paired else ""
                 of = f"{result['n']:,} of {result['of']:,}"
                 about = f"{name}, {result['shots']} shots" if result.get("shots") is not None else name
-                for key, form in FORMS.items():
-                    if result.get(key):
+                for key, form in forms.items():
+                    if result.get(key) and (key != "perplexity" or name == "wikitext2"):
                         both = (interval(r[key], form) for r in (parent["tasks"][name], result))
                         rows.append([about, of, key, *both, changed if key == "accuracy" else ""])
             for domain, mean in report["domains"].items():

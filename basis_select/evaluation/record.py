@@ -15,8 +15,6 @@ from .accuracy import SEED, compare
 from .report import interval
 from .standard import SUITE, domains, evaluate_task, expand
 
-FORMS = {"accuracy": ".1%", "nll": ".4f", "perplexity": ".2f", "repetition": ".1%", "empty": ".1%"}  # of a result
-
 
 def measure(
     source,
@@ -127,7 +125,8 @@ def lines(report):
 
 
 def _figures(result):
-    for key, form in FORMS.items():
+    forms = {"accuracy": ".1%", "nll": ".4f", "perplexity": ".2f", "repetition": ".1%", "empty": ".1%"}
+    for key, form in forms.items():
         if result.get(key):
             yield f"{key} {interval(result[key], form)}"
     for k, value in result.get("pass@k", {}).items():
