@@ -59,7 +59,7 @@ def main(out, parent, models, options):
 
 def table(out, labels):
     """Every measure of the parent beside that of each model made of it, and its items that were gained and lost."""
-    text, forms = "", {"accuracy": ".1%", "nll": ".3f", "perplexity": ".2f", "repetition": ".1%"}
+    text, forms = "", {"accuracy": ".1%", "nll": ".3f", "perplexity": ".2f", "repetition": ".1%", "empty": ".1%"}
     for label in labels:
         rows = []
         for step in STEPS:
@@ -75,9 +75,11 @@ def table(out, labels):
                 of = f"{result['n']:,} of {result['of']:,}"
                 about = f"{name}, {result['shots']} shots" if result.get("shots") is not None else name
                 for key, form in forms.items():
-                    if result.get(key) and (key != "perplexity" or name == "wikitext2"):
-                        both = (interval(r[key], form) for r in (parent["tasks"][name], result))
-                        rows.append([about, of, key, *both, changed if key == "accuracy" else ""])
+                    found = [r[key] for r in (parent["tasks"][name], result) if r.get(key)]
+                    told = name == "wikitext2" or key != "perplexity"
+                    if told and any(x["value"] for x in found):
+                        changed_here = changed if key == "accuracy" else ""
+                        rows.append([about, of, key, *(interval(x, form) for x in found), changed_here])
             for domain, mean in report["domains"].items():
                 about = f"mean of {domain.replace('_', ' ')}, {report['settings']['shots']} shots"
                 rows.append(
