@@ -78,8 +78,8 @@ def table(out, labels):
                     found = [r[key] for r in (parent["tasks"][name], result) if r.get(key)]
                     told = name == "wikitext2" or key != "perplexity"
                     if told and any(x["value"] for x in found):
-                        changed_here = changed if key == "accuracy" else ""
-                        rows.append([about, of, key, *(interval(x, form) for x in found), changed_here])
+                        pair = changed if key == "accuracy" else ""
+                        rows.append([about, of, key, *(interval(x, form) for x in found), pair])
             for domain, mean in report["domains"].items():
                 about = f"mean of {domain.replace('_', ' ')}, {report['settings']['shots']} shots"
                 rows.append(

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from basis_select import tasks
 
+SIZES = {"train": 4000, "test": 400}  # of math_code
+
 
 def svamp(data):
     """SVAMP, trained on MAWPS and ASDiv-A as its authors do; the response is the equation and its value."""
@@ -78,9 +80,6 @@ def math_code(data):
     return {
         s: [row for four in zip(*(r[s][: n // 4] for r in rows), strict=True) for row in four] for s, n in SIZES.items()
     }
-
-
-SIZES = {"train": 4000, "test": 400}  # of math_code
 
 
 def _jsonl(path):
