@@ -11,14 +11,17 @@ model with int8 weights.
 
 import copy
 import functools
+import hashlib
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
@@ -42,16 +45,19 @@ GROUP = 32  # weights that share one scale in int4
 
 
 class Teacher:
-    """The parent's log-probabilities, computed once for every batch that rows have in common; half precision."""
+    """The parent's log-probabilities in half precision, computed once for every batch that rows have in common."""
 
-    def __init__(self, parent):
-        self.parent, self.seen = parent, {}
+    def __init__(self, parent, folder):
+        self.parent, self.folder = parent, folder
+        folder.mkdir(exist_ok=True)
 
     def __call__(self, batch):
-        key = hash(batch["input_ids"].numpy().tobytes())
-        if key not in self.seen:
-            self.seen[key] = log_probabilities(self.parent, batch).half()
-        return self.seen[key].float()
+        path = self.folder / f"{hashlib.sha256(batch['input_ids'].numpy()).hexdigest()}.safetensors"
+        if not path.exists():
+            partial = path.with_suffix(f".{os.getpid()}")
+            save_file({"log_p": log_probabilities(self.parent, batch).half()}, partial)
+            partial.rename(path)
+        return load_file(path)["log_p"].float()
 
 
 def compare(grid, folder, results):
@@ -70,7 +76,7 @@ def compare(grid, folder, results):
             base, stages, parent = setting(grid, name, seed, folder)
             for row in dense:
                 write(results, row, measure(rounded(copy.deepcopy(parent)), stages.task, row[2]))
-            teacher = Teacher(parent)
+            teacher = Teacher(parent, folder / f"{name}-{seed}" / "teacher")
             moments = functools.cache(functools.partial(all_moments, parent, stages.task, base))
             for row in rows:
                 logging.warning("%s", " ".join(map(str, row)))
@@ -107,7 +113,8 @@ def cut(grid, name, method, size, folder):
     r = at_size(override(base, own, method), parent, size)
     found = stages.decomposed(r, lambda: all_moments(parent, stages.task, base)[r.decompose.share])
     model, _ = load(found / "model")
-    return r, stages.task, Teacher(parent), prune(model, stages.task, **vars(r.prune))
+    teacher = Teacher(parent, folder / f"{name}-0" / "teacher")
+    return r, stages.task, teacher, prune(model, stages.task, **vars(r.prune))
 
 
 def compressed(r, stages, parent, teacher, moments, steps):

@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 KINDS = ("fp32", *VARIANTS, "lora 16")
 CASES = {  # steps and rate (None: heal's own). Where the rate is small, bfloat16 alone should lose most
     "own rate": (24, None),
-    "small rate": (150, 2e-5),
+    "small rate": (60, 2e-5),
 }
 
 
