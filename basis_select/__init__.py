@@ -33,6 +33,7 @@ from .refine import refine
 from .sizes import sizes
 from .stream import decompose_checkpoint
 from .tasks import Task, load_task
+from .training.soft_labels import soft_labels
 from .tune import tune
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ __all__ = [
     "refine",
     "save",
     "sizes",
+    "soft_labels",
     "tune",
     "verify",
 ]

@@ -32,13 +32,15 @@ _FORMULAS = FlopCounterMode(
 @dataclass(frozen=True)
 class Cost:
     """Of one step: `flops` of products, the output head's apart; `held`, bytes of weights, a teacher's too, and of
-    optimizer states; `gradients`, bytes; `passing`, bytes beyond `held` at the worst moment: activations, logits,
-    gradients; `block`, bytes of the largest decoder layer's weights, which a process needs whole when all is sharded.
+    optimizer states, `states` those of the states alone; `gradients`, bytes; `passing`, bytes beyond `held` at the
+    worst moment: activations, logits, gradients; `block`, bytes of the largest decoder layer's weights, which a process
+    needs whole when all is sharded.
     """
 
     flops: int
     head_flops: int
     held: int
+    states: int
     gradients: int
     passing: int
     block: int
@@ -73,13 +75,24 @@ def _model(config, dtype=torch.float32, **bases):
 
 
 def training_step(
-    config, shape, trains, taught=False, precision="fp32", checkpointing=False, teacher="float32", bases=None
+    config,
+    shape,
+    trains,
+    taught=False,
+    precision="fp32",
+    checkpointing=False,
+    teacher="float32",
+    soft_labels=0,
+    bases=None,
 ):
     """The Cost of one step of training/engine.py on a batch of `shape`, (rows, length, response tokens).
 
     trains: function that sets what of a model requires gradients; bases: a dict, how checkpoint/format.py describes the
-    factored layers, none if dense; teacher: the dtype of the dense parent, if `taught` by one.
+    factored layers, none if dense; teacher: the dtype of the dense parent, if `taught` by one and not by `soft_labels`,
+    so many for a token.
     """
+    told = taught and soft_labels
+    taught = taught and not soft_labels
     with FakeTensorMode():
         model = _model(config, torch.float32 if precision == "fp32" else torch.bfloat16, **(bases or {}))
         trains(model)
@@ -89,13 +102,16 @@ def training_step(
         wide = torch.bfloat16 if teacher == "int8" else getattr(torch, teacher)
         parent = _model(config, wide).requires_grad_(False) if taught else None
         batch = _batch(*shape)
+        if told:
+            said = torch.zeros(len(batch["positions"]), soft_labels)
+            parent = lambda batch: (said, said.long())  # noqa: E731
         states = _states(parameters, precision)  # those of the first step; the second is the one that counts
         watch = _Watch(model, [*model.parameters(), *(parent.parameters() if taught else ()), *states])
         held = watch.now
         with watch:
             task_loss(model, batch, parent)[0].backward()
             gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
-        cost = watch.cost(held, gradients)
+        cost = watch.cost(held, gradients, sum(x.nbytes for x in states))
         if taught and teacher == "int8":  # of every weight a byte less, of every row a scale more
             saved = sum(m.weight.numel() - 2 * m.out_features for m in targets(parent).values())
             cost = replace(cost, held=held - saved)
@@ -127,7 +143,7 @@ def moments_step(config, shape):
             loss = task_loss(model, _batch(*shape))[0]
             loss.backward(retain_graph=True)
             loss.backward()
-    return watch.cost(held, 0)
+    return watch.cost(held)
 
 
 def forward_pass(model, **inputs):
@@ -138,7 +154,7 @@ def forward_pass(model, **inputs):
     held = watch.now
     with torch.no_grad(), watch:
         model(**inputs)
-    return watch.cost(held, 0)
+    return watch.cost(held)
 
 
 def _batch(rows, length, responses):
@@ -170,8 +186,8 @@ class _Watch(TorchDispatchMode):
         self.alive, self.now, self.peak = set(), 0, 0
         self._see(tensors)
 
-    def cost(self, held, gradients):
-        return Cost(self.flops, self.head_flops, held, gradients, self.peak - held, self.block)
+    def cost(self, held, gradients=0, states=0):
+        return Cost(self.flops, self.head_flops, held, states, gradients, self.peak - held, self.block)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))

@@ -37,12 +37,12 @@ def heal(
 ):
     """Train factors, norms, biases and layers left dense on response tokens, in place; returns the model.
 
-    Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent. Without `lr` it is `suitable_rate`. A dense
-    embedding and head stay as they are unless `embeddings`. `precision` and `checkpointing` as in training/engine.py:
-    "plus" trains wholly in bfloat16, with 12 bytes a parameter instead of 16. `lora` > 0 trains only adapters of that
-    rank on the factors and on layers left dense (peft), and merges them in the end: no rank changes, and gradients and
-    states are those of the adapters alone. Raises ValueError on bases that are still weighted, and without both `lr`
-    and `teacher`.
+    Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent or its `soft_labels`. Without `lr` it is
+    `suitable_rate`. A dense embedding and head stay as they are unless `embeddings`. `precision` and `checkpointing` as
+    in training/engine.py: "plus" trains wholly in bfloat16, with 12 bytes a parameter instead of 16. `lora` > 0 trains
+    only adapters of that rank on the factors and on layers left dense (peft), and merges them in the end: no rank
+    changes, and gradients and states are those of the adapters alone. Raises ValueError on bases that are still
+    weighted, and without both `lr` and `teacher`.
     """
     ranks.join()
     if any(members[0][1].weighted for members in groups(model)):
@@ -107,10 +107,15 @@ def suitable_rate(model, task, teacher, seed=0):
     return ranks.agreed(lambda: rate)
 
 
+def probes(task, seed):
+    """Indices of the training examples that `distance` looks at."""
+    return random.Random(seed).sample(range(len(task.train)), min(PROBES, len(task.train)))
+
+
 @torch.no_grad()
 def distance(model, task, teacher, seed=0):
     """KL(teacher || model) in nats per response token of PROBES training examples."""
-    examples = random.Random(seed).sample(task.train, min(PROBES, len(task.train)))
+    examples = [task.train[i] for i in probes(task, seed)]
     batches = Batches(examples, 16, -(-len(examples) // 16), seed, task.pad_id)
     kl, tokens = torch.tensor(
         [(float(task_loss(model, b, teacher)[2]), int((b["targets"] >= 0).sum())) for b in batches]

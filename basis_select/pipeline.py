@@ -30,7 +30,7 @@ from .evaluation.report import curve, table
 from .evaluation.run_report import report
 from .evaluation.speed import decode_speed
 from .extend import extend
-from .heal import heal, suitable_rate
+from .heal import heal, probes, suitable_rate
 from .learn import learn
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer, load
@@ -52,6 +52,7 @@ from .sizes import sizes
 from .tasks import load_task
 from .training.loss import response_nll
 from .training.precision import fast_bf16
+from .training.soft_labels import SoftLabels, seen, soft_labels
 from .tune import tune
 
 log = logging.getLogger(__name__)
@@ -166,22 +167,41 @@ class Stages:
             )
         if not r.heal.steps:
             return made
+        teacher = self.teacher(r, r.heal, r.seed + 1, probes(self.task, r.seed) if r.heal.lr is None else ())
         return self.stage(
             "heal",
             {**dataclasses.asdict(r.heal), "teacher": r.teacher},
-            [made, parent],
-            lambda out: self.train(heal, made, out, r.heal, (parent, r.teacher)),
+            [made, teacher],
+            lambda out: self.train(heal, made, out, r.heal, (teacher, r.teacher)),
         )
 
     def learned(self, r, decomposed):
-        parent = self.parent()
+        teacher = self.teacher(r, r.learn, r.seed)
         cuts = self.cuts(r)
         return self.stage(
             "learn",
             {**dataclasses.asdict(r.learn), "teacher": r.teacher, **cuts},
-            [decomposed, parent],
-            lambda out: self.train(learn, decomposed, out, r.learn, (parent, r.teacher), **cuts),
+            [decomposed, teacher],
+            lambda out: self.train(learn, decomposed, out, r.learn, (teacher, r.teacher), **cuts),
         )
+
+    def teacher(self, r, options, seed, more=()):
+        """Where a stage that trains with `options` finds its teacher: the parent, or what it says of the examples seen.
+
+        more: indices of further examples. Stages that see the same ones share what is said of them.
+        """
+        parent = self.parent()
+        if not r.soft_labels or not (options.kl or more):
+            return parent
+        examples = sorted(seen(self.task, options.batch_size, options.steps, seed) | set(more))
+        found = {"top": r.soft_labels, "teacher": r.teacher}
+        digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+
+        def work(out):
+            task = _sendable(dataclasses.replace(self.task, train=[self.task.train[i] for i in examples]))
+            ranks.everywhere(_label, parent, r.teacher, self.shard, task, r.soft_labels, out)
+
+        return self.stage("soft_labels", {**found, "examples": digest}, [parent], work)
 
     def pruned(self, r, source):
         arguments = self.task, self.derivatives(r, source), r.extend.rank, r.dtype, r.seed
@@ -311,6 +331,10 @@ def _decompose(source, task, moments, out, options):
     return _measured(model, task, out) if ranks.rank() == 0 else None
 
 
+def _label(parent, dtype, shard, task, top, out):
+    soft_labels(_teacher(parent, dtype, shard), task, top).save(out)
+
+
 def _train(verb, source, parent, task, out, options, shard):
     set_seed(options["seed"])
     teacher = [_teacher(*parent, shard)] if parent else []
@@ -329,7 +353,12 @@ def _train(verb, source, parent, task, out, options, shard):
 
 
 def _teacher(parent, dtype, shard):
-    """The dense parent as it teaches; int8: its linear layers' weights, a scale for every row, the rest bfloat16."""
+    """The dense parent as it teaches; int8: its linear layers' weights, a scale for every row, the rest bfloat16.
+
+    A stage that has what it says in place of it: that.
+    """
+    if not (parent / "model").exists():
+        return SoftLabels.load(parent)
     if dtype != "int8":
         return _load(parent, shard, dtype)[0]
     if shard:

@@ -12,7 +12,7 @@ from .decompose import same_input, targets
 from .derivatives import PROBES
 from .embedding import module_name
 from .evaluation.profile import prices
-from .heal import add_adapters
+from .heal import add_adapters, probes
 from .learn import weights
 from .linalg.budget import BYTES, allocate, keep_for, linear_prices, table_rank, uniform_scores
 from .linalg.metrics import METRICS
@@ -24,6 +24,7 @@ from .rundir import resident_memory
 from .tasks import load_task
 from .training.data import Batches
 from .training.precision import fast_bf16
+from .training.soft_labels import seen
 from .tune import trainable
 
 EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores
@@ -232,14 +233,21 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
         return known[key]
 
     def train(name, options, seed, trains, bases=None, sharded=True):
-        step = functools.partial(training_step, model.config, trains=trains, teacher=r.teacher, bases=bases)
+        taught = {"teacher": r.teacher, "soft_labels": r.soft_labels}
+        step = functools.partial(training_step, model.config, trains=trains, bases=bases, **taught)
         make = functools.partial(_training, name, options, task, seed, step, rates, processes, sharded)
-        return once(repr((name, options, r.teacher, bases)), make)
+        return once(repr((name, options, taught, bases)), make)
+
+    def label(options, seed, more=()):
+        examples = sorted(seen(task, options.batch_size, options.steps, seed) | set(more))
+        add(_labels(examples, task, model, rates), r.teacher, r.soft_labels, examples)
 
     if r.tune.steps:
         add(train("tune", r.tune, r.seed, trainable), r.tune)
     add(once(repr(r.decompose), lambda: _decomposition(r, task, model, shapes, rates)), r.decompose)
     if r.learn.steps:
+        if r.soft_labels and r.learn.kl:
+            label(r.learn, r.seed)
         learned = _bases(r, model, shapes, {n: g.rank for g in shapes for n in g.names}, weighted=1, new=r.learn.new)
         stage = train("learn", r.learn, r.seed, functools.partial(weights, rest=r.learn.rest), learned, False)
         if r.learn.rounds and keep < 1:  # what is alive shrinks from cut to cut
@@ -259,6 +267,9 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
         flops = (2 * targeted + 8 * after) * tokens
         add(Stage("refine", r.refine.steps, tokens, flops, flops / rates["train"]), r.refine, *cut)
     if r.heal.steps:
+        more = probes(task, r.seed) if r.heal.lr is None else ()
+        if r.soft_labels and (r.heal.kl or more):
+            label(r.heal, r.seed + 1, more)
         healed = _bases(r, model, shapes, _ranks(r, shapes, keep), cut=True) if keep < 1 else {}
         trains = functools.partial(trainable, embeddings=r.heal.embeddings)
         if r.heal.lora:
@@ -288,10 +299,29 @@ def _training(name, options, task, seed, step_at, rates, processes, sharded):
     how["taught"] = getattr(options, "kl", 0) > 0
     step = step_at(shape, **how)
     flops = options.steps * processes * _average(step, share)
-    memory = step.held + step.passing
-    if sharded and processes > 1:  # weights, states and gradients in parts, but the layers at work
-        memory += (step.held + step.gradients) * (1 / processes - 1) + 2 * step.block
+    parts = processes if sharded else 1
+    memory = _memory(step, parts, step.held)
+    later = _batch_shapes(task, options.batch_size, options.steps, seed, processes, first=1)[0]
+    if later != shape:  # the largest batch comes first, before there are optimizer states
+        after = step_at(later, **how)
+        memory = max(_memory(step, parts, step.held - step.states), _memory(after, parts, after.held))
     return Stage(name, options.steps, options.steps * tokens, flops, flops / rates["train"] / processes, memory)
+
+
+def _memory(step, parts, held):
+    """Bytes of a step for one of `parts` processes: weights, states and gradients shared, but the layers at work."""
+    if parts == 1:
+        return held + step.passing
+    return held / parts + step.passing + step.gradients * (1 / parts - 1) + 2 * step.block
+
+
+def _labels(examples, task, model, rates):
+    """The Stage of one pass of the parent over the training examples of these indices."""
+    rows = [task.train[i] for i in examples]
+    tokens, responses = sum(len(e.input_ids) for e in rows), sum(len(e.input_ids) - e.start for e in rows)
+    body = sum(m.weight.numel() for m in targets(model).values() if m is not model.get_output_embeddings())
+    flops = 2 * tokens * body + 2 * responses * model.get_output_embeddings().weight.numel()
+    return Stage("soft_labels", None, tokens, flops, flops / rates["train"])
 
 
 def _decomposition(r, task, model, shapes, rates):
@@ -339,20 +369,21 @@ def _bases(r, model, shapes, ranks, cut=False, **more):
     return found
 
 
-def _batch_shapes(task, batch_size, steps, seed, processes=1):
-    """Of a stage's batches: the largest (rows, length, responses), what share of its tokens and of its responses the
-    average has, and the average's tokens, padding counted.
+def _batch_shapes(task, batch_size, steps, seed, processes=1, first=0):
+    """Of a stage's batches, from the `first` on if there are more: the largest (rows, length, responses), what share
+    of its tokens and of its responses the average has, and the average's tokens, padding counted.
 
     The shape is what one of `processes` sees, the tokens are those of all.
     """
     steps = min(steps, 64)
     batches = list(Batches(task.train, batch_size, steps, seed))
+    batches = batches[first:] or batches
     tokens = [b["input_ids"].numel() for b in batches]
     responses = [len(b["targets"]) for b in batches]
     length = max(b["input_ids"].shape[1] for b in batches)
     rows = -(-batch_size // processes)
-    share = (sum(tokens) / steps / (batch_size * length), sum(responses) / steps / max(responses))
-    return (rows, length, -(-max(responses) // processes)), share, round(sum(tokens) / steps)
+    share = (sum(tokens) / len(batches) / (batch_size * length), sum(responses) / len(batches) / max(responses))
+    return (rows, length, -(-max(responses) // processes)), share, round(sum(tokens) / len(batches))
 
 
 def _average(step, share):

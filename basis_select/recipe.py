@@ -65,6 +65,7 @@ class Recipe:
     teacher: str = (
         "float32"  # dtype of the dense parent while it teaches; bfloat16 takes half the memory, int8 a quarter
     )
+    soft_labels: int = 0  # so many of the parent's likeliest tokens, found once, teach; 0: all, anew for every batch
     dtype: str = "bfloat16"  # of the final checkpoint and of all evaluation
     sizes: list = field(default_factory=list)  # further sizes, 0.5 (to keep) or "2x": a family from one learning
     compare: dict = field(default_factory=dict)  # row name -> {"section.key": value} that differ from this recipe
@@ -139,6 +140,8 @@ def _check_values(r):
             raise ValueError(f"prune.{key} is {value}, it should be a fraction above 0 and up to 1")
         if key == "size":
             keep_for(2**80, 2**80, r.dtype, size=value)  # only its form: the model is not known yet
+    if r.soft_labels < 0:
+        raise ValueError(f"soft_labels is {r.soft_labels}, it should be a number of tokens, or 0 for the parent itself")
     if r.prune.keep_embedding is not None and not r.decompose.embedding:
         raise ValueError("prune.keep_embedding is for an embedding written as bases: it goes with decompose.embedding")
     if r.decompose.embedding and r.prune.keep_embedding is None:

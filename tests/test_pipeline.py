@@ -91,13 +91,14 @@ def test_one_command_does_it_all(recipe, tmp_path):
 
 def test_one_learning_gives_a_family_of_checkpoints(recipe, tmp_path):
     out = tmp_path / "run"
-    changes = ["sizes=[0.7, 1.5x]", "compare={}", "prune.multiple_of=1", "data.test=8"]
+    changes = ["sizes=[0.7, 1.5x]", "compare={}", "prune.multiple_of=1", "data.test=8", "soft_labels=16"]
     result = CliRunner().invoke(app, ["run", str(recipe), *changes, "--out", str(out)])
     assert result.exit_code == 0, result.output
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["parent", "result", "result at 0.7", "result at 1.5x"]
     stages = [p.name.rpartition("-")[0] for p in (out / "stages").iterdir()]
     assert (stages.count("learn"), stages.count("prune")) == (1, 3)
+    assert stages.count("soft_labels") == 2  # what learning has seen, and what all three sizes heal on
     sizes = {name: row["sizes"] for name, row in results.items()}
     assert sizes["result at 0.7"]["targeted"] <= 0.7 * sizes["parent"]["targeted"]
     assert sizes["result at 1.5x"]["parameters"] <= sizes["parent"]["parameters"] / 1.5

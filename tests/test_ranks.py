@@ -112,6 +112,8 @@ def test_a_recipe_has_the_same_stages_on_several_processes(source, tmp_path):
         "learn": {"steps": 6, "batch_size": 6, "rounds": 3},
         "prune": {"keep": 0.4, "multiple_of": 2},
         "heal": {"steps": 6, "batch_size": 6},
+        "soft_labels": 16,
+        "compare": {"taught": {"soft_labels": 0, "learn.steps": 0}},
     }
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(content))
@@ -121,8 +123,9 @@ def test_a_recipe_has_the_same_stages_on_several_processes(source, tmp_path):
         assert status == 0, printed
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert hashes(tmp_path / "one").keys() == hashes(tmp_path / "two").keys()
-    assert two["result"]["nll"]["value"] == pytest.approx(one["result"]["nll"]["value"], rel=0.02)
-    assert two["result"]["sizes"] == one["result"]["sizes"]
+    for row in ("result", "taught"):
+        assert two[row]["nll"]["value"] == pytest.approx(one[row]["nll"]["value"], rel=0.02)
+        assert two[row]["sizes"] == one[row]["sizes"]
     status, printed = launch([*command, "heal.steps=0", "learn.steps=0", "--out", tmp_path / "both"], 1, 2)
     assert status == 0, printed
     one, both = (next((tmp_path / name / "stages").glob("decompose-*/stage.json")) for name in ("one", "both"))

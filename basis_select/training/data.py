@@ -41,14 +41,18 @@ class Batches(Dataset):
     def __getitem__(self, step):
         if not 0 <= step < self.steps:
             raise IndexError(step)
-        per_epoch = -(-len(self.examples) // self.batch_size)
-        rows = [self.examples[i] for i in self._order(step // per_epoch)[step % per_epoch]]
+        rows = [self.examples[i] for i in self.rows(step)]
         batch = self.collate(rows[self.rank :: self.world] or [_without_response(rows[0])])
         return {
             **batch,
             "tokens": sum(len(e.input_ids) for e in rows),
             "responses": sum(len(e.input_ids) - e.start for e in rows),
         }
+
+    def rows(self, step):
+        """Indices of the examples of a step, those of all ranks."""
+        per_epoch = -(-len(self.examples) // self.batch_size)
+        return self._order(step // per_epoch)[step % per_epoch]
 
     def _order(self, epoch):
         if self._epoch[0] != epoch:

@@ -62,8 +62,9 @@ def log_probabilities(teacher, batch):
 def task_loss(model, batch, teacher=None, kl=1.0, mixed=True):
     """Mean over response tokens of `CE(y) + kl * KL(teacher || model)`, and both parts: three scalars, in nats.
 
-    `teacher` is a model or a function of a batch that returns `log_probabilities`; without one the second part is
-    zero. `mixed=False` computes an fp32 model in fp32. The rows of one rank give its share of the mean over the batch.
+    `teacher` is a model or a function of a batch that returns `log_probabilities` or, as SoftLabels, those of some
+    tokens; without one the second part is zero. `mixed=False` computes an fp32 model in fp32. The rows of one rank give
+    its share of the mean over the batch.
     """
     targets = batch["targets"].to(model.device)
     real = targets >= 0  # masked, not indexed: shapes then do not depend on data
@@ -73,10 +74,21 @@ def task_loss(model, batch, teacher=None, kl=1.0, mixed=True):
     ce = F.nll_loss(log_q, targets, reduction="sum") / batch["responses"]
     if teacher is None or kl == 0:
         return ce, ce, torch.zeros_like(ce)
-    log_p = log_probabilities(teacher, batch) if isinstance(teacher, nn.Module) else teacher(batch)
-    each = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    said = log_probabilities(teacher, batch) if isinstance(teacher, nn.Module) else teacher(batch)
+    if isinstance(said, tuple):
+        each = _divergence_of_some(log_q, *(x.to(log_q.device) for x in said))
+    else:
+        each = F.kl_div(log_q, said, log_target=True, reduction="none").sum(-1)
     divergence = (each * real).sum() / batch["responses"]
     return ce + kl * divergence, ce, divergence
+
+
+def _divergence_of_some(log_q, log_p, tokens):
+    """KL(p || q) (n,) of `log_p: (n, top)` at `tokens: (n, top)`, all other tokens of `log_q` taken as one."""
+    others = log_q.scatter(-1, tokens, -torch.inf).logsumexp(-1)  # not 1 - the sum, which cancels where q is sure
+    p = log_p.exp()
+    left = (1 - p.sum(-1)).clamp(min=0)
+    return (p * (log_p - log_q.gather(-1, tokens))).sum(-1) + torch.xlogy(left, left) - left * others
 
 
 @torch.no_grad()

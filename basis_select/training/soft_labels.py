@@ -1,0 +1,108 @@
+"""What the dense parent says of every example, computed once: its most likely tokens and their probabilities."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from .. import ranks
+from .data import Batches
+from .loss import log_probabilities
+
+EXAMPLES_TOGETHER = 16  # a batch of the parent's forward pass
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """A teacher: `log_p: (n, top)` and `tokens: (n, top)` of the n response tokens of all examples, one after another.
+
+    first: for every example, named by what it reads and where its response starts, the place of its first token.
+    """
+
+    log_p: torch.Tensor
+    tokens: torch.Tensor
+    first: dict
+
+    def __call__(self, batch):
+        """`(log_p, tokens)`, each (n, top), at `batch["positions"]`: what `task_loss` compares with."""
+        length = batch["input_ids"].shape[1]
+        counts = torch.bincount(
+            batch["positions"][batch["targets"] >= 0] // length, minlength=len(batch["input_ids"])
+        ).tolist()
+        places = []
+        for ids, real, n in zip(batch["input_ids"], batch["real"], counts, strict=True):
+            if n:
+                places += range(start := self._place(ids[real], n), start + n)
+        places += [0] * (len(batch["positions"]) - len(places))  # padding: anything finite
+        return self.log_p[places], self.tokens[places].long()
+
+    def _place(self, ids, n):
+        try:
+            return self.first[_name(ids.tolist(), len(ids) - n)]
+        except KeyError:
+            raise ValueError(
+                "a training example has no soft labels: they were made from other examples than those trained on"
+            ) from None
+
+    def save(self, folder):
+        """Write the part of this rank into `folder`."""
+        names = torch.frombuffer(bytearray(b"".join(self.first)), dtype=torch.uint8).view(len(self.first), -1)
+        tensors = {"log_p": self.log_p, "tokens": self.tokens, "names": names}
+        tensors["first"] = torch.tensor(list(self.first.values()))
+        save_file(tensors, Path(folder) / f"soft_labels-{ranks.rank():04}.safetensors")
+
+    @classmethod
+    def load(cls, folder):
+        """Those that all ranks have written into `folder`."""
+        parts, first, rows = [], {}, 0
+        for path in sorted(Path(folder).glob("soft_labels-*.safetensors")):
+            parts.append(load_file(path))
+            names = parts[-1]["names"].numpy()
+            places = (parts[-1]["first"] + rows).tolist()
+            first |= {name.tobytes(): place for name, place in zip(names, places, strict=True)}
+            rows += len(parts[-1]["tokens"])
+        if len(parts) == 1:  # as mapped, not copied
+            return cls(parts[0]["log_p"], parts[0]["tokens"], first)
+        return cls(torch.cat([p["log_p"] for p in parts]), torch.cat([p["tokens"] for p in parts]), first)
+
+
+def _name(ids, start):
+    return hashlib.blake2b(repr((ids, start)).encode(), digest_size=16).digest()
+
+
+def seen(task, batch_size, steps, seed):
+    """Indices of the training examples that `steps` batches hold."""
+    batches = Batches(task.train, batch_size, steps, seed)
+    steps = min(steps, -(-len(task.train) // batch_size))  # after an epoch there is nothing new
+    return {i for step in range(steps) for i in batches.rows(step)}
+
+
+@torch.no_grad()
+def soft_labels(teacher, task, top=64):
+    """SoftLabels of `task.train`: the `top` most likely tokens of the model `teacher` at every response token.
+
+    A pass over the examples takes the place of one for every batch, and the teacher need not be in memory while another
+    model learns from them. The rest of the vocabulary counts as one more token, of the probability that is left. On
+    several ranks each returns those of its part of the examples: `save` them in one folder, and `load` all.
+    """
+    size = EXAMPLES_TOGETHER
+    teacher.eval().requires_grad_(False)
+    top = min(top, teacher.get_input_embeddings().num_embeddings - 1)
+    order = sorted(task.train, key=lambda e: len(e.input_ids))
+    order += order[:1] * (-len(order) % ranks.world())  # a sharded teacher needs all ranks for every pass
+    own = order[ranks.rank() :: ranks.world()]
+    collate = Batches(own, size, 1, 0, task.pad_id).collate
+    log_p, tokens, first, rows = [], [], {}, 0
+    for i in tqdm(range(0, len(own), size), desc="soft labels", unit="batch", disable=ranks.rank() > 0):
+        examples = own[i : i + size]
+        batch = collate(examples)
+        values, indices = log_probabilities(teacher, batch)[batch["targets"] >= 0].topk(top)
+        log_p.append(values.cpu())
+        tokens.append(indices.int().cpu())
+        for e in examples:
+            first[_name(list(e.input_ids), e.start)] = rows
+            rows += len(e.input_ids) - e.start
+    return SoftLabels(torch.cat(log_p), torch.cat(tokens), first)
