@@ -23,14 +23,14 @@ from transformers import AutoTokenizer, set_seed
 from . import ranks
 from . import recipe as recipes
 from .checkpoint.files import save, verify, weight_hash
-from .decompose import decompose, targets
+from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
 from .evaluation.report import curve, table
 from .evaluation.run_report import report
 from .evaluation.speed import decode_speed
 from .extend import extend
-from .heal import heal, probes, suitable_rate
+from .heal import heal, probes
 from .learn import learn
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer, load
@@ -49,10 +49,10 @@ from .rundir import (
     require_disk,
 )
 from .sizes import sizes
+from .stage_work import decompose_on_ranks, label_on_ranks, measured, sendable, train_on_ranks
 from .tasks import load_task
-from .training.loss import response_nll
 from .training.precision import fast_bf16
-from .training.soft_labels import SoftLabels, seen, soft_labels
+from .training.soft_labels import seen
 from .tune import tune
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Stages:
             if self.shard:  # a whole copy in every process is what must not be
                 return self.change(decompose, parent, out, r.decompose, self.task, moments())
             options = dataclasses.asdict(r.decompose)
-            return ranks.everywhere(_decompose, parent, _sendable(self.task), moments(), out, options)
+            return ranks.everywhere(decompose_on_ranks, parent, sendable(self.task), moments(), out, options)
 
         return self.stage("decompose", r.decompose, [parent], work)
 
@@ -198,8 +198,8 @@ class Stages:
         digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
 
         def work(out):
-            task = _sendable(dataclasses.replace(self.task, train=[self.task.train[i] for i in examples]))
-            ranks.everywhere(_label, parent, r.teacher, self.shard, task, r.soft_labels, out)
+            task = sendable(dataclasses.replace(self.task, train=[self.task.train[i] for i in examples]))
+            ranks.everywhere(label_on_ranks, parent, r.teacher, self.shard, task, r.soft_labels, out)
 
         return self.stage("soft_labels", {**found, "examples": digest}, [parent], work)
 
@@ -272,7 +272,7 @@ class Stages:
         model, tokenizer = load(source / "model")
         verb(model, *arguments, **dataclasses.asdict(options))
         save(model, tokenizer, out / "model")
-        return _measured(model, self.task, out)
+        return measured(model, self.task, out)
 
     def train(self, verb, source, out, options, parent=None, **more):
         """A verb that trains, on all ranks: `verb(model, task[, teacher], folder=, seed=, **options)`.
@@ -280,7 +280,7 @@ class Stages:
         parent: the stage and the dtype of the teacher.
         """
         options = {"seed": self.recipe.seed, **dataclasses.asdict(options), **more}
-        return ranks.everywhere(_train, verb, source, parent, _sendable(self.task), out, options, self.shard)
+        return ranks.everywhere(train_on_ranks, verb, source, parent, sendable(self.task), out, options, self.shard)
 
     @cached_property
     def task(self):
@@ -318,71 +318,6 @@ class Stages:
         partial.rename(target)
         _collect_metrics(self.folder)
         return target
-
-
-def _sendable(task):
-    return dataclasses.replace(task, score=None)  # functions of its own cannot be sent
-
-
-def _decompose(source, task, moments, out, options):
-    model, tokenizer = _load(source, False)
-    decompose(model, task, moments, ranks.everyone(), **options)
-    save(model, tokenizer, out / "model")
-    return _measured(model, task, out) if ranks.rank() == 0 else None
-
-
-def _label(parent, dtype, shard, task, top, out):
-    soft_labels(_teacher(parent, dtype, shard), task, top).save(out)
-
-
-def _train(verb, source, parent, task, out, options, shard):
-    set_seed(options["seed"])
-    teacher = [_teacher(*parent, shard)] if parent else []
-    # `learn` changes shapes while it trains, and adapters are added later: there every rank has the whole model.
-    shard = shard and verb is not learn and not options.get("lora")
-    if shard and verb is heal and options["lr"] is None:
-        # On a copy, because FSDP stays with the dtype in which a model was first used.
-        options["lr"] = suitable_rate(_load(source, shard)[0], task, *teacher, options["seed"])
-    model, tokenizer = _load(source, shard)
-    verb(model, task, *teacher, folder=out, **options)
-    save(model, tokenizer, out / "model")
-    ranks.barrier()
-    if shard:  # for the same reason
-        model, _ = _load(out, shard)
-    return _measured(model, task, out)
-
-
-def _teacher(parent, dtype, shard):
-    """The dense parent as it teaches; int8: its linear layers' weights, a scale for every row, the rest bfloat16.
-
-    A stage that has what it says in place of it: that.
-    """
-    if not (parent / "model").exists():
-        return SoftLabels.load(parent)
-    if dtype != "int8":
-        return _load(parent, shard, dtype)[0]
-    if shard:
-        raise ValueError("teacher=int8 cannot be spread over processes: with --shard choose bfloat16")
-    try:
-        from torchao.quantization import IntxWeightOnlyConfig, quantize_
-        from torchao.quantization.granularity import PerAxis
-    except ImportError:
-        raise ValueError("teacher=int8 needs torchao: install it or choose bfloat16") from None
-    model, _ = _load(parent, False, "bfloat16")
-    layers = set(targets(model).values())
-    config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-    quantize_(model, config, lambda module, name: module in layers)
-    return model
-
-
-def _load(stage, shard, dtype=None):
-    model, tokenizer = load(stage / "model", dtype, sharded=shard)
-    return model if shard else model.to(ranks.device()), tokenizer
-
-
-def _measured(model, task, out):
-    nll = response_nll(model, task.validation, task.pad_id)
-    return {"validation_nll": nll, "sizes": sizes(model, out / "model")}
 
 
 def _row(name, final, evaluation, parent, speed):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny
 
-from basis_select import decompose, heal, learn, load, pipeline, prune, save, tune
+from basis_select import decompose, heal, learn, load, prune, save, stage_work, tune
 from basis_select.bases import groups
 from basis_select.embedding import table_of
 from basis_select.heal import suitable_rate
@@ -178,7 +178,7 @@ def test_the_further_from_the_parent_the_faster_it_heals(task):
 def test_a_teacher_in_int8_says_nearly_the_same(tmp_path, task, ids):
     pytest.importorskip("torchao")
     save(tiny(tied=True), make_tokenizer(), tmp_path / "model")
-    parent, teacher = load(tmp_path / "model")[0], pipeline._teacher(tmp_path, "int8", shard=False)
+    parent, teacher = load(tmp_path / "model")[0], stage_work.load_teacher(tmp_path, "int8", shard=False)
     batch = next(iter(Batches(task.train, 8, 1, 0)))
     near, far = log_probabilities(parent, batch), log_probabilities(teacher, batch)
     assert 0 < (near.exp() * (near - far)).sum(-1).mean() < 1e-3
@@ -186,4 +186,4 @@ def test_a_teacher_in_int8_says_nearly_the_same(tmp_path, task, ids):
     model = prune(decompose(parent, task, examples=8), keep=0.4, multiple_of=2)
     heal(model, task, teacher, steps=2, batch_size=4, lr=1e-3)
     with pytest.raises(ValueError, match="with --shard choose bfloat16"):
-        pipeline._teacher(tmp_path, "int8", shard=True)
+        stage_work.load_teacher(tmp_path, "int8", shard=True)

@@ -1,0 +1,84 @@
+"""What a stage does in every process: it reads checkpoints, works with the others, and the first of them writes.
+
+Arguments are pickled and sent to all (ranks.everywhere).
+"""
+
+import dataclasses
+
+import torch
+from transformers import set_seed
+
+from . import ranks
+from .checkpoint.files import save
+from .decompose import decompose, targets
+from .heal import heal, suitable_rate
+from .learn import learn
+from .models import load
+from .sizes import sizes
+from .training.loss import response_nll
+from .training.soft_labels import SoftLabels, soft_labels
+
+
+def sendable(task):
+    return dataclasses.replace(task, score=None)  # functions of its own cannot be sent
+
+
+def decompose_on_ranks(source, task, moments, out, options):
+    model, tokenizer = _load(source, False)
+    decompose(model, task, moments, ranks.everyone(), **options)
+    save(model, tokenizer, out / "model")
+    return measured(model, task, out) if ranks.rank() == 0 else None
+
+
+def label_on_ranks(parent, dtype, shard, task, top, out):
+    soft_labels(load_teacher(parent, dtype, shard), task, top).save(out)
+
+
+def train_on_ranks(verb, source, parent, task, out, options, shard):
+    set_seed(options["seed"])
+    teacher = [load_teacher(*parent, shard)] if parent else []
+    # `learn` changes shapes while it trains, and adapters are added later: there every rank has the whole model.
+    shard = shard and verb is not learn and not options.get("lora")
+    if shard and verb is heal and options["lr"] is None:
+        # On a copy, because FSDP stays with the dtype in which a model was first used.
+        options["lr"] = suitable_rate(_load(source, shard)[0], task, *teacher, options["seed"])
+    model, tokenizer = _load(source, shard)
+    verb(model, task, *teacher, folder=out, **options)
+    save(model, tokenizer, out / "model")
+    ranks.barrier()
+    if shard:  # for the same reason
+        model, _ = _load(out, shard)
+    return measured(model, task, out)
+
+
+def load_teacher(parent, dtype, shard):
+    """The dense parent as it teaches; int8: its linear layers' weights, a scale for every row, the rest bfloat16.
+
+    A stage that has what it says in place of it: that.
+    """
+    if not (parent / "model").exists():
+        return SoftLabels.load(parent)
+    if dtype != "int8":
+        return _load(parent, shard, dtype)[0]
+    if shard:
+        raise ValueError("teacher=int8 cannot be spread over processes: with --shard choose bfloat16")
+    try:
+        from torchao.quantization import IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerAxis
+    except ImportError:
+        raise ValueError("teacher=int8 needs torchao: install it or choose bfloat16") from None
+    model, _ = _load(parent, False, "bfloat16")
+    layers = set(targets(model).values())
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+    quantize_(model, config, lambda module, name: module in layers)
+    return model
+
+
+def _load(stage, shard, dtype=None):
+    model, tokenizer = load(stage / "model", dtype, sharded=shard)
+    return model if shard else model.to(ranks.device()), tokenizer
+
+
+def measured(model, task, out):
+    nll = response_nll(model, task.validation, task.pad_id)
+    return {"validation_nll": nll, "sizes": sizes(model, out / "model")}
