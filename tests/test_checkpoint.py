@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,3 +287,15 @@ def test_what_an_embedding_of_bases_cannot_do_is_said(tmp_path):
     offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=devices, offload_folder=tmp_path)
     with pytest.raises(ValueError, match="cannot be offloaded"):
         offloaded(PROMPT)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what a process has mapped")
+def test_a_loaded_checkpoint_is_in_memory_once(task, tokenizer, tmp_path):
+    """Its tensors are copied to where kernels want them: then no view of the file may keep it."""
+    bs.save(tiny(), tokenizer, tmp_path / "dense")
+    bs.save(bs.decompose(tiny(), task), tokenizer, tmp_path / "bases")
+    bs.export(tmp_path / "dense", "int8", tmp_path / "int8")
+    for name in ("bases", "int8"):
+        model, _ = bs.load(tmp_path / name)
+        assert all(t.data_ptr() % 64 == 0 for t in (*model.parameters(), *model.buffers()))
+        assert str(tmp_path / name) not in Path("/proc/self/maps").read_text()

@@ -157,9 +157,16 @@ class BasisSelectQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         # Tensors read from a file start where the file has them; matmul kernels round differently off the 64-byte
         # boundaries that allocations have, and a reloaded model must give the bits of the one that was saved.
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                tensor.data = tensor.data.clone()
+        moved = {}
+        for module in model.modules():
+            for kind in (module._parameters, module._buffers):
+                for name, tensor in kind.items():
+                    if tensor is None or tensor.device.type != "cpu" or not tensor.data_ptr() % 64:
+                        continue
+                    if isinstance(tensor, nn.Parameter):
+                        tensor.data = tensor.data.clone()
+                    else:  # a view of the whole file, which would stay in memory with it
+                        kind[name] = moved.setdefault(tensor, tensor.clone())
 
     def get_state_dict_and_metadata(self, model):
         return {**model.state_dict(), **guards(model)}, {}
