@@ -28,6 +28,7 @@ from .training.soft_labels import seen
 from .tune import trainable
 
 EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores
+LIBRARIES = 2**28  # bytes more that libraries and the kernels they generate take in a run than when its plan starts
 GENERATED_PER_ITEM = 2.0  # an evaluated item costs about this many plain forwards of its tokens: likelihood, generation
 
 
@@ -35,7 +36,7 @@ def plan(recipe, ranks=1):
     """The text of `basis-select plan` for `ranks` processes. Raises ValueError, like `run`, for data or budgets that
     cannot work.
     """
-    base, rates = resident_memory(), _rates()
+    base, rates = resident_memory() + LIBRARIES, _rates()
     model, task, rows, stages = forecast(recipe, ranks, rates)
     layers = targets(model)
     total = sum(p.numel() for p in model.parameters())

@@ -65,7 +65,7 @@ class Recipe:
     teacher: str = (
         "float32"  # dtype of the dense parent while it teaches; bfloat16 takes half the memory, int8 a quarter
     )
-    soft_labels: int = 0  # so many of the parent's likeliest tokens, found once, teach; 0: all, anew for every batch
+    soft_labels: int = 64  # so many of the parent's likeliest tokens, found once, teach; 0: all, anew for every batch
     dtype: str = "bfloat16"  # of the final checkpoint and of all evaluation
     sizes: list = field(default_factory=list)  # further sizes, 0.5 (to keep) or "2x": a family from one learning
     compare: dict = field(default_factory=dict)  # row name -> {"section.key": value} that differ from this recipe

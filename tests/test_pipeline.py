@@ -91,7 +91,7 @@ def test_one_command_does_it_all(recipe, tmp_path):
 
 def test_one_learning_gives_a_family_of_checkpoints(recipe, tmp_path):
     out = tmp_path / "run"
-    changes = ["sizes=[0.7, 1.5x]", "compare={}", "prune.multiple_of=1", "data.test=8", "soft_labels=16"]
+    changes = ["sizes=[0.7, 1.5x]", "compare={}", "prune.multiple_of=1", "data.test=8"]
     result = CliRunner().invoke(app, ["run", str(recipe), *changes, "--out", str(out)])
     assert result.exit_code == 0, result.output
     results = json.loads((out / "results.json").read_text())
