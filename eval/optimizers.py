@@ -1,12 +1,12 @@
 """The same healing in fp32, by every bfloat16 optimizer, by adapters and from soft labels: quality over seeds, memory.
 
-python eval/optimizers.py GRID.yaml FOLDER RESULTS.jsonl TASK SIZE [--seeds N] [--cases NAME ...] [--shorten N]
+python eval/optimizers.py GRID.yaml FOLDER RESULTS.jsonl TASK SIZE [--seeds N] [--shorten N]
 
-GRID and FOLDER as in compare.py; the grid's method "default" is healed, in the cases below. Every row is a process of
-its own, so that its peak of memory is its own, the parent's weights counted; what the parent says comes from disk, so
-no step computes it. Continues whatever is in RESULTS.jsonl, and says after every row about
-how long the rest will take; the table and the plot of the descent quality are written beside it. `--shorten N` takes N
-times fewer steps: a trial.
+GRID and FOLDER as in compare.py; the grid's method "default" is healed, at the rate that heal chooses. Every row is a
+process of its own, so that its peak of memory is its own, the parent's weights counted; what the parent says comes from
+disk, so no step computes it. Continues whatever is in RESULTS.jsonl, and says after every row about how long the rest
+will take; the table and the plot of the descent quality are written beside it. `--shorten N` takes N times fewer steps:
+a trial.
 """
 
 import argparse
@@ -33,24 +33,20 @@ from basis_select.training.soft_labels import soft_labels
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-KINDS = ("fp32", *VARIANTS)
-CASES = {  # steps, rate (None: heal's own), kinds
-    "own rate": (60, None, (*KINDS, "labels 64", "lora 16")),
-    "larger rate": (24, 1e-4, KINDS),
-}
+KINDS = ("fp32", *VARIANTS, "labels 64", "lora 16")
+STEPS = 60
 
 
 def measure(a):
     start(a)
-    wanted = [(case, seed, kind) for case in a.cases for seed in range(a.seeds) for kind in CASES[case][2]]
+    wanted = [(seed, kind) for seed in range(a.seeds) for kind in KINDS]
     for left, row in zip(range(len(wanted), 0, -1), wanted, strict=True):
-        if row in {(r["case"], r["seed"], r["kind"]) for r in read(a.results)}:
+        if row in {(r["seed"], r["kind"]) for r in read(a.results)}:
             continue
         began = time.monotonic()
         subprocess.run([sys.executable, *sys.argv, "--row", *map(str, row)], check=True)
         seconds = time.monotonic() - began
-        steps = [CASES[case][0] for case, _, _ in wanted[len(wanted) - left + 1 :]]
-        print(f"{seconds:.0f} s, the rest about {seconds / CASES[row[0]][0] * sum(steps) / 60:.0f} minutes", flush=True)
+        print(f"{seconds:.0f} s, the rest about {seconds * (left - 1) / 60:.0f} minutes", flush=True)
 
 
 def start(a):
@@ -63,13 +59,12 @@ def start(a):
     return folder
 
 
-def child(a, case, seed, kind):
+def child(a, seed, kind):
     """Heal once and append the row to the results."""
     r, stages, parent = setting(yaml.safe_load(a.grid.read_text(encoding="utf-8")), a.task, 0, a.folder)
     task, model = stages.task, load(start(a))[0]
     teacher = Teacher(parent, a.folder / f"{a.task}-0" / "teacher")
-    steps, lr, _ = CASES[case]
-    steps, lr = max(1, steps // a.shorten), lr or suitable_rate(model, task, teacher)
+    steps, lr = max(1, STEPS // a.shorten), suitable_rate(model, task, teacher)
     options = {"steps": steps, "batch_size": r.heal.batch_size, "lr": lr}
     if kind.startswith("lora"):
         options |= {"lora": int(kind.split()[1]), "lr": lr * LORA_RATE}
@@ -86,7 +81,6 @@ def child(a, case, seed, kind):
     row = {
         "task": a.task,
         "size": a.size,
-        "case": case,
         "seed": seed,
         "kind": kind,
         **options,
@@ -97,54 +91,46 @@ def child(a, case, seed, kind):
         "peak_bytes": peak,
         "seconds_per_step": round(float(np.median([x["seconds"] for x in lines])), 3),
     }
-    print(case, seed, kind, row["test_nll"], flush=True)
+    print(seed, kind, row["test_nll"], flush=True)
     with a.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def table(rows):
-    lines = []
-    for case in CASES:
-        here = [r for r in rows if r["case"] == case]
-        if not here:
+    r = rows[0]
+    rate = next(x["lr"] for x in rows if "lora" not in x)
+    lines = [
+        f"{r['task']} at {r['size']:g}x, {r['steps']} steps of {r['batch_size']} at {rate:.2g}, "
+        f"test NLL {r['nll_before']:.4f} before",
+        "",
+        "| healed by | mean test NLL | lowest to highest | descent quality | updates lost | peak memory | s/step |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for kind in KINDS:
+        own = [r for r in rows if r["kind"] == kind]
+        if not own:
             continue
-        r = here[0]
-        lines += [
-            f"## {case}: {r['task']} at {r['size']:g}x, {r['steps']} steps of {r['batch_size']} at "
-            f"{next(x['lr'] for x in here if 'lora' not in x):.2g}, test NLL {r['nll_before']:.4f} before",
-            "",
-            "| healed by | mean test NLL | lowest to highest | descent quality | updates lost | peak memory | s/step |",
-            "|---|---:|---|---:|---:|---:|---:|",
-        ]
-        for kind in CASES[case][2]:
-            own = [r for r in here if r["kind"] == kind]
-            if not own:
-                continue
-            nll = [r["test_nll"] for r in own]
-            quality, lost = ([x for r in own for x in r[key].values()] for key in ("quality", "lost"))
-            shown = [f"{np.mean(x):.3f}" if x else "" for x in (quality, lost)]
-            peak, seconds = (np.median([r[key] for r in own]) for key in ("peak_bytes", "seconds_per_step"))
-            lines.append(
-                f"| {kind} | {np.mean(nll):.4f} | {min(nll):.4f} to {max(nll):.4f} | {' | '.join(shown)} | "
-                f"{peak / 2**30:.2f} GiB | {seconds:.2f} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+        nll = [r["test_nll"] for r in own]
+        quality, lost = ([x for r in own for x in r[key].values()] for key in ("quality", "lost"))
+        shown = [f"{np.mean(x):.3f}" if x else "" for x in (quality, lost)]
+        peak, seconds = (np.median([r[key] for r in own]) for key in ("peak_bytes", "seconds_per_step"))
+        lines.append(
+            f"| {kind} | {np.mean(nll):.4f} | {min(nll):.4f} to {max(nll):.4f} | {' | '.join(shown)} | "
+            f"{peak / 2**30:.2f} GiB | {seconds:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def plot(rows, path):
-    cases = [case for case in CASES if any(r["case"] == case for r in rows)]
-    figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4), layout="constrained", squeeze=False)
-    for ax, case in zip(axes[0], cases, strict=True):
-        for kind in VARIANTS:
-            curves = [r["quality"] for r in rows if r["kind"] == kind and r["case"] == case]
-            if curves:
-                steps = sorted(map(int, curves[0]))
-                means = [np.mean([c[str(s)] for c in curves]) for s in steps]
-                ax.plot(steps, means, label=kind, marker="o", markersize=3)
-        ax.set(title=case, xlabel="healing step", ylabel="descent quality (1: nothing lost)")
-        ax.legend()
-        ax.grid(alpha=0.3)
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for kind in VARIANTS:
+        curves = [r["quality"] for r in rows if r["kind"] == kind]
+        if curves:
+            steps = sorted(map(int, curves[0]))
+            ax.plot(steps, [np.mean([c[str(s)] for c in curves]) for s in steps], label=kind, marker="o", markersize=3)
+    ax.set(xlabel="healing step", ylabel="descent quality (1: nothing lost)")
+    ax.legend()
+    ax.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
 
@@ -153,12 +139,11 @@ if __name__ == "__main__":
     for name, kind in (("grid", Path), ("folder", Path), ("results", Path), ("task", str), ("size", float)):
         parser.add_argument(name, type=kind)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--shorten", type=int, default=1)
-    parser.add_argument("--row", nargs=3, help="internal: measure this one")
+    parser.add_argument("--row", nargs=2, help="internal: measure this one")
     a = parser.parse_args()
     if a.row:
-        child(a, a.row[0], int(a.row[1]), a.row[2])
+        child(a, int(a.row[0]), a.row[1])
     else:
         measure(a)
         found = read(a.results)
