@@ -81,7 +81,7 @@ def _numbers(text):
     ((after, megabytes),) = re.findall(r"(?m)^result: .* ([\d.]+) M in all, (\d+) MB", text)
     ((memory),) = re.findall(r"([\d.]+) GiB of memory", text)
     table = text.partition("memory\n")[2].partition("\n\n")[0]
-    tflop = sum(float(line.split(" s")[0].split()[-2]) for line in table.splitlines())
+    tflop = sum(float(number) for number in re.findall(r"([\d.]+) +\d+ s\b", table))
     return {
         "examples": int(examples),
         "tokens": int(tokens),
