@@ -91,31 +91,34 @@ def training_step(
     factored layers, none if dense; teacher: the dtype of the dense parent, if `taught` by one and not by `soft_labels`,
     so many for a token.
     """
-    told = taught and soft_labels
-    taught = taught and not soft_labels
     with FakeTensorMode():
         model = _model(config, torch.float32 if precision == "fp32" else torch.bfloat16, **(bases or {}))
         trains(model)
         if checkpointing:
             checkpoint_layers(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        wide = torch.bfloat16 if teacher == "int8" else getattr(torch, teacher)
-        parent = _model(config, wide).requires_grad_(False) if taught else None
         batch = _batch(*shape)
-        if told:
-            said = torch.zeros(len(batch["positions"]), soft_labels)
-            parent = lambda batch: (said, said.long())  # noqa: E731
+        parent = _teacher(config, teacher, soft_labels, batch) if taught else None
+        whole = isinstance(parent, torch.nn.Module)
         states = _states(parameters, precision)  # those of the first step; the second is the one that counts
-        watch = _Watch(model, [*model.parameters(), *(parent.parameters() if taught else ()), *states])
+        watch = _Watch(model, [*model.parameters(), *(parent.parameters() if whole else ()), *states])
         held = watch.now
         with watch:
             task_loss(model, batch, parent)[0].backward()
             gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
         cost = watch.cost(held, gradients, sum(x.nbytes for x in states))
-        if taught and teacher == "int8":  # of every weight a byte less, of every row a scale more
+        if whole and teacher == "int8":  # of every weight a byte less, of every row a scale more
             saved = sum(m.weight.numel() - 2 * m.out_features for m in targets(parent).values())
             cost = replace(cost, held=held - saved)
     return cost
+
+
+def _teacher(config, dtype, soft_labels, batch):
+    """The dense parent, or what it says of a batch."""
+    if soft_labels:
+        said = torch.zeros(len(batch["positions"]), soft_labels)
+        return lambda _: (said, said.long())
+    return _model(config, torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)).requires_grad_(False)
 
 
 def _states(parameters, precision):

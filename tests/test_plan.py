@@ -1,4 +1,5 @@
 import functools
+import json
 
 import pytest
 from conftest import tiny
@@ -6,11 +7,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from basis_select import decompose, prune
+from basis_select import decompose, prune, save
 from basis_select.bases import groups
 from basis_select.cost import Flops, moments_step, training_step
 from basis_select.decompose import targets
 from basis_select.learn import weights
+from basis_select.plan import forecast
+from basis_select.recipe import Recipe, override
 from basis_select.training.data import Batches
 from basis_select.training.loss import task_loss
 from basis_select.tune import trainable
@@ -72,3 +75,28 @@ def test_factored_layers_cost_what_their_ranks_say(task):
     alone = training_step(tiny().config, shape_of(batch), weights, bases={**described, "weighted": 1})
     assert alone.gradients == 4 * sum(members[0][1].rank for members in groups(model))
     assert alone.flops < cost.flops
+
+
+def test_soft_labels_take_the_place_of_the_parent(task):
+    step = functools.partial(training_step, tiny().config, (8, 64, 64), trainable)
+    alone, taught, told = step(), step(taught=True), step(taught=True, soft_labels=8)
+    assert told.flops == alone.flops < taught.flops
+    assert told.held == alone.held < taught.held
+
+
+def test_a_largest_batch_that_comes_first_finds_no_optimizer_states(tokenizer, tmp_path):
+    save(tiny(), tokenizer, tmp_path / "model")
+    rows = [{"prompt": f"{i}+{i}=", "response": str(2 * i)} for i in range(40)]
+    rows[0]["prompt"] = 60 * "0" + rows[0]["prompt"]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = Recipe(model=str(tmp_path / "model"), task=str(tmp_path / "data.jsonl"))
+    sizes = {"data.validation": 4, "data.test": 4, "tune.steps": 4, "tune.batch_size": 8, "prune.keep": 0.5}
+    found = {True: set(), False: set()}
+    for seed in range(12):
+        recipe = override(plain, {**sizes, "seed": seed}, "test")
+        _, task, _, stages = forecast(recipe, rates={"train": 1e9, "float64": 1e9})
+        long = max(range(len(task.train)), key=lambda i: len(task.train[i].input_ids))
+        if len(task.train[long].input_ids) > 50:
+            tuned = next(stage for _, stage in stages if stage.name == "tune")
+            found[long in Batches(task.train, 8, 4, seed).rows(0)].add(tuned.memory)
+    assert max(found[True]) < min(found[False])
