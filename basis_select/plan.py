@@ -253,7 +253,7 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
         stage = train("learn", r.learn, r.seed, functools.partial(weights, rest=r.learn.rest), learned, False)
         if r.learn.rounds and keep < 1:  # what is alive shrinks from cut to cut
             cut = [g for g in shapes if not g.is_table]
-            less = 4 * stage.tokens / stage.steps * _set_aside(r.learn, keep, cut)
+            less = 4 * _tokens_read(r.learn, task, r.seed, model, cut) * _set_aside(r.learn, keep, cut)
             shorter = stage.seconds * (1 - less / stage.flops)
             stage = dataclasses.replace(stage, flops=stage.flops - less, seconds=shorter)
         add(stage, r.learn, r.decompose, r.sizes or r.prune)
@@ -281,6 +281,14 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
     flops = GENERATED_PER_ITEM * test * 2 * (after + head)
     add(Stage("evaluate", None, test, flops, 3 * flops / rates["train"]), r.heal, *cut)
     return stages
+
+
+def _tokens_read(options, task, seed, model, shapes):
+    """Tokens of a step that the average parameter of these bases sees: the output head sees responses only."""
+    (_, _, most), share, tokens = _batch_shapes(task, options.batch_size, options.steps, seed)
+    head = module_name(model, model.get_output_embeddings())
+    read = sum(g.basis_cost * g.rank * (most * share[1] if head in g.names else tokens) for g in shapes)
+    return read / sum(g.basis_cost * g.rank for g in shapes)
 
 
 def _set_aside(options, keep, shapes):
