@@ -10,6 +10,7 @@ parent too; stock the way a subclass of Trainer usually does it, with the diverg
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -67,11 +68,11 @@ def label(folder, task, steps):
     """Seconds that the parent takes to say what `_ours` then learns from, in this process."""
     parent, tokenizer = load(folder / "parent", "bfloat16")
     task = load_task(task, tokenizer, 0, validation=16, test=16)
-    task.train = [task.train[i] for i in seen(task, BATCH, steps, 1)]  # heal draws with the seed after its own
+    examples = [task.train[i] for i in seen(task, BATCH, steps, 1)]  # heal draws with the seed after its own
     (folder / "labels").mkdir()
     began = time.monotonic()
-    soft_labels(parent, task).save(folder / "labels")
-    return {"seconds": time.monotonic() - began, "examples": len(task.train)}
+    soft_labels(parent, dataclasses.replace(task, train=examples)).save(folder / "labels")
+    return {"seconds": time.monotonic() - began, "examples": len(examples)}
 
 
 def _ours(model, task, teacher, steps, dtype):
