@@ -198,6 +198,8 @@ class Stages:
         digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
 
         def work(out):
+            for part in out.iterdir():  # of more ranks, killed while they wrote
+                part.unlink()
             task = sendable(dataclasses.replace(self.task, train=[self.task.train[i] for i in examples]))
             ranks.everywhere(label_on_ranks, parent, r.teacher, self.shard, task, r.soft_labels, out)
 
