@@ -153,7 +153,8 @@ def main(a):
         for _ in range(a.runs):
             for kind in a.kinds:
                 runs[kind].append(measured(kind))
-    result = {"command": " ".join(["eval/healing_speed.py", *sys.argv[1:]]), "threads": torch.get_num_threads()}
+    command = ["eval/healing_speed.py", a.task, Path(a.out).name, *sys.argv[3:]]
+    result = {"command": " ".join(command), "threads": torch.get_num_threads()}
     result["labels"] = labels
     result["cpu"] = torch.backends.cpu.get_cpu_capability()
     result["native_bf16"] = precision.fast_bf16(torch.device("cpu"))
