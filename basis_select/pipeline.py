@@ -30,7 +30,7 @@ from .evaluation.report import curve, table
 from .evaluation.run_report import report
 from .evaluation.speed import decode_speed
 from .extend import extend
-from .heal import heal, probes
+from .heal import heal
 from .learn import learn
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer, load
@@ -49,10 +49,16 @@ from .rundir import (
     require_disk,
 )
 from .sizes import sizes
-from .stage_work import decompose_on_ranks, label_on_ranks, measured, sendable, train_on_ranks
+from .stage_work import (
+    decompose_on_ranks,
+    examples_to_label,
+    label_on_ranks,
+    measured,
+    sendable,
+    train_on_ranks,
+)
 from .tasks import load_task
 from .training.precision import fast_bf16
-from .training.soft_labels import seen
 from .tune import tune
 
 log = logging.getLogger(__name__)
@@ -167,7 +173,7 @@ class Stages:
             )
         if not r.heal.steps:
             return made
-        teacher = self.teacher(r, r.heal, r.seed + 1, probes(self.task, r.seed) if r.heal.lr is None else ())
+        teacher = self.teacher(r, "heal")
         return self.stage(
             "heal",
             {**dataclasses.asdict(r.heal), "teacher": r.teacher},
@@ -176,7 +182,7 @@ class Stages:
         )
 
     def learned(self, r, decomposed):
-        teacher = self.teacher(r, r.learn, r.seed)
+        teacher = self.teacher(r, "learn")
         cuts = self.cuts(r)
         return self.stage(
             "learn",
@@ -185,15 +191,15 @@ class Stages:
             lambda out: self.train(learn, decomposed, out, r.learn, (teacher, r.teacher), **cuts),
         )
 
-    def teacher(self, r, options, seed, more=()):
-        """Where a stage that trains with `options` finds its teacher: the parent, or what it says of the examples seen.
+    def teacher(self, r, stage):
+        """Where "learn" or "heal" finds its teacher: the parent, or what it says of the examples seen.
 
-        more: indices of further examples. Stages that see the same ones share what is said of them.
+        Stages that see the same ones share what is said of them.
         """
         parent = self.parent()
-        if not r.soft_labels or not (options.kl or more):
+        examples = examples_to_label(r, self.task, stage)
+        if not examples:
             return parent
-        examples = sorted(seen(self.task, options.batch_size, options.steps, seed) | set(more))
         found = {"top": r.soft_labels, "teacher": r.teacher}
         digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
 

@@ -12,7 +12,7 @@ from .decompose import same_input, targets
 from .derivatives import PROBES
 from .embedding import module_name
 from .evaluation.profile import prices
-from .heal import add_adapters, probes
+from .heal import add_adapters
 from .learn import weights
 from .linalg.budget import BYTES, allocate, keep_for, linear_prices, table_rank, uniform_scores
 from .linalg.metrics import METRICS
@@ -21,10 +21,10 @@ from .models import config_and_tokenizer
 from .moments import EXAMPLES_TOGETHER, MAX_MOMENT, moment_bytes, moment_room, passes
 from .recipe import RESULT
 from .rundir import resident_memory
+from .stage_work import examples_to_label
 from .tasks import load_task
 from .training.data import Batches
 from .training.precision import fast_bf16
-from .training.soft_labels import seen
 from .tune import trainable
 
 EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores
@@ -239,16 +239,15 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
         make = functools.partial(_training, name, options, task, seed, step, rates, processes, sharded)
         return once(repr((name, options, taught, bases)), make)
 
-    def label(options, seed, more=()):
-        examples = sorted(seen(task, options.batch_size, options.steps, seed) | set(more))
-        add(_labels(examples, task, model, rates), r.teacher, r.soft_labels, examples)
+    def label(stage):
+        if examples := examples_to_label(r, task, stage):
+            add(_labels(examples, task, model, rates), r.teacher, r.soft_labels, examples)
 
     if r.tune.steps:
         add(train("tune", r.tune, r.seed, trainable), r.tune)
     add(once(repr(r.decompose), lambda: _decomposition(r, task, model, shapes, rates)), r.decompose)
     if r.learn.steps:
-        if r.soft_labels and r.learn.kl:
-            label(r.learn, r.seed)
+        label("learn")
         learned = _bases(r, model, shapes, {n: g.rank for g in shapes for n in g.names}, weighted=1, new=r.learn.new)
         stage = train("learn", r.learn, r.seed, functools.partial(weights, rest=r.learn.rest), learned, False)
         if r.learn.rounds and keep < 1:  # what is alive shrinks from cut to cut
@@ -268,9 +267,7 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
         flops = (2 * targeted + 8 * after) * tokens
         add(Stage("refine", r.refine.steps, tokens, flops, flops / rates["train"]), r.refine, *cut)
     if r.heal.steps:
-        more = probes(task, r.seed) if r.heal.lr is None else ()
-        if r.soft_labels and (r.heal.kl or more):
-            label(r.heal, r.seed + 1, more)
+        label("heal")
         healed = _bases(r, model, shapes, _ranks(r, shapes, keep), cut=True) if keep < 1 else {}
         trains = functools.partial(trainable, embeddings=r.heal.embeddings)
         if r.heal.lora:

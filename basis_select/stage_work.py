@@ -11,12 +11,24 @@ from transformers import set_seed
 from . import ranks
 from .checkpoint.files import save
 from .decompose import decompose, targets
-from .heal import heal, suitable_rate
+from .heal import heal, probes, suitable_rate
 from .learn import learn
 from .models import load
 from .sizes import sizes
 from .training.loss import response_nll
-from .training.soft_labels import SoftLabels, soft_labels
+from .training.soft_labels import SoftLabels, seen, soft_labels
+
+
+def examples_to_label(r, task, stage):
+    """Indices of the training examples that "learn" or "heal" of a recipe wants soft labels of; none if it wants none.
+
+    Healing draws other batches than learning, and looks at `probes` where it chooses its own rate.
+    """
+    options, healing = getattr(r, stage), stage == "heal"
+    more = probes(task, r.seed) if healing and options.lr is None else ()
+    if not r.soft_labels or not (options.kl or more):
+        return []
+    return sorted(seen(task, options.batch_size, options.steps, r.seed + healing) | set(more))
 
 
 def sendable(task):

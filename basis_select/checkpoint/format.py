@@ -166,7 +166,9 @@ class BasisSelectQuantizer(HfQuantizer):
                     if isinstance(tensor, nn.Parameter):
                         tensor.data = tensor.data.clone()
                     else:  # a view of the whole file, which would stay in memory with it
-                        kind[name] = moved.setdefault(tensor, tensor.clone())
+                        if tensor not in moved:
+                            moved[tensor] = tensor.clone()
+                        kind[name] = moved[tensor]
 
     def get_state_dict_and_metadata(self, model):
         return {**model.state_dict(), **guards(model)}, {}
