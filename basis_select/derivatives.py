@@ -13,20 +13,26 @@ def derivatives(model, task, seed=0, *, probes: int = PROBES, batch_size: int = 
     """`[(g, h), ...]`, (r,) each in float64 and one pair per group: dL/ds and the diagonal of d2L/ds2.
 
     L is the cross-entropy on response tokens. h is Hutchinson's estimate with symmetric perturbations,
-    `h = mean_z z * (dL(s + step |s| z) - dL(s - step |s| z)) / (2 step |s|)`, z of independent signs for all layers at
-    once; every one of the `probes` draws its own batch of the training split, over which g is averaged too. In
-    fp32 throughout: in bf16 rounding would drown the difference. Source: BSI (arXiv 2605.01627), reconstructed
-    from its abstract.
+    `h = mean_z z * (dL(s + step s z) - dL(s - step s z)) / (2 step s)`, z of independent signs for all layers at
+    once; every one of the `probes` draws its own batch of the training split, over which g is averaged too. s may be
+    negative, as learning can leave it; both are 0 where s is, since a relative step does not move it. In fp32
+    throughout: in bf16 rounding would drown the difference. Raises ValueError, with the names of the layers, where s
+    is not finite, and FloatingPointError where a loss or a derivative is not. Source: BSI (arXiv 2605.01627),
+    reconstructed from its abstract.
     """
-    leaders = [members[0][1].leader for members in groups(model)]
+    found = groups(model)
+    leaders = [members[0][1].leader for members in found]
     if not leaders or not all(leader.weighted for leader in leaders):
         raise ValueError("there are no weighted bases to differentiate by: call decompose first")
+    for members, leader in zip(found, leaders, strict=True):
+        if not torch.isfinite(leader.s).all():
+            raise ValueError(f"{names(members)}: the weights of bases are not all finite")
     generator = torch.Generator().manual_seed(seed)
     flags = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
     weights = [leader.weight.requires_grad_(True) for leader in leaders]
     scales = [leader.scale for leader in leaders]
-    # t_i stands for s_i (1 + t_i): its derivatives are s dL/ds and s^2 d2L/ds2, finite whatever the scale of s.
+    # t_i stands for s_i (1 + t_i): its derivatives are s dL/ds and s^2 d2L/ds2, finite whatever scale and sign of s.
     first = [torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in weights]
     second = [torch.zeros_like(f) for f in first]
     try:
@@ -49,5 +55,12 @@ def derivatives(model, task, seed=0, *, probes: int = PROBES, batch_size: int = 
             leader.scale = scale
         for p, flag in flags.items():
             p.requires_grad_(flag)
-    sizes = [leader.s.detach().double().clamp_min(torch.finfo(torch.float64).tiny) for leader in leaders]
+    for members, g, h in zip(found, first, second, strict=True):
+        if not (torch.isfinite(g).all() and torch.isfinite(h).all()):
+            raise FloatingPointError(f"{names(members)}: a derivative by the weights of bases is not finite")
+    sizes = [torch.where(leader.s == 0, torch.inf, leader.s.detach().double()) for leader in leaders]
     return [(g / s, h / s**2) for g, h, s in zip(first, second, sizes, strict=True)]
+
+
+def names(members):
+    return " + ".join(name for name, _ in members)

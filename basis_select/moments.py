@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .embedding import TABLE, lookup_scale, token_counts
+from .fisher import squared_gradients
 from .linalg import metrics
 from .training.data import Batches
 from .training.loss import activation_gradients, response_logits
@@ -29,8 +30,11 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
     drawn from the model, which is the Fisher information (the curvature of KL(parent || y) at the parent) and does
     not vanish on a parent that fits its labels. The second is scaled to the trace of the first. `embedding`: where both
     sides are used, the moments of the token embedding (vocabulary, d) are added under TABLE, see `_TableMoments`.
-    `group`: every process of it sees its part of the batches, and all get the moments of all.
+    `group`: every process of it sees its part of the batches, and all get the moments of all. A metric that `uses`
+    squared gradients gets those of fisher.py as its inputs.
     """
+    if uses.squares:
+        return squared_gradients(model, members, task, examples, group), {}
     inputs, outputs = {}, {"own": {}, "drawn": {}}
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
     mask, count = {}, {"body": 0, "head": 0}  # the head sees response tokens only (response_logits)
@@ -223,6 +227,8 @@ def passes(members, sizes, room):
 
 def moment_bytes(reads, writes, uses):
     """What `second_moments` holds for layers of `reads` inputs and `writes` outputs each: outputs for both labels."""
+    if uses.squares:
+        return 4 * reads * (sum(writes) + 1)  # the gradients themselves, for a moment
 
     def entries(n):
         return n * n if n <= MAX_MOMENT else 1

@@ -7,12 +7,20 @@ FOLDER keeps what rows share: parents and decompositions. Every row done is one 
 a dict of recipe keys that differ from the grid's `base`; what it spends on learning and refining is taken from its
 healing, so that all rows train for `steps` steps on batches of one size. `then: int8` adds a row for the same
 model with int8 weights.
+
+No rate is chosen on test items. A key whose value is a list names candidates; `choose` names a size, `at`, and in
+`heal` multiples of the rate that heal would take by itself. Of all combinations each method takes, on every task, the
+one with the least NLL on the validation split at that size, and keeps it at all others. Its rows hold what was chosen
+and, in `candidates`, the validation NLL of all of them, null where the loss did not stay finite.
 """
 
 import copy
+import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import math
 import logging
 import os
 import sys
@@ -45,14 +53,25 @@ GROUP = 32  # weights that share one scale in int4
 
 
 class Teacher:
-    """The parent's log-probabilities in half precision, computed once for every batch that rows have in common."""
+    """The parent's log-probabilities in half precision, computed once for every batch that rows have in common.
+
+    What is kept in `folder` is found by the parent's weights, the tokens, and the positions that were asked for.
+    """
 
     def __init__(self, parent, folder):
         self.parent, self.folder = parent, folder
         folder.mkdir(exist_ok=True)
+        self.weights = hashlib.sha256()
+        for name, tensor in sorted(parent.state_dict().items()):
+            self.weights.update(name.encode())
+            self.weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
     def __call__(self, batch):
-        path = self.folder / f"{hashlib.sha256(batch['input_ids'].numpy()).hexdigest()}.safetensors"
+        key = self.weights.copy()
+        for name in ("input_ids", "positions"):
+            key.update(f"{name} {tuple(batch[name].shape)}".encode())
+            key.update(batch[name].contiguous().numpy())
+        path = self.folder / f"{key.hexdigest()}.safetensors"
         if not path.exists():
             partial = path.with_suffix(f".{os.getpid()}")
             save_file({"log_p": log_probabilities(self.parent, batch).half()}, partial)
@@ -76,18 +95,77 @@ def compare(grid, folder, results):
             base, stages, parent = setting(grid, name, seed, folder)
             for row in dense:
                 write(results, row, measure(rounded(copy.deepcopy(parent)), stages.task, row[2]))
-            teacher = Teacher(parent, folder / f"{name}-{seed}" / "teacher")
-            moments = functools.cache(functools.partial(all_moments, parent, stages.task, base))
+            bench = Bench(base, stages, parent, Teacher(parent, folder / f"{name}-{seed}" / "teacher"), grid["steps"])
             for row in rows:
                 logging.warning("%s", " ".join(map(str, row)))
-                changes = dict(grid["methods"][row[2]])
-                width = changes.pop("then", None)
-                recipe = at_size(override(base, changes, row[2]), parent, row[3])
-                model, facts = compressed(recipe, stages, parent, teacher, moments, grid["steps"])
-                write(results, row, {**measure(model, stages.task, None), **facts})
+                own = dict(grid["methods"][row[2]])
+                width = own.pop("then", None)
+                choice = chosen_before(results, row) or choose(bench, own, row[2], grid.get("choose"))
+                model, facts = compressed(bench, own | choice["chosen"], row[2], row[3], choice["heal"])
+                write(results, row, {**measure(model, stages.task, None), **facts, **choice})
                 if width:
                     row = (*row[:2], f"{row[2]}, {width}", row[3])
-                    write(results, row, {**measure(model, stages.task, width), **facts})
+                    write(results, row, {**measure(model, stages.task, width), **facts, **choice})
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all rows of one task and seed have in common; `steps` of training for each."""
+
+    base: Recipe
+    stages: pipeline.Stages
+    parent: torch.nn.Module
+    teacher: Teacher
+    steps: int
+
+    @functools.cached_property
+    def moments(self):
+        return all_moments(self.parent, self.stages.task, self.base)
+
+    def moments_for(self, r):
+        """What `decompose` is given, None for a metric that needs others than second moments."""
+        return None if METRICS[r.decompose.metric].squares else self.moments[r.decompose.share]
+
+
+def chosen_before(results, row):
+    """What an earlier row of the same task, seed and method has chosen, if there is one."""
+    for r in read(results):
+        if (r["task"], r["seed"], r["method"]) == row[:3]:
+            return {key: r[key] for key in ("chosen", "heal", "candidates")}
+    return None
+
+
+def choose(bench, own, method, ladder):
+    """`{chosen: {recipe key: value}, heal: times its rate, candidates: [...]}` by NLL on the validation split."""
+    lists = {key: value for key, value in own.items() if isinstance(value, list)}
+    if lists and not ladder:
+        raise ValueError(
+            f"{method} lists candidates of {', '.join(lists)}: name in `choose` the size to choose them at"
+        )
+    options = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    factors, found = ladder["heal"] if ladder else [1], []
+    if len(options) * len(factors) == 1:
+        return {"chosen": options[0], "heal": factors[0], "candidates": []}
+    for chosen in options:
+        start = finite(started, bench, own | chosen, method, ladder["at"])
+        for factor in factors:
+            end = start and finite(healed, bench, start, factor)
+            nll = round(end[1]["validation_nll"]["healed"], 4) if end else None
+            logging.warning("%s, %s, heal %g times: validation NLL %s", method, chosen, factor, nll)
+            found.append({**chosen, "heal": factor, "validation_nll": nll})
+    best = min(found, key=lambda c: math.inf if c["validation_nll"] is None else c["validation_nll"])
+    if best["validation_nll"] is None:
+        raise FloatingPointError(f"none of the rates of {method} leaves a finite loss: {found}")
+    return {"chosen": {key: best[key] for key in lists}, "heal": best["heal"], "candidates": found}
+
+
+def finite(verb, *args):
+    """What `verb` returns, None where its loss does not stay finite: a rate that is too large is a result."""
+    try:
+        return verb(*args)
+    except FloatingPointError as error:
+        logging.warning("%s", error)
+        return None
 
 
 def setting(grid, name, seed, folder):
@@ -109,45 +187,58 @@ def at_size(recipe, parent, times):
 def cut(grid, name, method, size, folder):
     """`(recipe, task, teacher, model)` of one row of a grid after `prune`: where healing starts."""
     base, stages, parent = setting(grid, name, 0, folder)
-    own = {k: v for k, v in grid["methods"][method].items() if k != "then"}
+    own = {k: v for k, v in grid["methods"][method].items() if k != "then" and not isinstance(v, list)}
+    bench = Bench(base, stages, parent, Teacher(parent, folder / f"{name}-0" / "teacher"), grid["steps"])
     r = at_size(override(base, own, method), parent, size)
-    found = stages.decomposed(r, lambda: all_moments(parent, stages.task, base)[r.decompose.share])
+    found = stages.decomposed(r, lambda: bench.moments_for(r))
     model, _ = load(found / "model")
-    teacher = Teacher(parent, folder / f"{name}-0" / "teacher")
-    return r, stages.task, teacher, prune(model, stages.task, **vars(r.prune))
+    return r, stages.task, bench.teacher, prune(model, stages.task, **vars(r.prune))
 
 
-def compressed(r, stages, parent, teacher, moments, steps):
-    """Everything after the decomposition in memory: rows are many, and each is done in minutes."""
-    clock = {}
+def compressed(bench, own, method, size, factor):
+    """`(model, facts)` of one row, healed at `factor` times the rate that heal would take."""
+    return healed(bench, started(bench, own, method, size), factor)
 
-    def timed(name, verb, *args, **options):
-        began = time.monotonic()
-        verb(*args, **options)
-        clock[name] = round(time.monotonic() - began, 1)
 
-    decomposed = stages.decomposed(r, lambda: moments()[r.decompose.share])
+def started(bench, own, method, size):
+    """`(recipe, model, seconds, heal's rate)` before healing, all in memory: rows are many, each is done in minutes."""
+    clock, stages, task = {}, bench.stages, bench.stages.task
+    r = at_size(override(bench.base, own, method), bench.parent, size)
+    seed, options = r.seed, {k: vars(getattr(r, k)) for k in ("learn", "prune")}
+    decomposed = stages.decomposed(r, lambda: bench.moments_for(r))
     model, _ = load(decomposed / "model")
-    task, seed, options = stages.task, r.seed, {k: vars(getattr(r, k)) for k in ("learn", "prune", "heal")}
     cuts = stages.cuts(r)
     if r.learn.steps:
-        timed("learn", learn, model, task, teacher, seed=seed, **cuts, **options["learn"])
+        timed(clock, "learn", learn, model, task, bench.teacher, seed=seed, **cuts, **options["learn"])
     found = None if r.learn.steps else stages.derivatives(r, decomposed)
-    timed("prune", prune, model, task, found, r.extend.rank, r.dtype, seed, **options["prune"])
+    timed(clock, "prune", prune, model, task, found, r.extend.rank, r.dtype, seed, **options["prune"])
     if r.extend.rank:
-        timed("extend", extend, model, task, parent, seed, **vars(r.extend))
+        timed(clock, "extend", extend, model, task, bench.parent, seed, **vars(r.extend))
     if r.refine.steps:
-        timed("refine", refine, model, task, parent, seed=seed, **vars(r.refine))
-    before = response_nll(model, task.validation, task.pad_id)
-    left = steps - r.learn.steps - r.refine.steps
-    lr = r.heal.lr or suitable_rate(model, task, teacher, seed)
-    timed("heal", heal, model, task, teacher, seed=seed, **{**options["heal"], "steps": left, "lr": lr})
+        timed(clock, "refine", refine, model, task, bench.parent, seed=seed, **vars(r.refine))
+    return r, model, clock, r.heal.lr or suitable_rate(model, task, bench.teacher, seed)
+
+
+def healed(bench, start, factor):
+    """`(model, facts)` of what `started` has made, which stays as it is."""
+    r, model, clock, rate = start
+    model, clock, task = copy.deepcopy(model), dict(clock), bench.stages.task
+    before, lr = response_nll(model, task.validation, task.pad_id), factor * rate
+    left = bench.steps - r.learn.steps - r.refine.steps
+    options = {**vars(r.heal), "steps": left, "lr": lr}
+    timed(clock, "heal", heal, model, task, bench.teacher, seed=r.seed, **options)
     return rounded(model), {
         "validation_nll": {"unhealed": before, "healed": response_nll(model, task.validation, task.pad_id)},
         "lr": lr,
         "steps": {"learn": r.learn.steps, "refine": r.refine.steps, "heal": left},
         "seconds": clock,
     }
+
+
+def timed(clock, name, verb, *args, **options):
+    began = time.monotonic()
+    verb(*args, **options)
+    clock[name] = round(time.monotonic() - began, 1)
 
 
 def all_moments(parent, task, r):
@@ -168,30 +259,33 @@ def all_moments(parent, task, r):
 
 
 def quantized(model, width):
-    """Round the weights of all linear layers but a dense tied head, in place; returns the bytes of the model.
+    """Round the weights of `model` in place; returns `(its bytes, what was rounded)`.
 
-    width: "int8", one scale a row; "int4", one scale for GROUP weights; any other is bfloat16. Scales, and all
-    that is no linear layer, are bfloat16. A table of bases is rounded too, but stored as the values that stand for it,
-    since an embedding looks up rows and not products.
+    width: "int8", one scale a row; "int4", one scale for GROUP weights; any other is bfloat16. In both the token
+    embedding, with a head tied to it, is int8, whole or as bases: few bits hurt it most. Scales, and all that is no
+    linear layer or table, are bfloat16. A table is stored as the values that stand for its int8, since it looks up rows
+    as well.
     """
     if width not in ("int8", "int4"):
-        return 2 * sum(p.numel() for p in model.parameters())
+        return 2 * sum(p.numel() for p in model.parameters()), {}
     layers = list(targets(model, required=False).values())
     layers += [m for g in groups(model) for _, layer in g for m in layer.children()]
     table = table_of(model)
-    table = [] if table is None else list(table.children())
-    weights = sum(m.weight.numel() for m in layers + table)
-    rest = sum(p.numel() for p in model.parameters()) - weights
+    table = [model.get_input_embeddings()] if table is None else list(table.children())
+    inner, outer = (sum(m.weight.numel() for m in part) for part in (layers, table))
+    rest = sum(p.numel() for p in model.parameters()) - inner - outer
     if width == "int8":
         config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-        taken = weights + 2 * sum(m.out_features for m in layers + table)
+        taken = inner + 2 * sum(len(m.weight) for m in layers)
     else:
         config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
-        taken = weights // 2 + 2 * weights // GROUP
-    quantize_(model, config, lambda m, _: m in layers or m in table)
+        taken = inner // 2 + 2 * inner // GROUP
+    taken += outer + 2 * sum(len(m.weight) for m in table)
+    quantize_(model, config, lambda m, _: m in layers)
     for m in table:
-        m.weight = torch.nn.Parameter(m.weight.dequantize(), requires_grad=False)
-    return 2 * rest + taken
+        scale = (m.weight.data.abs().amax(1, keepdim=True) / 127).bfloat16().float().clamp_min(1e-30)
+        m.weight.data = (m.weight.data / scale).round().clamp(-127, 127) * scale
+    return 2 * rest + taken, {"layers": width, "embedding and tied head": "int8"}
 
 
 def rounded(model):
@@ -204,11 +298,11 @@ def rounded(model):
 def measure(model, task, width):
     """Test NLL item by item and the sizes of `model`, after its weights are `quantized` to `width`, in place."""
     facts = sizes(model)
-    facts["bytes"] = quantized(model, width)
+    facts["bytes"], what = quantized(model, width)
     nll, tokens = response_nlls(model, task.test, task.pad_id)
     if not torch.isfinite(nll).all():
         raise FloatingPointError("a test item has a likelihood that is not finite")
-    return {"sizes": facts, "nll": [round(x, 4) for x in nll.tolist()], "tokens": tokens.tolist()}
+    return {"sizes": facts, "rounded": what, "nll": [round(x, 4) for x in nll.tolist()], "tokens": tokens.tolist()}
 
 
 def write(results, row, values):

@@ -27,7 +27,8 @@ CAPTIONS = (
     "How many bytes the default needs for the NLL of the best other row of a size",
 )
 EXPLANATION = (
-    "All rows of a task start from the same parent and train for the same steps. An interval is a bootstrap over test "
+    "All rows of a task start from the same parent and train for the same steps, at rates that each method has chosen on "
+    "the validation split. An interval is a bootstrap over test "
     "items; a row is worse or better where the 95 % interval of its paired difference from the default excludes zero. "
     "Rows that also cut the embedding have fewer bytes at the same reduction. An empty cell was not run. The command "
     "writes this page from the file of results."
@@ -75,7 +76,7 @@ def tables(results):
                 line.append(text if own == weights[size] else f"{text} at {own} MB")
             lines.append(line)
         dense = [
-            [method, f"{rows[method][0]['sizes']['bytes'] / 1e6:.0f} MB", _cell(rows[method], None)]
+            [_dense(rows[method]), f"{rows[method][0]['sizes']['bytes'] / 1e6:.0f} MB", _cell(rows[method], None)]
             for method in DENSE
             if method in rows
         ]
@@ -110,9 +111,19 @@ def summary(results, sizes=(4, 8)):
     for method in dict.fromkeys(r["method"] for r in results):
         found = [cells.get((task, method, 1 if method in DENSE else size)) for task, size in columns]
         if any(found):
-            own = f", {next(filter(None, found))[0]['sizes']['bytes'] / 1e6:.0f} MB" if method in DENSE else ""
-            lines.append([method + own, *(f"{interval(rows)[0]:.3f}" if rows else "" for rows in found)])
+            own = next(filter(None, found))
+            name = f"{_dense(own)}, {own[0]['sizes']['bytes'] / 1e6:.0f} MB" if method in DENSE else method
+            lines.append([name, *(f"{interval(rows)[0]:.3f}" if rows else "" for rows in found)])
     return markdown(["", *(f"{task} {size}x" for task, size in columns)], lines, "l" + "r" * len(columns))
+
+
+def _dense(rows):
+    """The name of a row that is not factored, with what is rounded to other than its name says."""
+    method, others = rows[0]["method"], defaultdict(list)
+    for what, width in rows[0].get("rounded", {}).items():
+        if width != method:
+            others[width].append(what)
+    return ", ".join([method, *(f"{' and '.join(what)} {width}" for width, what in others.items())])
 
 
 def _smaller(cells, task, size):

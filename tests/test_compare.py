@@ -3,11 +3,16 @@
 import json
 
 import numpy as np
-from compare import compare, read
+import pytest
+import torch
+from compare import Teacher, compare, quantized, read
 from compare_report import interval, plot, summary, table
 from conftest import tiny
 
 import basis_select as bs
+from basis_select.decompose import targets
+from basis_select.training.data import Batches
+from basis_select.training.loss import log_probabilities
 
 
 def test_a_grid_is_measured_once_and_reported(tokenizer, tmp_path):
@@ -19,27 +24,36 @@ def test_a_grid_is_measured_once_and_reported(tokenizer, tmp_path):
         "seeds": [0],
         "sizes": [2],
         "steps": 4,
+        "choose": {"at": 2, "heal": [0.5, 2]},
         "base": {"decompose.examples": 16, "heal.batch_size": 4, "learn.batch_size": 4, "prune.multiple_of": 1},
         "tasks": {"sums": {"task": str(tmp_path / "data.jsonl"), "data.test": 20, "data.validation": 10}},
         "methods": {
             "default": {"decompose.embedding": True, "then": "int8"},
-            "learned": {"learn.steps": 2, "learn.rounds": 2},
-            "BSI": {"decompose.metric": "plain", "prune.score": "taylor"},
+            "learned": {"learn.steps": 2, "learn.rounds": 2, "learn.lr": [1e-3, 1e-2]},
+            "FWSVD": {"decompose.metric": "fisher", "decompose.share": False},
+            "Taylor": {"decompose.metric": "plain", "prune.score": "taylor"},
         },
     }
     results = tmp_path / "results.jsonl"
     compare(grid, tmp_path / "runs", results)
     found = read(results)
-    assert len(found) == 3 + 4
+    assert len(found) == 3 + 5
     by_name = {(r["method"], r["size"]): r for r in found}
     assert len({len(r["nll"]) for r in found}) == 1
     dense = by_name["parent", 1]["sizes"]
     allowed = dense["parameters"] - dense["targeted"] / 2
-    for name in ("default", "learned", "BSI"):
+    for name in ("default", "learned", "FWSVD", "Taylor"):
         assert by_name[name, 2]["sizes"]["parameters"] <= allowed
         assert sum(by_name[name, 2]["steps"].values()) == 4
     assert by_name["default, int8", 2]["sizes"]["bytes"] < by_name["default", 2]["sizes"]["bytes"]
     assert by_name["int4", 1]["sizes"]["bytes"] < by_name["int8", 1]["sizes"]["bytes"]
+    for name, count in (("FWSVD", 2), ("learned", 4)):
+        row = by_name[name, 2]
+        tried = {tuple(c.items())[:-1]: c["validation_nll"] for c in row["candidates"]}
+        assert len(tried) == count
+        assert tried[tuple({**row["chosen"], "heal": row["heal"]}.items())] == min(tried.values())
+        # the row at the size of the choice is that candidate once more
+        assert row["validation_nll"]["healed"] == pytest.approx(min(tried.values()), abs=1e-4)
 
     with results.open("a") as file:
         file.write('{"task": "sums", "seed": 0, "meth')  # killed while writing
@@ -49,12 +63,44 @@ def test_a_grid_is_measured_once_and_reported(tokenizer, tmp_path):
 
     lines = table(found).splitlines()
     assert sum(line.startswith("| learned |") for line in lines) == 1
-    value = sum(by_name["BSI", 2]["nll"]) / sum(by_name["BSI", 2]["tokens"])
-    assert any(line.startswith("| BSI |") and f"{value:.3f} (" in line for line in lines)
+    value = sum(by_name["Taylor", 2]["nll"]) / sum(by_name["Taylor", 2]["tokens"])
+    assert any(line.startswith("| Taylor |") and f"{value:.3f} (" in line for line in lines)
     assert any("best other row" in line for line in lines)
-    assert f"| BSI | {value:.3f} |" in summary(found, sizes=(2,)).splitlines()
+    assert f"| Taylor | {value:.3f} |" in summary(found, sizes=(2,)).splitlines()
     plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_a_teacher_answers_for_its_own_weights_and_positions(task, tmp_path):
+    batches = Batches(task.train, 8, 1, seed=0)
+    batch = batches[0]
+    others = {**batch, "positions": batch["positions"].flip(0)}
+    for parent in (tiny(seed=0), tiny(seed=1)):
+        teacher = Teacher(parent, tmp_path)
+        for _ in range(2):  # computed, then read
+            for b in (batch, others):
+                assert torch.allclose(teacher(b), log_probabilities(parent, b), atol=1e-2)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def by_rows(weight):
+    scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16().float()
+    return torch.where(scale > 0, (weight / scale).round() * scale, 0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("width", "bits"), [("int8", 8), ("int4", 4)])
+def test_a_dense_table_is_rounded_as_ours_is(width, bits, tied):
+    model, before = tiny(tied=tied), tiny(tied=tied)
+    table, inner = before.get_input_embeddings().weight, [m.weight for m in targets(before).values()]
+    bytes_, what = quantized(model, width)
+    assert torch.allclose(model.get_input_embeddings().weight, by_rows(table), atol=1e-6)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    count = sum(w.numel() for w in inner)
+    scales = sum(len(w) for w in inner) if width == "int8" else count // 32
+    norms = sum(p.numel() for p in before.parameters()) - count - table.numel()
+    assert bytes_ == count * bits // 8 + table.numel() + 2 * (scales + len(table) + norms)
+    assert what == {"layers": width, "embedding and tied head": "int8"}
 
 
 def test_intervals_pair_items():

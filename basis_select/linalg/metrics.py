@@ -6,6 +6,7 @@ With roots `R R^T = G = E[g g^T]` and `L L^T = A = E[x x^T]`, the SVD of `R^T W 
 the SVD absorbs. And only the smaller side needs one: `(W L)^T G (W L) = v'^T diag(s^2) v'`, `u diag(s) = W L v'^T`.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,15 +50,20 @@ def _checked(moment):
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric makes of A (`inputs`) and of G (`outputs`); None where it uses the identity instead."""
+    """What a metric makes of A (`inputs`) and of G (`outputs`); None where it uses the identity instead.
+
+    With `squares`, `inputs` is asked of the squared gradients of the weights, (n,), in place of A.
+    """
 
     inputs: Callable | None = None
     outputs: Callable | None = None
+    squares: bool = False
 
 
 METRICS = {
     "plain": Metric(),  # Basel: weight error
-    "fisher": Metric(outputs=diagonal),  # FWSVD: weight error, rows weighted by their Fisher information
+    # FWSVD: weight error, weighted by the Fisher information of the weights that read an input
+    "fisher": Metric(inputs=functools.partial(diagonal, shrinkage=LEAST), squares=True),
     "whitened": Metric(inputs=shrunk),  # SVD-LLM: output error on task data
     "kronecker": Metric(inputs=shrunk, outputs=shrunk),  # KFAC: second-order estimate of the loss increase
 }

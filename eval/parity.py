@@ -1,0 +1,138 @@
+"""Ours beside the authors' own code: one parent, the same examples, nothing trained after the cut.
+
+python eval/parity.py RECIPE.yaml FOLDER RESULT.json [--svd-llm CHECKOUT] [--basel CHECKOUT]
+
+RECIPE names the parent (its `tune` stage, made in FOLDER unless it is there) and the examples of its `decompose`
+stage. RESULT.json is written, and a table printed, of the response NLL on the test split, per token. The checkouts are
+those of github.com/AIoT-MLSys-Lab/SVD-LLM and github.com/carozy797/Basel; without one its rows are left out.
+
+SVD-LLM's whitening and truncation run as they were released, on batches of one example, so that nothing is padded. Its
+attention has one key per query head, so the products of its factors are put into the parent's own layers: the function
+is that of the factors. What differs from ours: it sums `x x^T` over all tokens in fp32 before a Cholesky in float64,
+and only where that fails adds the smallest eigenvalue and 1e-6 to the diagonal; ours adds a small multiple of the
+identity to every moment. It inverts the root and decomposes in fp32, we in float64. It multiplies and rounds each
+layer's rank down for itself, `int(m n ratio / (m + n))`; ours are multiples of `multiple_of` within one budget.
+
+Basel's rule runs as it was released, without the training between its prunings: what is compared is how many bases
+it leaves in the layers that we decompose too, the tied head aside.
+"""
+
+import argparse
+import copy
+import json
+import random
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+from basis_select import pipeline, recipe
+from basis_select.decompose import decompose, targets
+from basis_select.learn import learn
+from basis_select.models import load
+from basis_select.prune import prune
+from basis_select.sizes import sizes
+from basis_select.training.loss import response_nll
+
+TIMES = (2, 4, 8)  # fewer parameters in the layers
+OWN = {"ours": 1, "ours, ranks in multiples of 16": 16}
+MASS, ROUNDS = 0.5, 50  # Basel's example: K and how often it prunes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("recipe", "folder", "result"):
+        parser.add_argument(name, type=Path)
+    for name in ("--svd-llm", "--basel"):
+        parser.add_argument(name, type=Path)
+    given = parser.parse_args()
+    (given.folder / "stages").mkdir(parents=True, exist_ok=True)
+    r = recipe.read(given.recipe)
+    stages = pipeline.Stages(r, given.folder)
+    parent, _ = load(stages.parent() / "model", "float32")
+    task, examples = stages.task, r.decompose.examples
+    found = {"recipe": given.recipe.name, "examples": examples, "test items": len(task.test)}
+    found["parent"] = nll(parent, task)
+    found["whitened, uniform"] = rows = {name: {} for name in OWN}
+    whole = decompose(copy.deepcopy(parent), task, metric="whitened", share=False, examples=examples)
+    for name, step in OWN.items():
+        for times in TIMES:
+            model = prune(copy.deepcopy(whole), keep=1 / times, budget="uniform", multiple_of=step)
+            now = sizes(model)
+            rows[name][f"{times}x"] = {"nll": nll(model, task), "kept": now["targeted"] / now["targeted_dense"]}
+    del whole
+    if given.svd_llm:
+        rows["authors"] = {f"{times}x": value for times, value in svd_llm(given.svd_llm, parent, task, examples)}
+    if given.basel:
+        found["kept by Basel's rule"] = {"ours": basel_ours(parent, task), "authors": basel(given.basel, parent)}
+    given.result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(table(found))
+
+
+def nll(model, task):
+    return round(response_nll(model, task.test, task.pad_id), 4)
+
+
+def svd_llm(checkout, parent, task, examples):
+    """`(times smaller, {nll, kept})` of SVD-LLM's own functions, at each of TIMES."""
+    for name, wanted in (
+        ("svd_mistral", ("SVD_MistralAttention", "SVD_MistralMLP")),
+        ("svd_opt", ("SVDOPTDecoderLayer",)),
+    ):
+        stub = types.ModuleType(f"component.{name}")  # they ask for an older transformers, and are not for this model
+        for each in wanted:
+            setattr(stub, each, None)
+        sys.modules[stub.__name__] = stub
+    sys.path.insert(0, str(checkout))
+    import SVDLLM
+
+    drawn = random.Random(0).sample(task.train, min(examples, len(task.train)))  # those of second_moments
+    batches = [{"input_ids": torch.tensor([e.input_ids])} for e in drawn]
+    roots = SVDLLM.profle_svdllm("llama", copy.deepcopy(parent), batches, "cpu")
+    for times in TIMES:
+        model = copy.deepcopy(parent)
+        SVDLLM.whitening("llama", model, roots, 1 / times, "cpu")
+        product, parameters = copy.deepcopy(parent), 0
+        for name, layer in targets(product).items():
+            u, v = (model.get_submodule(f"{name.removesuffix('_proj')}_{side}_proj").weight for side in "uv")
+            layer.weight.data = u.data @ v.data
+            parameters += u.numel() + v.numel()
+        dense = sum(layer.weight.numel() for layer in targets(parent).values())
+        yield times, {"nll": nll(product, task), "kept": parameters / dense}
+
+
+def basel(checkout, parent):
+    """The fraction of the layers' parameters that Basel's own rule leaves, its new bases not counted."""
+    sys.path.insert(0, str(checkout))
+    from methods import basis_selection
+
+    body = basis_selection.model_init(copy.deepcopy(parent.base_model), 0)
+    for _ in range(ROUNDS):
+        basis_selection.select_basis(body, MASS ** (1 / ROUNDS))
+    layers = [m for m in body.modules() if isinstance(m, basis_selection.BSLinear)]
+    left = sum(int(m.mask.sum()) * (m.input_dim + m.output_dim) for m in layers)
+    return round(left / sum(m.input_dim * m.output_dim for m in layers), 4)
+
+
+def basel_ours(parent, task):
+    """The same of ours: `learn` at a rate that moves nothing, then what `prune` finds alive."""
+    model = decompose(copy.deepcopy(parent), metric="plain", share=False)
+    how = {"budget": "mass", "score": "magnitude"}
+    learn(model, task, mass=MASS, steps=ROUNDS, rounds=ROUNDS, batch_size=1, lr=1e-12, kl=0, square=True, **how)
+    prune(model, mass=MASS, **how)
+    now = sizes(model)
+    return round(now["targeted"] / now["targeted_dense"], 4)
+
+
+def table(found):
+    lines = [f"parent {found['parent']}", f"{'whitened, uniform':32}" + "".join(f"{t:>4}x" + " " * 12 for t in TIMES)]
+    for name, row in found["whitened, uniform"].items():
+        lines.append(f"{name:32}" + "".join(f"{v['nll']:.4f} (kept {v['kept']:.3f})".ljust(22) for v in row.values()))
+    if "kept by Basel's rule" in found:
+        lines.append("kept by Basel's rule: " + ", ".join(f"{k} {v}" for k, v in found["kept by Basel's rule"].items()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
