@@ -39,12 +39,12 @@ def learn(
 
     `s = scale * weight` with `weight` starting at 1, so `lr` is a relative step for every basis alike; `square` is
     Basel's `s = weight^2`. With `keep` or `mass` (these and the next four as in `prune`) bases are set aside while
-    learning: `rounds` times, evenly spread over all steps but the first share `unpruned` of
-    them, each cutting by the same factor, so that the weights left adapt to every cut and each step only costs
-    what is alive. In the end all bases are there again, with the weight they last had and, in `survived`, how many
-    cuts they outlived: `prune` gives any size from that. `new` adds new bases that train from the first step and
-    are never pruned (Basel), `rest` trains everything that is not a basis as well: embeddings, norms, biases.
-    `precision` and `checkpointing` as in training/engine.py; the weights of bases are fp32 in any.
+    learning: `rounds` times, evenly spread over all steps but the first share `unpruned` of them, each leaving the
+    same fraction of what is there, so that the weights left adapt to every cut and each step only costs what is alive.
+    In the end all bases are there again, with the weight they last had and, in `survived`, how many cuts they
+    outlived: `prune` gives any size from that. `new` adds new bases that train from the first step and are never
+    pruned (Basel), `rest` trains everything that is not a basis as well: embeddings, norms, biases. `precision` and
+    `checkpointing` as in training/engine.py; the weights of bases are fp32 in any.
     Loss: CE + `kl` * KL(teacher || model).
     """
     found = groups(model)
@@ -114,16 +114,14 @@ class _Prunings(TrainerCallback):
             leader.last = leader.weight.detach().clone()
             leader.rounds = torch.zeros_like(leader.kept, dtype=torch.int16)
         first = int(unpruned * steps)
-        self.at = {first + (steps - first) * (k - 1) // rounds: k / rounds for k in range(1, rounds + 1)}
+        self.at = {first + (steps - first) * k // rounds: rounds - k for k in range(rounds)}  # step: cuts still to come
         self.share = 1 / rounds
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step not in self.at:
             return
-        cut = dict(self.cut)
-        if cut["keep"] is not None:
-            cut["keep"] **= self.at[state.global_step]  # of the dense model
-        else:
+        cut = {**self.cut, "cuts": self.at[state.global_step]}
+        if cut["mass"] is not None:
             cut["mass"] **= self.share  # of what is there now
         if SCORES[cut["score"]].derivatives:
             cut["derivatives"] = derivatives(self.model, self.task, self.seed + state.global_step)

@@ -14,7 +14,7 @@ from .embedding import module_name
 from .evaluation.profile import prices
 from .heal import add_adapters
 from .learn import weights
-from .linalg.budget import BYTES, allocate, keep_for, linear_prices, table_rank, uniform_scores
+from .linalg.budget import BYTES, keep_for, linear_prices, table_rank, uniform
 from .linalg.metrics import METRICS
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer
@@ -127,6 +127,7 @@ class _Shape:
     rank = property(lambda self: min(self.reads, sum(self.writes)))
     basis_cost = property(lambda self: self.reads + sum(self.writes))
     dense_cost = property(lambda self: self.reads * sum(self.writes))
+    share = property(lambda self: self.basis_cost / self.dense_cost)
 
     @property
     def square(self):
@@ -199,19 +200,18 @@ def _fraction_in_time(r, model, shapes):
         more = [((d, (vocabulary,)), table_rank(r.prune.keep_embedding, vocabulary, d, r.prune.multiple_of)[0])]
     reserve = r.extend.rank + r.learn.new
     choices, free = prices(r.prune.costs, r.prune.latency, [(g.reads, g.writes) for g in shapes], reserve, more)
-    ranks = allocate([uniform_scores(g.rank, g.basis_cost, g.dense_cost) for g in shapes], choices, free)
+    ranks = uniform([g.rank for g in shapes], [g.share for g in shapes], choices, free, unit="seconds")
     kept = [g.dense_cost if k is None else (k + reserve) * g.basis_cost for g, k in zip(shapes, ranks, strict=True)]
     return sum(kept) / sum(g.dense_cost for g in shapes)
 
 
 def _ranks(r, shapes, keep):
     """`{layer: rank}` of what `keep` leaves, the same share of every layer, without those that stay dense."""
-    scores = [uniform_scores(g.rank, g.basis_cost, g.dense_cost) for g in shapes]
     more = r.extend.rank + r.learn.new
     room = int(keep * sum(g.dense_cost for g in shapes)) - more * sum(g.basis_cost for g in shapes if not g.is_table)
     try:
         lines = [linear_prices(g.rank, g.basis_cost, g.dense_cost, r.prune.multiple_of) for g in shapes]
-        found = allocate(scores, lines, room)
+        found = uniform([g.rank for g in shapes], [g.share for g in shapes], lines, room)
     except ValueError as error:
         how = f"prune.keep={r.prune.keep}" if r.prune.size is None else f"prune.size={r.prune.size}"
         raise ValueError(f"{how} with extend.rank={r.extend.rank}: {error}") from None
@@ -294,7 +294,7 @@ def _set_aside(options, keep, shapes):
     first, total = int(options.unpruned * options.steps), 0
     for step in range(first, options.steps):
         cuts = (step - first) * options.rounds // (options.steps - first) + 1
-        total += whole - min(whole, keep ** (cuts / options.rounds) * targeted)
+        total += whole - min(whole, whole * (keep * targeted / whole) ** (cuts / options.rounds))
     return total
 
 

@@ -10,7 +10,7 @@ from .checkpoint.format import describe
 from .derivatives import derivatives as differentiate
 from .embedding import table_of, table_to_dense
 from .evaluation.profile import prices
-from .linalg.budget import allocate, by_mass, keep_for, linear_prices, table_rank, uniform_scores
+from .linalg.budget import allocate, by_mass, keep_for, linear_prices, table_rank, training_prices, uniform
 from .linalg.scores import SCORES
 from .sizes import sizes
 from .training.loss import response_nll
@@ -122,11 +122,14 @@ def select(
     reserve=0,
     seed=0,
     derivatives=None,
+    cuts=0,
 ):
-    """`[(members, index), ...]`: for every group the indices of the bases to keep, or None if it stays dense.
+    """`[(members, index), ...]`: for every group the indices of the bases to keep, or None if it stays as it is.
 
     latency: prices and budget of measured times, in place of a size. Bases that `learn` removed come back only when
-    its later, smaller sets leave room, or where time is the budget.
+    its later, smaller sets leave room, or where time is the budget. cuts: of how many cuts that lead to `keep` while
+    weights are learned this is the first; each leaves the same fraction of what was there. Break-even decides what is
+    deployed, not what trains: until the last of them a layer may have any rank, and with `mass` in the last too.
     """
     for name, value in (("keep", keep), ("mass", mass)):
         if value is not None and not 0 < value <= 1:
@@ -141,37 +144,56 @@ def select(
     costs, dense = [basis_cost(m) for m in found], [dense_cost(m) for m in found]
     new = sum(m[0][1].leader.new.rank * c for m, c in zip(found, costs, strict=True) if m[0][1].leader.new)
     free = None if keep is None else int(keep * sum(dense)) - reserve * sum(costs) - new
-    if latency is None:
-        alive, done = _survivors(found, costs, dense, free, multiple_of)
-    else:
+    trains = cuts > 1 or (cuts == 1 and mass is not None)
+    if cuts or latency is not None:
         alive, done = [torch.arange(m[0][1].rank) for m in found], False
-    if done:
-        return [(m, None if len(i) * c >= d else i) for m, i, c, d in zip(found, alive, costs, dense, strict=True)]
+    else:
+        alive, done = _survivors(found, costs, dense, free, multiple_of)
+    if trains and free is not None:
+        now = sum(m[0][1].rank * c for m, c in zip(found, costs, strict=True))
+        free = int(now * (max(free, 0) / now) ** (1 / cuts))
+    kept = alive
+    if not done:
+        scores = _scores(found, alive, score, derivatives, seed)
+        positions = _choose(scores, costs, dense, free, mass, latency, budget, multiple_of, trains)
+        kept = [None if k is None else index[k] for index, k in zip(alive, positions, strict=True)]
+    return [
+        (members, None if index is None or (len(index) * c >= d and not trains) else index)
+        for members, index, c, d in zip(found, kept, costs, dense, strict=True)
+    ]
+
+
+def _scores(found, alive, score, derivatives, seed):
+    """What each of the bases that are `alive` is worth: a list of (bases,), one for each group."""
     generator = torch.Generator().manual_seed(seed)
     scores = []
     for members, index, (g, h) in zip(found, alive, derivatives or [(None, None)] * len(found), strict=True):
         s = members[0][1].s.detach().double().cpu()
         g, h = (d if d is None else d.cpu() for d in (g, h))
         scores.append(SCORES[score].of(s, g, h, generator)[index])
+    return scores
+
+
+def _choose(scores, costs, dense, free, mass, latency, budget, multiple_of, trains):
+    """For each group the positions to keep among its `scores`, or None to leave it as it is."""
     if mass is not None:
-        kept = [by_mass(x, mass) for x in scores]
-    elif budget == "mass":
-        kept = _by_mass_within(scores, costs, dense, free, multiple_of)
+        return [by_mass(x, mass) for x in scores]
+    if budget == "mass":
+        return _by_mass_within(scores, costs, [math.inf] * len(costs) if trains else dense, free, multiple_of)
+    orders = [x.argsort(descending=True, stable=True) for x in scores]
+    worth, bases = [x[o] for x, o in zip(scores, orders, strict=True)], [len(x) for x in scores]
+    if latency is not None:
+        ranks = allocate(worth, *latency, unit="seconds")
     else:
-        orders = [x.argsort(descending=True, stable=True) for x in scores]
-        worth = [x[o] for x, o in zip(scores, orders, strict=True)]
-        if budget == "uniform":
-            worth = [uniform_scores(len(x), c, d) for x, c, d in zip(worth, costs, dense, strict=True)]
-        if latency is None:
-            lines = [linear_prices(len(x), c, d, multiple_of) for x, c, d in zip(worth, costs, dense, strict=True)]
-            ranks = allocate(worth, lines, free)
+        if trains:
+            prices = [training_prices(n, c, multiple_of) for n, c in zip(bases, costs, strict=True)]
         else:
-            ranks = allocate(worth, *latency, unit="seconds")
-        kept = [None if r is None else o[:r].sort().values for r, o in zip(ranks, orders, strict=True)]
-    return [
-        (m, None if k is None or len(k) * c >= d else i[k])
-        for m, i, k, c, d in zip(found, alive, kept, costs, dense, strict=True)
-    ]
+            prices = [linear_prices(n, c, d, multiple_of) for n, c, d in zip(bases, costs, dense, strict=True)]
+        if budget == "uniform":
+            ranks = uniform(bases, [c / d for c, d in zip(costs, dense, strict=True)], prices, free)
+        else:
+            ranks = allocate(worth, prices, free)
+    return [None if r is None else o[:r].sort().values for r, o in zip(ranks, orders, strict=True)]
 
 
 def _survivors(found, costs, dense, free, multiple_of):

@@ -58,14 +58,8 @@ def by_mass(s, keep):
     return order[: min(count, len(s))].sort().values
 
 
-def uniform_scores(bases, basis_cost, dense_cost):
-    """Scores under which `allocate` keeps the same fraction of every layer: (bases,), descending."""
-    fraction = torch.arange(1, bases + 1, dtype=torch.float64) * basis_cost / dense_cost
-    return basis_cost * (2.0 - fraction)
-
-
 def linear_prices(bases, basis_cost, dense_cost, multiple_of=16):
-    """What `allocate` may choose for a layer whose bases all cost the same: multiples below break-even, or dense.
+    """What a layer whose bases all cost the same may become once deployed: multiples below break-even, or dense.
 
     A layer that stays smaller factored even with all its `bases` may also keep every one.
     """
@@ -74,6 +68,35 @@ def linear_prices(bases, basis_cost, dense_cost, multiple_of=16):
     if largest == bases and (not ranks or ranks[-1] < largest):
         ranks.append(largest)  # nothing to round
     return [*((rank, rank * basis_cost) for rank in ranks), (None, dense_cost)]
+
+
+def training_prices(bases, basis_cost, multiple_of=16):
+    """What such a layer may become while its weights are learned, when none is dense: multiples, or all its `bases`."""
+    return [(rank, rank * basis_cost) for rank in [*range(multiple_of, bases, multiple_of), bases]]
+
+
+def uniform(bases, shares, prices, budget, unit="parameters"):
+    """Ranks that are the same fraction of every layer, to within one of its steps, and use at most `budget`.
+
+    bases: how many each layer has. shares: the fraction of its dense parameters that one of its bases is. prices, what
+    is returned and what is raised as in `allocate`. The layer whose next step leads to the smallest fraction takes it,
+    the first of equals first, until that step does not fit; a dense layer is the fraction 1, so layers are dense only
+    where all others are past their last rank below break-even, or where there is no such rank.
+    """
+    ranks, steps = [], []  # (fraction, layer, rank or None it leads to, what it adds to the price)
+    for g, (most, share, choices) in enumerate(zip(bases, shares, prices, strict=True)):
+        (cheapest, spent), *others = _undominated(choices, most)
+        ranks.append(cheapest)
+        budget -= spent
+        for rank, price in others:
+            steps.append((1.0 if rank is None else rank * share, g, rank, price - spent))
+            spent = price
+    _require(budget, prices, unit)
+    for _, g, rank, price in sorted(steps, key=lambda step: step[:2]):
+        if price > budget:
+            break
+        ranks[g], budget = rank, budget - price
+    return ranks
 
 
 def allocate(scores, prices, budget, unit="parameters"):
@@ -95,9 +118,7 @@ def allocate(scores, prices, budget, unit="parameters"):
         points = [(price, value[-1 if rank is None else rank]) for rank, price in ((cheapest, spent), *others)]
         for i, ((rank, price), density) in enumerate(zip(others, _descending(points), strict=True)):
             offers.append((-density, g, i, rank, price - points[i][0]))
-    if budget < 0:
-        least = sum(min(price for _, price in choices) for choices in prices)
-        raise ValueError(f"the smallest possible is {least:,} {unit}, the budget allows {int(budget + least):,}")
+    _require(budget, prices, unit)
     full = set()
     for _, g, _, rank, price in sorted(offers, key=lambda offer: offer[:3]):
         if g in full:
@@ -107,6 +128,13 @@ def allocate(scores, prices, budget, unit="parameters"):
         else:
             full.add(g)  # the next ones need this one first
     return ranks
+
+
+def _require(left, prices, unit):
+    """Raise ValueError where the cheapest choice of every layer leaves less than nothing of the budget."""
+    if left < 0:
+        least = sum(min(price for _, price in choices) for choices in prices)
+        raise ValueError(f"the smallest possible is {least:,} {unit}, the budget allows {int(left + least):,}")
 
 
 def _undominated(choices, bases):
