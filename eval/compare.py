@@ -20,8 +20,8 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import logging
+import math
 import os
 import sys
 import time

@@ -27,11 +27,10 @@ CAPTIONS = (
     "How many bytes the default needs for the NLL of the best other row of a size",
 )
 EXPLANATION = (
-    "All rows of a task start from the same parent and train for the same steps, at rates that each method has chosen on "
-    "the validation split. An interval is a bootstrap over test "
-    "items; a row is worse or better where the 95 % interval of its paired difference from the default excludes zero. "
-    "Rows that also cut the embedding have fewer bytes at the same reduction. An empty cell was not run. The command "
-    "writes this page from the file of results."
+    "All rows of a task start from the same parent and train for the same steps, at rates that each method has chosen "
+    "on the validation split. An interval is a bootstrap over test items; a row is worse or better where the 95 % "
+    "interval of its paired difference from the default excludes zero. Rows that also cut the embedding have fewer "
+    "bytes at the same reduction. An empty cell was not run. The command writes this page from the file of results."
 )
 
 

@@ -14,7 +14,8 @@ identity to every moment. It inverts the root and decomposes in fp32, we in floa
 layer's rank down for itself, `int(m n ratio / (m + n))`; ours are multiples of `multiple_of` within one budget.
 
 Basel's rule runs as it was released, without the training between its prunings: what is compared is how many bases
-it leaves in the layers that we decompose too, the tied head aside.
+it leaves in the decoder's layers, the tied head aside. What differs from ours: it first drops every s below 1e-3 of the
+layer's mean, and keeps all bases that equal the last one it needs.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 
 from basis_select import pipeline, recipe
+from basis_select.bases import groups
 from basis_select.decompose import decompose, targets
 from basis_select.learn import learn
 from basis_select.models import load
@@ -103,7 +105,7 @@ def svd_llm(checkout, parent, task, examples):
 
 
 def basel(checkout, parent):
-    """The fraction of the layers' parameters that Basel's own rule leaves, its new bases not counted."""
+    """What Basel's own rule leaves of the decoder's layers, its new bases not counted: `share`."""
     sys.path.insert(0, str(checkout))
     from methods import basis_selection
 
@@ -111,26 +113,34 @@ def basel(checkout, parent):
     for _ in range(ROUNDS):
         basis_selection.select_basis(body, MASS ** (1 / ROUNDS))
     layers = [m for m in body.modules() if isinstance(m, basis_selection.BSLinear)]
-    left = sum(int(m.mask.sum()) * (m.input_dim + m.output_dim) for m in layers)
-    return round(left / sum(m.input_dim * m.output_dim for m in layers), 4)
+    return share([(int(m.mask.sum()), m.input_dim, m.output_dim) for m in layers])
 
 
 def basel_ours(parent, task):
-    """The same of ours: `learn` at a rate that moves nothing, then what `prune` finds alive."""
+    """The same of ours: the bases that outlived every cut of `learn`, at a rate that moves nothing."""
     model = decompose(copy.deepcopy(parent), metric="plain", share=False)
     how = {"budget": "mass", "score": "magnitude"}
     learn(model, task, mass=MASS, steps=ROUNDS, rounds=ROUNDS, batch_size=1, lr=1e-12, kl=0, square=True, **how)
-    prune(model, mass=MASS, **how)
-    now = sizes(model)
-    return round(now["targeted"] / now["targeted_dense"], 4)
+    layers = [layer for members in groups(model) for _, layer in members]
+    return share([(int((m.survived == ROUNDS).sum()), m.in_features, m.out_features) for m in layers])
+
+
+def share(layers):
+    """Of the dense parameters, what the bases take, and with layers dense where that is less. `[(rank, m, n), ...]`"""
+    dense = sum(m * n for _, m, n in layers)
+    factored = [rank * (m + n) for rank, m, n in layers]
+    deployed = sum(min(size, m * n) for size, (_, m, n) in zip(factored, layers, strict=True))
+    return {"bases": round(sum(factored) / dense, 4), "deployed": round(deployed / dense, 4)}
 
 
 def table(found):
     lines = [f"parent {found['parent']}", f"{'whitened, uniform':32}" + "".join(f"{t:>4}x" + " " * 12 for t in TIMES)]
     for name, row in found["whitened, uniform"].items():
         lines.append(f"{name:32}" + "".join(f"{v['nll']:.4f} (kept {v['kept']:.3f})".ljust(22) for v in row.values()))
-    if "kept by Basel's rule" in found:
-        lines.append("kept by Basel's rule: " + ", ".join(f"{k} {v}" for k, v in found["kept by Basel's rule"].items()))
+    for name, kept in found.get("kept by Basel's rule", {}).items():
+        lines.append(
+            f"Basel's rule, {name}: bases {kept['bases']} of dense, {kept['deployed']} with dense where smaller"
+        )
     return "\n".join(lines)
 
 
