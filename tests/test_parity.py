@@ -5,11 +5,15 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from conftest import tiny
+from safetensors.torch import load_file, save_file
 
 from basis_select import decompose, prune
 from basis_select.bases import groups
 from basis_select.decompose import targets
+from basis_select.fisher import squared_gradients
 from basis_select.linalg import metrics
 from basis_select.linalg.budget import by_mass
 
@@ -136,3 +140,32 @@ def test_pruning_by_mass_leaves_what_basels_rule_leaves(few):
         rank = len(basel_masks(torch.linalg.svdvals(weight), 0.4, 1))
         smaller = rank * sum(weight.shape) < weight.numel()
         assert kept.get(name) == (rank if smaller else None)
+
+
+MEMBERS = [["model.layers.0.self_attn.q_proj"], ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]]
+
+
+def in_one_of_two(rank, folder, task):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = squared_gradients(tiny(), MEMBERS, task, 5, dist.group.WORLD)
+    save_file(found, folder / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_examples(task, tmp_path):
+    expected = squared_gradients(tiny(), MEMBERS, task, 5)
+    mp.spawn(in_one_of_two, (tmp_path, task), nprocs=2)
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        for name, importance in found.items():
+            torch.testing.assert_close(importance, expected[name])
+
+
+def test_what_no_example_reaches_is_left_out(task, caplog):
+    model = tiny()
+    model.register_module("unused", torch.nn.Linear(8, 8))
+    made = decompose(model, task, metric="fisher", examples=4)
+    assert type(made.unused) is torch.nn.Linear
+    assert "unused is never reached" in caplog.text
+    assert all(p.grad is None for p in made.parameters())
