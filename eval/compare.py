@@ -123,8 +123,9 @@ class Bench:
         return all_moments(self.parent, self.stages.task, self.base)
 
     def moments_for(self, r):
-        """What `decompose` is given, None for a metric that needs others than second moments."""
-        return None if METRICS[r.decompose.metric].squares else self.moments[r.decompose.share]
+        """What `decompose` is given: None for a metric that needs no second moments, or others."""
+        uses = METRICS[r.decompose.metric]
+        return None if uses.squares or uses == METRICS["plain"] else self.moments[r.decompose.share]
 
 
 def chosen_before(results, row):
@@ -150,7 +151,8 @@ def choose(bench, own, method, ladder):
         start = finite(started, bench, own | chosen, method, ladder["at"])
         for factor in factors:
             end = start and finite(healed, bench, start, factor)
-            nll = round(end[1]["validation_nll"]["healed"], 4) if end else None
+            nll = end[1]["validation_nll"]["healed"] if end else math.nan
+            nll = round(nll, 4) if math.isfinite(nll) else None
             logging.warning("%s, %s, heal %g times: validation NLL %s", method, chosen, factor, nll)
             found.append({**chosen, "heal": factor, "validation_nll": nll})
     best = min(found, key=lambda c: math.inf if c["validation_nll"] is None else c["validation_nll"])
@@ -216,7 +218,10 @@ def started(bench, own, method, size):
         timed(clock, "extend", extend, model, task, bench.parent, seed, **vars(r.extend))
     if r.refine.steps:
         timed(clock, "refine", refine, model, task, bench.parent, seed=seed, **vars(r.refine))
-    return r, model, clock, r.heal.lr or suitable_rate(model, task, bench.teacher, seed)
+    rate = r.heal.lr or suitable_rate(model, task, bench.teacher, seed)
+    if not math.isfinite(rate):
+        raise FloatingPointError(f"{method}: what healing would start from is not finite")
+    return r, model, clock, rate
 
 
 def healed(bench, start, factor):
