@@ -1,9 +1,10 @@
-"""How fast to heal: one start, several learning rates, the same steps and batches. `suitable_rate` was fitted to this.
+"""How fast to heal: one start, several learning rates, the same steps and batches. `suitable_rate` is fitted to this.
 
 python eval/healing_rate.py GRID.yaml FOLDER RESULTS.jsonl TASK:METHOD:SIZE:LR,LR,... ...
 
 GRID and FOLDER as in compare.py, whose parents and decompositions are used. A row of RESULTS.jsonl: the KL to the
-parent before healing, the rate, and the NLL per response token of the test split after it.
+parent before healing, the rate, and the NLL per response token of the
+validation split after it: the rule is a choice, and the test split is for what was chosen.
 """
 
 import copy
@@ -34,7 +35,7 @@ def main():
             heal(model, task, teacher, steps=STEPS, batch_size=r.heal.batch_size, lr=lr)
             seconds = round(time.monotonic() - began, 1)
             row = {"task": name, "method": method, "size": float(size), "kl": round(kl, 4), "lr": lr, "steps": STEPS}
-            row |= {"test_nll": round(response_nll(model, task.test, task.pad_id), 4), "seconds": seconds}
+            row |= {"validation_nll": round(response_nll(model, task.validation, task.pad_id), 4), "seconds": seconds}
             print(row, flush=True)
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

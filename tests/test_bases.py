@@ -177,6 +177,39 @@ def test_learning_trains_the_weights_only_and_prunes_on_the_way(task):
     assert {m[0][1].rank for m in groups(model) if m[0][1] is q} == {ranks[-1]}
 
 
+def test_every_cut_of_learning_leaves_the_same_fraction_of_what_was_there(task):
+    model = decompose(tiny(), task, examples=16)
+    found = groups(model)
+    left = [sum(m[0][1].rank * basis_cost(m) for m in found)]
+
+    def watch(*_):
+        left.append(sum(m[0][1].rank * basis_cost(m) for m in found))
+
+    found[0][0][1].register_forward_hook(watch)
+    learn(model, task, keep=0.2, multiple_of=1, steps=8, batch_size=4, rounds=8)
+    goal = 0.2 * sum(map(dense_cost, found))
+    fractions = [b / a for a, b in zip(left, left[1:], strict=False)]
+    assert left[-1] == pytest.approx(goal, rel=0.02)
+    assert all(f == pytest.approx((goal / left[0]) ** (1 / 8), rel=0.03) for f in fractions), fractions
+
+
+@pytest.mark.parametrize("mass", [0.9, 0.5])
+def test_learning_to_a_share_of_the_mass_leaves_what_basels_rule_leaves(task, mass):
+    model = decompose(tiny(), task, metric="plain", share=False)
+    expected = {}
+    for members in groups(model):
+        s = members[0][1].s.sort(descending=True).values.double()
+        for _ in range(4):  # the smallest set with the share K^(1/N) of what is left, N times
+            s = s[: int((s.cumsum(0) < mass ** (1 / 4) * s.sum()).sum()) + 1]
+        expected[members[0][0]] = len(s)
+    learn(model, task, mass=mass, budget="mass", score="magnitude", steps=4, batch_size=4, rounds=4, lr=1e-7)
+    assert {m[0][0]: int((m[0][1].survived == 4).sum()) for m in groups(model)} == expected
+    shapes = {m[0][0]: (basis_cost(m), dense_cost(m)) for m in groups(model)}
+    prune(model, mass=mass, budget="mass", score="magnitude")
+    deployed = {name: r for name, r in expected.items() if r * shapes[name][0] < shapes[name][1]}
+    assert {m[0][0]: m[0][1].rank for m in groups(model)} == deployed  # the others are dense
+
+
 def test_one_learning_gives_nested_sizes(task, tmp_path, tokenizer):
     model = decompose(tiny(), task, examples=16)
     learn(model, task, keep=0.125, multiple_of=1, steps=6, batch_size=4, rounds=3)

@@ -118,12 +118,23 @@ def add_product(total, x, y):
 
 
 def _root(moment):
-    """Lower triangular, () for a multiple of the identity, or None for the identity itself."""
+    """A root of a moment that cannot fail: (n, n), () for a multiple of the identity, or None for the identity itself.
+
+    Sums in fp32 can leave eigenvalues below zero. Where there are any, those that fp32 does not resolve beside the
+    largest are taken to be as large as it does.
+    """
     if moment is None:
         return None
     if not moment.dim():
         return moment.sqrt()
-    return moment.sqrt().diag() if moment.dim() == 1 else torch.linalg.cholesky(moment)
+    if moment.dim() == 1:
+        return moment.sqrt().diag()
+    root, failed = torch.linalg.cholesky_ex(moment)
+    if not failed:
+        return root
+    values, vectors = torch.linalg.eigh(moment)
+    root = vectors * values.clamp_min(torch.finfo(torch.float32).eps * values[-1]).sqrt()
+    return torch.linalg.qr(root.T).R.T  # triangular, as the other
 
 
 def _by_block(work, blocks, x):

@@ -1,0 +1,70 @@
+"""What budgets and the cuts of learning leave of a tuned model, before anything is trained.
+
+python eval/cuts.py RECIPE.yaml FOLDER RESULTS.json
+
+Tunes the parent of the recipe in FOLDER unless it is there. RESULTS.json: for `budget=uniform` at 2x, 4x and 8x the
+least and the largest fraction of its dense parameters that a layer keeps, how many layers are dense, and the validation
+NLL; for the rule of Basel at K = 50 % in 50 cuts, and for 8 cuts to 8x, what each leaves of the targeted layers.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+from basis_select import decompose, load, prune, recipe
+from basis_select.bases import LowRankLinear, basis_cost, dense_cost, groups, take
+from basis_select.pipeline import Stages
+from basis_select.prune import select
+from basis_select.training.loss import response_nll
+
+
+def uniform(model, task, times):
+    pruned = prune(copy.deepcopy(model), keep=1 / times, budget="uniform")
+    kept = [m[0][1].rank * basis_cost(m) / dense_cost(m) for m in groups(pruned)]
+    return {
+        "least": round(min(kept), 4),
+        "largest": round(max(kept), 4),
+        "dense layers": len(groups(model)) - len(kept),
+        "validation_nll": round(response_nll(pruned, task.validation, task.pad_id), 4),
+    }
+
+
+def cuts(model, task, rounds, measured=False, **how):
+    """What is left of the dense parameters after each of `rounds` cuts, with the weights as they are."""
+    model, rows = copy.deepcopy(model), []
+    found = groups(model)
+    dense = sum(map(dense_cost, found))
+    for left in range(rounds, 0, -1):
+        for members, index in select(model, cuts=left, **how):
+            if index is not None:
+                take(members, index)
+        row = {"left": round(sum(m[0][1].rank * basis_cost(m) for m in found) / dense, 4)}
+        row["deployed"] = round(sum(min(m[0][1].rank * basis_cost(m), dense_cost(m)) for m in found) / dense, 4)
+        if measured:
+            row["validation_nll"] = round(response_nll(model, task.validation, task.pad_id), 4)
+        rows.append(row)
+    return rows
+
+
+def main():
+    source, folder, results = map(Path, sys.argv[1:])
+    (folder / "stages").mkdir(parents=True, exist_ok=True)
+    stages = Stages(recipe.read(source), folder)
+    parent, task = load(stages.parent() / "model")[0], stages.task
+    plain = decompose(copy.deepcopy(parent), task, metric="plain", share=False)
+    kronecker = decompose(parent, task, examples=stages.recipe.decompose.examples)
+    layers = sum(isinstance(m, LowRankLinear) for m in plain.modules())
+    found = {
+        "layers": layers,
+        "uniform, plain metric": {f"{times}x": uniform(plain, task, times) for times in (2, 4, 8)},
+        "Basel's rule, K = 0.5, 50 cuts": cuts(plain, task, 50, mass=0.5 ** (1 / 50), budget="mass", score="magnitude"),
+        "8 cuts to 8x, kronecker": cuts(kronecker, task, 8, measured=True, keep=1 / 8),
+    }
+    results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name, values in found.items():
+        print(name, values[-1] if isinstance(values, list) and len(values) > 8 else values)
+
+
+if __name__ == "__main__":
+    main()
