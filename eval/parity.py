@@ -14,8 +14,8 @@ identity to every moment. It inverts the root and decomposes in fp32, we in floa
 layer's rank down for itself, `int(m n ratio / (m + n))`; ours are multiples of `multiple_of` within one budget.
 
 Basel's rule runs as it was released, without the training between its prunings: what is compared is how many bases
-it leaves in the decoder's layers, the tied head aside. What differs from ours: it first drops every s below 1e-3 of the
-layer's mean, and keeps all bases that equal the last one it needs.
+it leaves in the decoder's layers, the tied head aside, as eval/cuts.py counts ours. What differs from ours: it first
+drops every s below 1e-3 of the layer's mean, and keeps all bases that equal the last one it needs.
 """
 
 import argparse
@@ -27,11 +27,10 @@ import types
 from pathlib import Path
 
 import torch
+from cuts import cuts
 
 from basis_select import pipeline, recipe
-from basis_select.bases import groups
 from basis_select.decompose import decompose, targets
-from basis_select.learn import learn
 from basis_select.models import load
 from basis_select.prune import prune
 from basis_select.sizes import sizes
@@ -62,7 +61,9 @@ def main():
         for times in TIMES:
             model = prune(copy.deepcopy(whole), keep=1 / times, budget="uniform", multiple_of=step)
             now = sizes(model)
-            rows[name][f"{times}x"] = {"nll": nll(model, task), "kept": now["targeted"] / now["targeted_dense"]}
+            kept = round(now["targeted"] / now["targeted_dense"], 4)
+            rows[name][f"{times}x"] = {"nll": nll(model, task), "kept": kept}
+            print(name, times, rows[name][f"{times}x"], flush=True)
     del whole
     if given.svd_llm:
         rows["authors"] = {f"{times}x": value for times, value in svd_llm(given.svd_llm, parent, task, examples)}
@@ -101,7 +102,7 @@ def svd_llm(checkout, parent, task, examples):
             layer.weight.data = u.data @ v.data
             parameters += u.numel() + v.numel()
         dense = sum(layer.weight.numel() for layer in targets(parent).values())
-        yield times, {"nll": nll(product, task), "kept": parameters / dense}
+        yield times, {"nll": nll(product, task), "kept": round(parameters / dense, 4)}
 
 
 def basel(checkout, parent):
@@ -117,20 +118,17 @@ def basel(checkout, parent):
 
 
 def basel_ours(parent, task):
-    """The same of ours: the bases that outlived every cut of `learn`, at a rate that moves nothing."""
+    """The same of ours, by the cuts of `learn`."""
     model = decompose(copy.deepcopy(parent), metric="plain", share=False)
-    how = {"budget": "mass", "score": "magnitude"}
-    learn(model, task, mass=MASS, steps=ROUNDS, rounds=ROUNDS, batch_size=1, lr=1e-12, kl=0, square=True, **how)
-    layers = [layer for members in groups(model) for _, layer in members]
-    return share([(int((m.survived == ROUNDS).sum()), m.in_features, m.out_features) for m in layers])
+    return cuts(model, task, ROUNDS, mass=MASS ** (1 / ROUNDS), budget="mass", score="magnitude")[-1]
 
 
 def share(layers):
-    """Of the dense parameters, what the bases take, and with layers dense where that is less. `[(rank, m, n), ...]`"""
+    """What is left of the dense parameters, and with layers dense where that is less. layers: `[(rank, m, n), ...]`"""
     dense = sum(m * n for _, m, n in layers)
     factored = [rank * (m + n) for rank, m, n in layers]
     deployed = sum(min(size, m * n) for size, (_, m, n) in zip(factored, layers, strict=True))
-    return {"bases": round(sum(factored) / dense, 4), "deployed": round(deployed / dense, 4)}
+    return {"left": round(sum(factored) / dense, 4), "deployed": round(deployed / dense, 4)}
 
 
 def table(found):

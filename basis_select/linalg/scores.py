@@ -21,7 +21,7 @@ def energy(s, g, h, generator):
 
 
 def taylor(s, g, h, generator):
-    """BSI: second-order estimate of the loss increase when basis i is removed, `ds_i = -s_i`."""
+    """Second-order estimate of the loss increase when basis i is removed, `ds_i = -s_i`; ours, after the abstract of BSI."""
     return h * s.square() / 2 - g * s
 
 
