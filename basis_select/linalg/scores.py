@@ -21,7 +21,7 @@ def energy(s, g, h, generator):
 
 
 def taylor(s, g, h, generator):
-    """Second-order estimate of the loss increase when basis i is removed, `ds_i = -s_i`; ours, after the abstract of BSI."""
+    """Second-order estimate of the loss increase when basis i is removed, `ds_i = -s_i`. Ours, after BSI's abstract."""
     return h * s.square() / 2 - g * s
 
 
