@@ -136,9 +136,8 @@ def table(found):
     for name, row in found["whitened, uniform"].items():
         lines.append(f"{name:32}" + "".join(f"{v['nll']:.4f} (kept {v['kept']:.3f})".ljust(22) for v in row.values()))
     for name, kept in found.get("kept by Basel's rule", {}).items():
-        lines.append(
-            f"Basel's rule, {name}: bases {kept['bases']} of dense, {kept['deployed']} with dense where smaller"
-        )
+        how = f"{kept['left']} of dense, {kept['deployed']} with layers dense where that is less"
+        lines.append(f"Basel's rule, {name}: {how}")
     return "\n".join(lines)
 
 
