@@ -25,7 +25,7 @@ from basis_select.prune import select
 from basis_select.training.loss import response_nll
 
 SIZES = (2, 4, 8, 16)  # times fewer parameters in the linear layers; the embedding stays whole
-SHARES = {"0.01": (1e-2, 1e-2), "0.001 and 0.01": (1e-3, 1e-2), "0.001": (1e-3, 1e-3), "0.0001": (1e-4, 1e-4)}
+SHARES = {"0.01": (1e-2, 1e-2), "0.001 and 0.01": (1e-3, 1e-2)}
 
 
 def shift(share):
