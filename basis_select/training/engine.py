@@ -47,9 +47,9 @@ def train(
     """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
 
     AdamW, cosine schedule, gradient clipping at 1. `precision`: "fp32", or one of collage.VARIANTS, with which the
-    model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype: what trained with
-    all that was carried for it, what did not rounded. `checkpointing` keeps only the inputs of the decoder layers and
-    computes the rest anew in the backward pass.
+    model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype: parameters that
+    trained with all that was carried for them, other parameters rounded, buffers as they were. `checkpointing` keeps
+    only the inputs of the decoder layers and computes the rest anew in the backward pass.
     `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
     same arguments continues. On several ranks all call this and each trains on its rows of every batch; gradients and
     metrics are those of the whole batch, a model or teacher may be sharded (`load(..., sharded=True)`), and checkpoints
@@ -77,9 +77,9 @@ def train(
             )
     ranks.join()
     folder = Path(folder)
-    optimizer, own = None, model.dtype
+    optimizer, own, buffers = None, model.dtype, _buffers(model)
     if precision != "fp32":
-        _narrow(model)
+        _narrow(model, buffers)
         optimizer = CollageAdamW([p for p in model.parameters() if p.requires_grad], lr=lr, variant=precision)
     if isinstance(teacher, nn.Module):
         teacher.eval().requires_grad_(False)
@@ -123,7 +123,7 @@ def train(
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if optimizer:
-        _widen(model, optimizer, own)
+        _widen(model, optimizer, own, buffers)
     if checkpointing:
         model.activation_checkpointing_disable()
     model.eval()
@@ -136,22 +136,40 @@ def checkpoint_layers(model):
     model.train().activation_checkpointing_enable(anew)
 
 
-def _narrow(model):
-    """Everything in bfloat16 but the 1-D basis weights: `learn` trains little else, and they decide what stays."""
+def _buffers(model):
+    """`[(module, its name, name of a buffer, buffer), ...]`, but those of bases, which training may change."""
+    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, LowRankLinear)]
+    return [(m, name, key, buffer) for name, m in modules for key, buffer in m._buffers.items() if buffer is not None]
+
+
+def _narrow(model, buffers):
+    """Everything in bfloat16 but the 1-D basis weights: `learn` trains little else, and they decide what stays.
+
+    And but the buffers that stay fp32 where transformers loads such a model in bfloat16: the frequencies of rotary
+    embeddings, which bfloat16 would round to other angles than those that the trained model will see.
+    """
     weighted = [m for m in model.modules() if isinstance(m, LowRankLinear) and hasattr(m, "scale")]
     kept = [(m, m.weight.data, m.scale) for m in weighted]
+    with torch.device("meta"):
+        loaded = dict(type(model)._from_config(model.config, dtype=torch.bfloat16).named_buffers())
     model.to(torch.bfloat16)
     for m, weight, scale in kept:
         m.weight.data, m.scale = weight, scale
+    for m, path, key, buffer in buffers:
+        like = loaded.get(f"{path}.{key}" if path else key)
+        if like is not None and like.dtype == torch.float32:
+            m._buffers[key] = buffer
 
 
 @torch.no_grad()
-def _widen(model, optimizer, dtype):
+def _widen(model, optimizer, dtype, buffers):
     """Back to `dtype`, with what the optimizer carries beside the parameters where that dtype can hold it."""
     wide = {p: optimizer.value(p) for p in model.parameters() if p.requires_grad}
     model.to(dtype)
     for p, value in wide.items():
         p.copy_(value)
+    for m, _, key, buffer in buffers:
+        m._buffers[key] = buffer
 
 
 class _Trainer(Trainer):
