@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from basis_select.tasks import Example, Task, exact
 
 transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # two threads beside other work spin
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "gpt_neox")
 VOCABULARY = 128

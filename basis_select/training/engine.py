@@ -2,6 +2,7 @@
 checkpoints that hold only what trains, so that a killed stage continues bit for bit.
 """
 
+import functools
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -46,7 +48,9 @@ def train(
 ):
     """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
 
-    AdamW, cosine schedule, gradient clipping at 1. `precision`: "fp32", or one of collage.VARIANTS, with which the
+    AdamW, gradient clipping at 1, and in step i of w + n, the first w being the share `warmup` of them, rounded up and
+    at least one, the rate lr * min((i + 1) / w, (1 + cos(pi t)) / 2), t = max(0, i + 1 - w) / (n + 1): no step is at 0,
+    step w - 1 is at lr. `precision`: "fp32", or one of collage.VARIANTS, with which the
     model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype: parameters that
     trained with all that was carried for them, other parameters rounded, buffers as they were. `checkpointing` keeps
     only the inputs of the decoder layers and computes the rest anew in the backward pass.
@@ -91,8 +95,6 @@ def train(
         per_device_train_batch_size=1,  # one item of Batches is one whole batch
         train_sampling_strategy="sequential",
         learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(warmup * steps),
         weight_decay=0.0,
         optim="adamw_torch_fused",
         use_cache=model.config.use_cache,  # Trainer writes this into the config, which is saved with the model
@@ -120,6 +122,7 @@ def train(
         teacher=teacher,
         kl=kl,
         record=record,
+        schedule=functools.partial(share_of_rate, steps=steps, warmup=max(1, math.ceil(warmup * steps))),
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if optimizer:
@@ -128,6 +131,12 @@ def train(
         model.activation_checkpointing_disable()
     model.eval()
     return record.rows
+
+
+def share_of_rate(i, steps, warmup):
+    """The rate of step i, from 0 on, as a share of the largest; warmup: steps until that is reached."""
+    done = max(0, i + 1 - warmup) / (steps - warmup + 1)
+    return min((i + 1) / warmup, (1 + math.cos(math.pi * done)) / 2)
 
 
 def checkpoint_layers(model):
@@ -173,15 +182,19 @@ def _widen(model, optimizer, dtype, buffers):
 
 
 class _Trainer(Trainer):
-    def __init__(self, *args, teacher, kl, record, **kwargs):
+    def __init__(self, *args, teacher, kl, record, schedule, **kwargs):
         super().__init__(*args, **kwargs)
-        self.teacher, self.kl, self.record = teacher, kl, record
+        self.teacher, self.kl, self.record, self.schedule = teacher, kl, record, schedule
         self.loss_is_scaled_for_ga = False
         if ranks.started():
             self.is_distributed_loading_by_transformers = True  # no DDP: `learn` changes shapes while it trains
 
     def get_train_dataloader(self):
         return DataLoader(self.train_dataset, collate_fn=self.data_collator)  # Batches has dealt the rows already
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule)
+        return self.lr_scheduler
 
     def _sync_replicated_trainable_parameters(self, model):
         ranks.unify(model.parameters())
@@ -293,19 +306,19 @@ class Record(TrainerCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        self.began = time.monotonic()
+    def on_step_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        self.began, self.rate = time.monotonic(), lr_scheduler.get_last_lr()[0]
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         self.measures = isinstance(self.optimizer, CollageAdamW) and state.global_step % MEASURE_EVERY == 0
         if self.measures:
             self.optimizer.measure = True
 
-    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         seconds = time.monotonic() - self.began
         row = {
             "step": state.global_step,
             **self.values,
-            "lr": lr_scheduler.get_last_lr()[0],
+            "lr": self.rate,
             "seconds": round(seconds, 4),
         }
         if self.measures:
