@@ -179,14 +179,14 @@ def reached(names, moments, uses):
 def factored(names, linears, moments, uses, rank=None):
     """A weighted LowRankLinear for every layer of a group, leader first, with all bases or only the best `rank`.
 
-    moments: `(inputs, outputs)` as from `second_moments`, read only where the metric uses them. At most one group's
-    float64 work exists at a time. Raises ValueError with the names for non-finite weights or moments.
+    moments: `(inputs, outputs, samples)` as from `second_moments`, read only where the metric uses them. At most one
+    group's float64 work exists at a time. Raises ValueError with the names for non-finite weights or moments.
     """
     try:
         u, s, v = metrics.decompose(
             [linear.weight for linear in linears],
-            [uses.outputs(moment) for moment in moments[1][names[0]]] if uses.outputs else None,
-            uses.inputs(moments[0][names[0]]) if uses.inputs else None,
+            [uses.outputs(moment, moments[2][names[0]]) for moment in moments[1][names[0]]] if uses.outputs else None,
+            uses.inputs(moments[0][names[0]], moments[2][names[0]]) if uses.inputs else None,
         )
     except ValueError as error:
         raise ValueError(f"{' + '.join(names)}: {error}") from error

@@ -13,6 +13,7 @@ from .int8 import Int8Linear
 from .linalg import metrics
 
 TABLE = "token embedding"  # its name among second moments
+SHIFT = 1e-2  # of their mean, added to the weights of rows and columns: eval/results/NOTES.md
 
 
 class LowRankEmbedding(nn.Module):
@@ -59,8 +60,8 @@ def decompose_embedding(model, task, moments=None):
     scale = lookup_scale(embedding)
     columns, rows = moments or (None, token_counts(task, embedding.num_embeddings))
     weight = embedding.weight.detach()
-    rows = [metrics.diagonal(rows.to(weight.device))]
-    u, s, v = metrics.decompose([weight], rows, None if columns is None else metrics.shrunk(columns))
+    rows = [metrics.shifted(rows.to(weight.device), SHIFT)]
+    u, s, v = metrics.decompose([weight], rows, None if columns is None else metrics.shifted(columns, SHIFT))
     tied = model.get_output_embeddings().weight is embedding.weight
     table = install(model, module_name(model, embedding), len(s), tied, scale, weighted=True)
     table.u.weight.copy_(u)

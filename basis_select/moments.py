@@ -21,7 +21,7 @@ MAX_MOMENT = 16384  # a side longer than this has its moment replaced by its mea
 
 
 def second_moments(model, members, task, examples, uses, embedding=False, group=None):
-    """`A = E[x x^T]` and `G = E[g g^T]` by leader name, fp32, over tokens that are not padding.
+    """`A = E[x x^T]` and `G = E[g g^T]`, fp32, and of how many tokens, padding not counted: three dicts by leader name.
 
     members: names of the layers that read the same tensor, leader first; A is that tensor's, G a list: one moment of
     their stacked outputs, or where that is longer than MAX_MOMENT one for each layer. A side still longer has its
@@ -34,8 +34,9 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
     squared gradients gets those of fisher.py as its inputs.
     """
     if uses.squares:
-        return squared_gradients(model, members, task, examples, group), {}
-    inputs, outputs = {}, {"own": {}, "drawn": {}}
+        squares = squared_gradients(model, members, task, examples, group)
+        return squares, {}, dict.fromkeys(squares, min(examples, len(task.train)))
+    inputs, outputs, rows = {}, {"own": {}, "drawn": {}}, {}
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
     mask, count = {}, {"body": 0, "head": 0}  # the head sees response tokens only (response_logits)
     labels, pending = "own", {}
@@ -70,7 +71,9 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
     def on_forward(names, name):
         def hook(module, args, output):
             if name == names[0] and uses.inputs:
-                add(inputs, name, seen(name, args[0]))
+                x = seen(name, args[0])
+                add(inputs, name, x)
+                rows[name] = rows.get(name, 0) + len(x)
             if uses.outputs:
                 output.register_hook(lambda g: on_gradient(names, name, g))
 
@@ -82,9 +85,9 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     table = _TableMoments(model, task) if embedding and uses.inputs and uses.outputs else None
     size = EXAMPLES_TOGETHER
-    rows = random.Random(0).sample(task.train, min(examples, len(task.train)))
+    drawn = random.Random(0).sample(task.train, min(examples, len(task.train)))
     try:
-        batches = Batches(rows, batch_size=size, steps=-(-len(rows) // size), seed=0)
+        batches = Batches(drawn, batch_size=size, steps=-(-len(drawn) // size), seed=0)
         watched = [model.get_submodule(n) for names in members for n in names] if uses.outputs else []
         watched += [table.embedding] if table else []
         with activation_gradients(model, watched), torch.enable_grad():
@@ -100,10 +103,10 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
                 if not uses.outputs:
                     continue
                 p = logits.detach().softmax(-1)
-                drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
+                other = torch.multinomial(p, 1, generator=generator)[:, 0]
                 if table:
                     table.add_head(p, targets, mask["head"])
-                for labels, y in (("own", targets), ("drawn", drawn.masked_fill(targets < 0, -100))):
+                for labels, y in (("own", targets), ("drawn", other.masked_fill(targets < 0, -100))):
                     nn.functional.cross_entropy(logits, y, reduction="sum").backward(retain_graph=labels == "own")
                     if table:
                         table.add_gradient(labels, mask["body"])
@@ -114,7 +117,7 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
         for handle in [*handles, *(table.handles if table else ())]:
             handle.remove()
     if group:
-        for store in (count, inputs, *outputs.values(), *(table.sums() if table else ())):
+        for store in (count, rows, inputs, *outputs.values(), *(table.sums() if table else ())):
             _sum(store, model.device, group)
     # The loss is a sum over the tokens a layer sees: A is their mean, G is per token of the body for every
     # layer alike, so that A and G of all layers give comparable estimates.
@@ -125,9 +128,9 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
         both = _both(own, outputs["drawn"].pop((name, i)))
         found.setdefault(name, []).append(_complete(both.div_(count["body"])))
     if table:
-        inputs[TABLE], rows = table.moments(count)
-        found[TABLE] = [rows]
-    return inputs, found
+        inputs[TABLE], frequencies = table.moments(count)
+        found[TABLE] = [frequencies]
+    return inputs, found, {name: int(n) for name, n in rows.items()}
 
 
 class _TableMoments:

@@ -47,8 +47,8 @@ def decompose_checkpoint(
 
     The files are those that `load(source, dtype)`, `decompose` and `save` would write, but no more than one group of
     layers is in memory. metric, share, examples: as in `decompose`. A metric that uses second moments takes them from
-    `moments`, `(inputs, outputs)` as from `second_moments` (any mappings will do, each is asked for one group at a
-    time), or from `task`: then the dense model is loaded as well, and they are collected in passes as `decompose`
+    `moments`, `(inputs, outputs, samples)` as from `second_moments` (any mappings will do, each is asked for one group
+    at a time), or from `task`: then the dense model is loaded as well, and they are collected in passes as `decompose`
     does it. keep: of every group only its best bases, so many that they have fewer parameters than this fraction of
     the dense layers (with 1 the result is no larger than the source): what `prune` removes at such sizes need not be
     stored, but it can no longer leave such a layer dense. Raises ValueError or FileNotFoundError, with the file and the

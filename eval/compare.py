@@ -250,9 +250,11 @@ def all_moments(parent, task, r):
     """`{share: second moments}`, every metric's: those of a layer on its own are blocks of its group's."""
     layers = targets(parent)
     members = same_input(parent, layers, task)
-    inputs, outputs = second_moments(parent, members, task, r.decompose.examples, METRICS["kronecker"], embedding=True)
-    alone = {name: inputs[names[0]] for names in members for name in names}, {}
-    for own, all_ in zip(alone, (inputs, outputs), strict=True):
+    inputs, outputs, seen = second_moments(
+        parent, members, task, r.decompose.examples, METRICS["kronecker"], embedding=True
+    )
+    alone = ({name: inputs[names[0]] for names in members for name in names}, {}, {})
+    for own, all_ in zip(alone, (inputs, outputs), strict=False):
         own[TABLE] = all_[TABLE]
     for names in members:
         blocks = outputs[names[0]]
@@ -260,7 +262,8 @@ def all_moments(parent, task, r):
             parts = [layers[name].out_features for name in names]
             blocks = [row.split(parts, dim=1)[i] for i, row in enumerate(blocks[0].split(parts))]
         alone[1].update({name: [block] for name, block in zip(names, blocks, strict=True)})
-    return {True: (inputs, outputs), False: alone}
+        alone[2].update(dict.fromkeys(names, seen[names[0]]))
+    return {True: (inputs, outputs, seen), False: alone}
 
 
 def quantized(model, width):

@@ -49,14 +49,14 @@ def main():
     layers = targets(parent)
     members = [g for g in same_input(parent, layers, task) if any(f".{i}." in g[0] for i in range(args.blocks))]
     began = time.perf_counter()
-    inputs, outputs = second_moments(parent, members, task, EXAMPLES, METRICS["kronecker"])
+    inputs, outputs, samples = second_moments(parent, members, task, EXAMPLES, METRICS["kronecker"])
     result = {"blocks": args.blocks, "examples": EXAMPLES, "moments_seconds": time.perf_counter() - began}
     models = {name: copy.deepcopy(parent) for name in ("eigenvectors, SVD", "triangular root, Gram matrix")}
     seconds = dict.fromkeys(models, 0.0)
     for names in members:
         weights = [layers[n].weight.detach() for n in names]
-        (g,) = map(metrics.shrunk, outputs[names[0]])
-        a = metrics.shrunk(inputs[names[0]])
+        (g,) = (metrics.shrunk(x, samples[names[0]]) for x in outputs[names[0]])
+        a = metrics.shrunk(inputs[names[0]], samples[names[0]])
         for kind, model in models.items():
             began = time.perf_counter()
             found = by_eigenvectors(weights, g, a) if "SVD" in kind else metrics.decompose(weights, [g], a)

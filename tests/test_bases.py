@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_every_cut_of_learning_leaves_the_same_fraction_of_what_was_there(task):
     found[0][0][1].register_forward_hook(watch)
     learn(model, task, keep=0.2, multiple_of=1, steps=8, batch_size=4, rounds=8)
     goal = 0.2 * sum(map(dense_cost, found))
-    fractions = [b / a for a, b in zip(left, left[1:], strict=False)]
+    fractions = [b / a for a, b in itertools.pairwise(left)]
     assert left[-1] == pytest.approx(goal, rel=0.02)
     assert all(f == pytest.approx((goal / left[0]) ** (1 / 8), rel=0.03) for f in fractions), fractions
 

@@ -16,12 +16,9 @@ def exact(x, low):
     return x.double() + low.double()
 
 
-def grow(x, low, a):
-    split([join([x], [low])[0] + a], [x], [low])
-
-
-def mul(x, low, b):
-    split([join([x], [low])[0] * b], [x], [low])
+def change(x, low, function):
+    """The pairs become those of `function` of the sums that they stand for."""
+    split([function(join([x], [low])[0])], [x], [low])
 
 
 def steps_on(variant, values, gradients, **options):
@@ -35,11 +32,11 @@ def steps_on(variant, values, gradients, **options):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-5, 1.0])
-def test_grow_adds_as_exactly_as_two_numbers_can(scale):
+def test_a_pair_adds_as_exactly_as_two_numbers_can(scale):
     x, low, a = normal(5000, 0).bfloat16(), torch.zeros(5000, dtype=BF16), normal(5000, 1, scale).bfloat16()
     smaller = a.abs() <= x.abs()
     want = exact(x, low) + a.double()
-    grow(x, low, a)
+    change(x, low, lambda value: value + a)
     error = (exact(x, low) - want).abs() / want.abs().clamp_min(1e-30)
     assert error[smaller].max() <= 2**-16
     assert (low.double().abs() <= 2**-8 * x.double().abs()).all()  # the two stay apart
@@ -49,18 +46,18 @@ def test_a_thousand_small_additions_are_not_lost():
     x = normal(5000, 0).bfloat16()
     low, a, start = torch.zeros_like(x), torch.full_like(x, 1e-4), x.double()
     for _ in range(1000):
-        grow(x, low, a)
+        change(x, low, lambda value: value + a)
     moved = exact(x, low) - start
     assert abs(moved.mean() / (1000 * a[0].double()) - 1) < 0.01
 
 
 @pytest.mark.parametrize("factor", [0.999, 0.98, 0.95])
-def test_mul_by_a_number_that_bfloat16_cannot_hold(factor):
+def test_a_pair_times_a_number_that_bfloat16_cannot_hold(factor):
     x = normal(5000, 0).square().bfloat16()
     low = torch.zeros_like(x)
     start = x.double()
     for _ in range(50):
-        mul(x, low, factor)
+        change(x, low, lambda value: value * factor)
     assert ((exact(x, low) / (start * factor**50) - 1).abs().max()) < 50 * 2**-16
 
 
@@ -73,6 +70,57 @@ def test_only_plus_forgets_old_gradients_at_a_beta2_of_0999(variant, decays):
     now = exact(state["exp_avg_sq"], state["exp_avg_sq_low"] if variant == "plus" else torch.zeros(500))
     want = 0.001 * first[0].bfloat16().double().square() * 0.999**1000
     assert ((now / want - 1).abs().mean() < 0.02) == decays
+
+
+def rounded(value):
+    """The nearest pair of bfloat16 numbers, as docs/how_it_works.md writes it."""
+    high = value.bfloat16()
+    return high, (value - high.float()).bfloat16()
+
+
+@pytest.mark.parametrize("variant", ["plus", "light", "kahan", "plain", "master"])
+def test_a_step_is_adamw_in_fp32_between_one_rounding_of_all_that_is_kept(variant):
+    """Bit for bit, over steps: the formula of docs/how_it_works.md with torch's AdamW between joining and rounding."""
+    options = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1}
+    gradients = [normal(3000, i + 1).bfloat16() for i in range(5)]
+    p, optimizer = steps_on(variant, normal(3000, 0).bfloat16(), gradients, **options)
+    high, low = normal(3000, 0).bfloat16(), torch.zeros(3000, dtype=BF16)
+    exp_avg, exp_avg_sq, sq_low = (torch.zeros(3000, dtype=BF16) for _ in range(3))
+    whole = high.float()
+    moments = exp_avg.float(), exp_avg_sq.float()
+    for step, g in enumerate(gradients):
+        theta = {"master": whole, "kahan": low.float(), "plain": high.float()}.get(variant, high.float() + low.float())
+        if variant == "kahan":  # decays as the whole parameter would
+            theta, decay = theta - 1e-4 * high.float(), 0.0
+        else:
+            decay = 0.1
+        m, v = moments if variant == "master" else (exp_avg.float(), exp_avg_sq.float() + sq_low.float())
+        theta = torch.nn.Parameter(theta.clone())
+        theta.grad = g.float()
+        adamw = torch.optim.AdamW([theta], fused=True, **{**options, "weight_decay": decay})
+        count = torch.tensor(float(step))
+        adamw.state[theta] = {"step": count, "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+        adamw.step()
+        theta, state = theta.detach(), adamw.state[theta]
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        exp_avg = state["exp_avg"].bfloat16()
+        exp_avg_sq, rest = rounded(state["exp_avg_sq"])
+        sq_low = rest if variant == "plus" else sq_low
+        if variant in ("plus", "light"):
+            high, low = rounded(theta)
+        elif variant == "kahan":
+            pending = theta.bfloat16()
+            total = high + pending
+            high, low = total, pending - (total - high)
+        else:
+            whole, high = theta, theta.bfloat16()
+    assert torch.equal(p, high)
+    kept = optimizer.state[p]
+    want = {"low": low, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "exp_avg_sq_low": sq_low, "master": whole}
+    if variant == "master":
+        want |= {"exp_avg": moments[0], "exp_avg_sq": moments[1]}
+    for name, value in kept.items():
+        assert name == "step" or torch.equal(value, want[name]), name
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def test_moments_are_those_of_the_tokens_that_are_not_padding(task):
     for hook in hooks:
         hook.remove()
     few = dataclasses.replace(task, train=task.train[:12])
-    inputs, outputs = second_moments(model, members, few, 12, METRICS["kronecker"])
+    inputs, outputs, _ = second_moments(model, members, few, 12, METRICS["kronecker"])
     for names in members:
         x = torch.cat(seen[names[0]])
         expected = x.T @ x / len(x)
@@ -66,11 +66,11 @@ def test_output_moments_are_those_of_the_stacked_gradients(task, monkeypatch):
     for hook in hooks:
         hook.remove()
     near = {"rtol": 1e-3, "atol": 1e-4 * float(total.abs().max()) / tokens}
-    _, outputs = second_moments(model, [names], few, 6, METRICS["kronecker"])
+    _, outputs, _ = second_moments(model, [names], few, 6, METRICS["kronecker"])
     assert torch.allclose(outputs[names[0]][0], total / tokens, **near)
     monkeypatch.setattr(sys.modules[second_moments.__module__], "MAX_MOMENT", 40)
     labels.append(batch["targets"].clamp_min(0))
-    _, apart = second_moments(model, [names], few, 6, METRICS["kronecker"])
+    _, apart, _ = second_moments(model, [names], few, 6, METRICS["kronecker"])
     sizes = [model.get_submodule(n).out_features for n in names]
     for i, (block, row) in enumerate(zip(apart[names[0]], outputs[names[0]][0].split(sizes), strict=True)):
         expected = row.split(sizes, dim=1)[i]
@@ -113,7 +113,7 @@ def test_the_room_is_counted_as_it_is_taken(task):
     for uses in METRICS.values():
         if uses.squares or not (uses.inputs or uses.outputs):
             continue
-        inputs, outputs = second_moments(model, members, task, 8, uses)
+        inputs, outputs, _ = second_moments(model, members, task, 8, uses)
         for g in members:
             size = moment_bytes(layers[g[0]].in_features, [layers[n].out_features for n in g], uses)
             drawn = sum(x.nbytes for x in outputs.get(g[0], []))  # of the size of those with the task's own labels
@@ -127,7 +127,7 @@ def in_one_of_two(rank, folder, task):
     model = decompose(tiny("qwen2"), metric="plain", group=dist.group.WORLD)
     save_file(dict(model.state_dict()), folder / f"{rank}-plain.safetensors")
     model = tiny("qwen2")  # 3 examples are one batch: the second process has none
-    inputs, outputs = second_moments(model, MEMBERS, task, 3, METRICS["kronecker"], dist.group.WORLD)
+    inputs, outputs, _ = second_moments(model, MEMBERS, task, 3, METRICS["kronecker"], dist.group.WORLD)
     moments = inputs | {f"{name}.{i}": x for name, parts in outputs.items() for i, x in enumerate(parts)}
     save_file(moments, folder / f"{rank}-moments.safetensors")
     dist.destroy_process_group()
@@ -137,7 +137,7 @@ MEMBERS = [["model.layers.0.self_attn.q_proj"], ["model.layers.1.mlp.gate_proj",
 
 
 def test_two_processes_give_what_one_does(task, tmp_path):
-    inputs, outputs = second_moments(tiny("qwen2"), MEMBERS, task, 3, METRICS["kronecker"])
+    inputs, outputs, _ = second_moments(tiny("qwen2"), MEMBERS, task, 3, METRICS["kronecker"])
     exact = decompose(tiny("qwen2"), metric="plain").state_dict()
     expected = decompose(tiny("qwen2", tied=True), task, examples=20, embedding=True).state_dict()
     mp.spawn(in_one_of_two, (tmp_path, task), nprocs=2)

@@ -1,13 +1,16 @@
 import contextlib
 import copy
 import json
+import math
 
 import pytest
 import torch
-from conftest import make_tokenizer, tiny
+from conftest import KINDS, make_tokenizer, tiny
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from basis_select import decompose, heal, learn, load, prune, save, stage_work, tune
 from basis_select.bases import groups
+from basis_select.checkpoint.files import probe_logits
 from basis_select.embedding import table_of
 from basis_select.heal import suitable_rate
 from basis_select.training import precision
@@ -47,6 +50,59 @@ def test_healing_in_bfloat16_comes_back_with_what_was_carried(task, broken, tmp_
         assert carried == (kind in ("fp32", "plus", "light", "kahan", "master"))
     assert kl["plus"] < 1.1 * kl["fp32"]
     assert kl["plus"] < 0.9 * rows[0]["kl"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 60])
+def test_no_step_is_without_a_rate_and_one_has_the_whole(steps, task, tmp_path):
+    """The rates that metrics say are those that the optimizer had."""
+    used = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    tune(tiny(), task, tmp_path, steps=steps, batch_size=2, lr=1e-3)
+    handle.remove()
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rates == used
+    warm = math.ceil(0.05 * steps)
+    assert rates[:warm] == pytest.approx([1e-3 * (i + 1) / warm for i in range(warm)])
+    assert max(rates) == rates[warm - 1] == 1e-3
+    assert rates[warm - 1 :] == sorted(rates[warm - 1 :], reverse=True)
+    assert rates[-1] > 0
+    cosine = [(1 + math.cos(math.pi * i / (steps - warm + 1))) / 2 for i in range(steps - warm + 1)]
+    assert rates[warm - 1 :] == pytest.approx([1e-3 * share for share in cosine])
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"), [*((kind, "plus") for kind in KINDS), *(("llama", v) for v in VARIANTS[1:])]
+)
+@pytest.mark.parametrize("verb", [tune, learn, heal])
+def test_what_comes_back_from_bfloat16_is_what_is_saved(verb, kind, variant, task, tmp_path):
+    """Logits and buffers, bit for bit: rotary frequencies too, which no file holds."""
+    model = tiny(kind)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    parent, options = [], {"steps": 2, "batch_size": 4, "lr": 1e-3, "precision": variant}
+    if verb is not tune:
+        parent, model = [tiny(kind)], decompose(model, task, metric="plain")
+    verb(prune(model, keep=0.4, multiple_of=2) if verb is heal else model, task, *parent, **options)
+    save(model, make_tokenizer(), tmp_path / "model")
+    again, _ = load(tmp_path / "model")
+    assert torch.equal(probe_logits(model), probe_logits(again))
+    for name, buffer in buffers.items():
+        assert torch.equal(model.get_buffer(name), buffer), name
+        assert model.get_buffer(name).dtype == buffer.dtype
+
+
+def test_training_in_bfloat16_sees_the_buffers_that_loading_in_bfloat16_gives(task, tmp_path):
+    for kind in ("llama", "gemma3_text"):
+        model, seen = tiny(kind), {}
+        save(model, make_tokenizer(), tmp_path / kind)
+        loaded, _ = load(tmp_path / kind, "bfloat16")
+        handle = model.get_output_embeddings().register_forward_hook(
+            lambda *args, seen=seen, model=model: seen.update({name: b.clone() for name, b in model.named_buffers()})
+        )
+        tune(model, task, steps=1, batch_size=4, precision="plus")
+        handle.remove()
+        for name, buffer in loaded.named_buffers():
+            assert seen[name].dtype == buffer.dtype
+            assert torch.equal(seen[name], buffer), name
 
 
 def test_bfloat16_products_in_fp32_are_rounded_once(ids, monkeypatch):

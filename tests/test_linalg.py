@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basis_select.linalg.budget import allocate, by_mass, keep_for, linear_prices, table_rank
-from basis_select.linalg.metrics import METRICS, SHRINKAGE, decompose, diagonal, shrunk
+from basis_select.linalg.metrics import METRICS, decompose, shifted, shrunk
 from basis_select.linalg.scores import SCORES
 
 
@@ -22,30 +22,57 @@ def weights(*shapes, seed=0):
     return [torch.randn(*shape, generator=g) for shape in shapes]
 
 
-def test_a_shrunk_moment_has_a_root_even_when_it_was_singular():
-    m = moment(40, 0, tokens=5)  # rank 5
-    expected = m + SHRINKAGE * m.diagonal().mean() * torch.eye(40)
-    assert torch.allclose(shrunk(m), expected, atol=1e-12)
-    assert torch.linalg.cholesky(shrunk(m)).isfinite().all()
+def test_a_shrunk_moment_is_nearer_the_truth_than_the_sample_and_has_a_root_even_when_it_was_singular():
+    g = torch.Generator().manual_seed(0)
+    scale = torch.logspace(3, -3, 40, dtype=torch.float64)  # few directions carry the trace
+    for samples in (5, 40, 400):
+        x = torch.randn(200, samples, 40, generator=g, dtype=torch.float64) * scale.sqrt()
+        errors = [[], []]
+        for m in x.transpose(1, 2) @ x / samples:
+            for error, estimate in zip(errors, (m, shrunk(m, samples)), strict=True):
+                error.append(float((estimate - scale.diag()).square().sum()))
+            assert torch.linalg.cholesky(shrunk(m, samples)).isfinite().all()
+        assert sum(errors[1]) < sum(errors[0])
+
+
+def test_what_a_moment_is_shrunk_by_falls_with_the_number_of_samples():
+    m = moment(40, 0)
+    spread = [float((shrunk(m, n) - m).norm()) for n in (10, 100, 1000, 10**6)]
+    assert spread == sorted(spread, reverse=True)
+    assert spread[-1] < 1e-4 * float(m.norm())
+    assert all(shrunk(m, n).trace() == pytest.approx(float(m.trace())) for n in (1, 10, 1000))
+    one = torch.zeros(40, 40)
+    one[0, 0] = 40.0  # one direction carries all
+    assert float(shrunk(one, 1000)[1, 1]) == pytest.approx(2 / 1000, rel=0.1)
+    assert torch.equal(shrunk(torch.eye(3), 10), torch.eye(3).double())
+
+
+@pytest.mark.parametrize("low", [-1e-7, -1e-3])
+def test_a_moment_that_rounding_left_with_eigenvalues_below_zero_has_a_root(low):
+    q = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    broken = q * torch.cat([torch.ones(15), torch.full((5,), low)]) @ q.T
+    (w,) = weights((30, 20))
+    u, s, v = decompose([w], None, broken)
+    assert torch.allclose(u @ s.diag() @ v, w.double(), atol=1e-6)
 
 
 def test_a_moment_that_says_nothing_is_refused():
     with pytest.raises(ValueError, match="non-finite"):
-        shrunk(torch.full((3, 3), float("nan")))
+        shrunk(torch.full((3, 3), float("nan")), 10)
     with pytest.raises(ValueError, match="zero"):
-        shrunk(torch.zeros(3, 3))
+        shrunk(torch.zeros(3, 3), 10)
 
 
 @pytest.mark.parametrize("shapes", [((12, 9), (5, 9)), ((4, 20), (5, 20))])
 @pytest.mark.parametrize("moments", ["none", "input", "output", "stacked", "both", "isotropic"])
 def test_all_bases_together_are_the_weight(moments, shapes):
     w, sizes, columns = weights(*shapes), [shape[0] for shape in shapes], shapes[0][1]
-    gs = [shrunk(moment(n, i)) for i, n in enumerate(sizes)] if moments in ("output", "both") else None
+    gs = [shrunk(moment(n, i), 100) for i, n in enumerate(sizes)] if moments in ("output", "both") else None
     if moments == "stacked":
-        gs = [shrunk(moment(sum(sizes), 1))]
-    a = shrunk(moment(columns, 3)) if moments in ("input", "both", "stacked") else None
+        gs = [shrunk(moment(sum(sizes), 1), 100)]
+    a = shrunk(moment(columns, 3), 100) if moments in ("input", "both", "stacked") else None
     if moments == "isotropic":
-        gs, a = [shrunk(torch.tensor(4.0)), shrunk(torch.tensor(9.0))], shrunk(torch.tensor(2.0))
+        gs, a = [shrunk(torch.tensor(4.0), 100), shrunk(torch.tensor(9.0), 100)], shrunk(torch.tensor(2.0), 100)
     u, s, v = decompose(w, gs, a)
     assert torch.allclose(u @ s.diag() @ v, torch.cat(w).double(), atol=1e-10)
     assert torch.equal(s, s.sort(descending=True).values)
@@ -56,8 +83,8 @@ def test_all_bases_together_are_the_weight(moments, shapes):
 def test_dropping_bases_costs_their_energy_in_the_metric(metric, shapes):
     w, uses, (first, second), columns = weights(*shapes), METRICS[metric], [shape[0] for shape in shapes], shapes[0][1]
     whole = torch.block_diag(moment(first, 1), moment(second, 2))
-    gs = [uses.outputs(whole)] if uses.outputs else None
-    a = uses.inputs(moment(columns, 3)) if uses.inputs else None
+    gs = [uses.outputs(whole, 100)] if uses.outputs else None
+    a = uses.inputs(moment(columns, 3), 100) if uses.inputs else None
     u, s, v = decompose(w, gs, a)
     error = torch.cat(w).double() - u[:, :4] @ s[:4].diag() @ v[:4]
 
@@ -69,11 +96,10 @@ def test_dropping_bases_costs_their_energy_in_the_metric(metric, shapes):
     assert torch.allclose(cost, s[4:].square().sum())
 
 
-def test_a_diagonal_is_that_of_the_shrunk_moment():
+def test_a_shift_is_a_share_of_the_mean_eigenvalue():
     m = moment(6, 0)
-    assert torch.allclose(diagonal(m), shrunk(m.diagonal().diag()).diagonal())
-    assert torch.equal(diagonal(m.diagonal()), diagonal(m))
-    assert diagonal(torch.tensor(4.0)) == 4
+    assert torch.allclose(shifted(m, 0.1), m + 0.1 * m.diagonal().mean() * torch.eye(6))
+    assert torch.allclose(shifted(m.diagonal(), 0.1), shifted(m, 0.1).diagonal())
 
 
 def test_scores_of_a_quadratic_loss_are_its_exact_change():
@@ -109,13 +135,13 @@ def test_bases_are_those_of_an_eigenvector_root():
     (w,), g, a = weights((12, 9)), moment(12, 1), moment(9, 2)
 
     def by_eigenvectors(m):
-        values, vectors = torch.linalg.eigh(m + SHRINKAGE * m.diagonal().mean() * torch.eye(len(m)))
+        values, vectors = torch.linalg.eigh(shrunk(m, 100))
         return vectors * values.sqrt()
 
     r, low = by_eigenvectors(g), by_eigenvectors(a)
     u, s, v = torch.linalg.svd(r.T @ w.double() @ low, full_matrices=False)
     u, v = torch.linalg.solve(r.T, u), v @ torch.linalg.inv(low)
-    mine = decompose([w], [shrunk(g)], shrunk(a))
+    mine = decompose([w], [shrunk(g, 100)], shrunk(a, 100))
     assert torch.allclose(mine[1], s, rtol=1e-9)
     for i in range(9):  # bases are equal up to a common sign
         assert torch.allclose(torch.outer(mine[0][:, i], mine[2][i]), torch.outer(u[:, i], v[i]), atol=1e-8)

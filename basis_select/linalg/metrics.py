@@ -6,35 +6,40 @@ With roots `R R^T = G = E[g g^T]` and `L L^T = A = E[x x^T]`, the SVD of `R^T W 
 the SVD absorbs. And only the smaller side needs one: `(W L)^T G (W L) = v'^T diag(s^2) v'`, `u diag(s) = W L v'^T`.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-SHRINKAGE = 1e-2  # of the mean eigenvalue, added to the diagonal
 LEAST = 1e-10  # of the largest s: below it float64 resolves no direction, and s stays there
 
 
-def shrunk(moment, shrinkage=SHRINKAGE):
-    """`moment + shrinkage * mean eigenvalue * I` in float64; moment: (n, n), or () for that multiple of the identity.
+def shrunk(moment, samples):
+    """A second moment estimated from `samples` vectors, shrunk towards the identity of its trace, in float64.
 
-    The shift makes the smallest eigenvalue at least shrinkage/n of the largest. Rounding errors of a float64
-    Cholesky are n * 1e-16 of it, so for any n below a million the factorisation cannot break down.
-    Raises ValueError on a non-finite moment and on one that is zero.
+    moment: (n, n), or () for that multiple of the identity, which stays as it is. Returns
+    `(1 - rho) moment + rho mean I` with the mean of the eigenvalues and the rho that has the least expected error for
+    Gaussian vectors (OAS, arXiv 0907.4698). With a few large eigenvalues it is about 2 / samples. Raises ValueError on
+    a non-finite moment and on one that is zero.
     """
     moment, mean = _checked(moment)
     if not moment.dim():
         return mean
-    moment = moment.clone()
-    moment.diagonal().add_(shrinkage * mean)
+    n, square = len(moment), float(torch.linalg.vector_norm(moment)) ** 2
+    whole = float(mean * n) ** 2
+    apart = (samples + 1 - 2 / n) * (square - whole / n)
+    rho = min(1.0, ((1 - 2 / n) * square + whole) / apart) if apart > 0 else 1.0
+    moment = moment * (1 - rho)
+    moment.diagonal().add_(rho * mean)
     return moment
 
 
-def diagonal(moment, shrinkage=SHRINKAGE):
-    """The diagonal (n,) of `shrunk`; moment: (n, n), its diagonal (n,), or () as there."""
-    moment, mean = _checked(moment.diagonal() if moment.dim() == 2 else moment)
-    return moment + shrinkage * mean if moment.dim() else mean
+def shifted(moment, share):
+    """`moment + share * mean eigenvalue * I` in float64; moment: (n, n) or its diagonal (n,). Raises as `shrunk`."""
+    moment, mean = _checked(moment)
+    moment = moment.clone()
+    (moment.diagonal() if moment.dim() == 2 else moment).add_(share * mean)
+    return moment
 
 
 def _checked(moment):
@@ -50,7 +55,8 @@ def _checked(moment):
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric makes of A (`inputs`) and of G (`outputs`); None where it uses the identity instead.
+    """What a metric makes of A (`inputs`) and of G (`outputs`), functions of a moment and of how many vectors it is the
+    mean; None where it uses the identity instead.
 
     With `squares`, `inputs` is asked of the squared gradients of the weights, (n,), in place of A.
     """
@@ -63,7 +69,7 @@ class Metric:
 METRICS = {
     "plain": Metric(),  # Basel: weight error
     # FWSVD: weight error, weighted by the Fisher information of the weights that read an input
-    "fisher": Metric(inputs=functools.partial(diagonal, shrinkage=LEAST), squares=True),
+    "fisher": Metric(inputs=lambda squares, samples: shifted(squares, LEAST), squares=True),
     "whitened": Metric(inputs=shrunk),  # SVD-LLM: output error on task data
     "kronecker": Metric(inputs=shrunk, outputs=shrunk),  # KFAC: second-order estimate of the loss increase
 }

@@ -22,11 +22,13 @@ class CollageAdamW(torch.optim.Optimizer):
     and a copy of the parameters in fp32). Weight decay is decoupled and part of the one update that is added, so that
     it is not lost by itself. Limit: an update below about 2^-17 of its parameter is lost even so.
 
-    What is kept between steps is bfloat16. The step itself is torch's fused AdamW in fp32 on a chunk at a time: pairs
-    are joined for it and split afterwards, where the paper's Grow and Mul compute in bfloat16 with five times as many
-    passes over memory. Every stored number is then rounded once, not once an operation, and beta2 is exact, which the
-    paper has to split as well because 0.999 alone rounds to 1. A second moment that is stored as one number, without
-    "plus", still hardly decays: 0.999 of it rounds to itself.
+    What is kept between steps is bfloat16 (of "master" not: fp32). The step itself is torch's fused AdamW in fp32, a
+    chunk at a time: theta = hi + lo moves to theta', and hi <- bf16(theta'), lo <- bf16(theta' - hi), likewise the
+    second moment in "plus"; what is stored as one number is rounded once. "kahan" steps with lo alone, in fp32, rounds
+    it, and moves what fits from it to hi in bfloat16. beta1 and beta2 are exact numbers, applied in fp32. The paper's
+    Grow and Mul compute in bfloat16 instead, with five times as many passes over memory and beta2 split as well, since
+    0.999 rounds to 1 there. A second moment that is stored as one number, without "plus", still hardly decays: 0.999 of
+    it rounds to itself.
 
     Set `measure` before a step and `quality` holds afterwards, over all parameters: `descent_quality`,
     <applied, intended> / |intended|^2, which is 1 when nothing is lost (the paper's EDQ over |intended|), and

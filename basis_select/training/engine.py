@@ -2,6 +2,7 @@
 checkpoints that hold only what trains, so that a killed stage continues bit for bit.
 """
 
+import functools
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -46,10 +48,12 @@ def train(
 ):
     """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
 
-    AdamW, cosine schedule, gradient clipping at 1. `precision`: "fp32", or one of collage.VARIANTS, with which the
-    model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype: what trained with
-    all that was carried for it, what did not rounded. `checkpointing` keeps only the inputs of the decoder layers and
-    computes the rest anew in the backward pass.
+    AdamW, gradient clipping at 1, and in step i of w + n, the first w being the share `warmup` of them, rounded up and
+    at least one, the rate lr * min((i + 1) / w, (1 + cos(pi t)) / 2), t = max(0, i + 1 - w) / (n + 1): no step is at 0,
+    step w - 1 is at lr. `precision`: "fp32", or one of collage.VARIANTS, with which the
+    model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype: parameters that
+    trained with all that was carried for them, other parameters rounded, buffers as they were. `checkpointing` keeps
+    only the inputs of the decoder layers and computes the rest anew in the backward pass.
     `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
     same arguments continues. On several ranks all call this and each trains on its rows of every batch; gradients and
     metrics are those of the whole batch, a model or teacher may be sharded (`load(..., sharded=True)`), and checkpoints
@@ -77,9 +81,9 @@ def train(
             )
     ranks.join()
     folder = Path(folder)
-    optimizer, own = None, model.dtype
+    optimizer, own, buffers = None, model.dtype, _buffers(model)
     if precision != "fp32":
-        _narrow(model)
+        _narrow(model, buffers)
         optimizer = CollageAdamW([p for p in model.parameters() if p.requires_grad], lr=lr, variant=precision)
     if isinstance(teacher, nn.Module):
         teacher.eval().requires_grad_(False)
@@ -91,8 +95,6 @@ def train(
         per_device_train_batch_size=1,  # one item of Batches is one whole batch
         train_sampling_strategy="sequential",
         learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(warmup * steps),
         weight_decay=0.0,
         optim="adamw_torch_fused",
         use_cache=model.config.use_cache,  # Trainer writes this into the config, which is saved with the model
@@ -120,14 +122,21 @@ def train(
         teacher=teacher,
         kl=kl,
         record=record,
+        schedule=functools.partial(share_of_rate, steps=steps, warmup=max(1, math.ceil(warmup * steps))),
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if optimizer:
-        _widen(model, optimizer, own)
+        _widen(model, optimizer, own, buffers)
     if checkpointing:
         model.activation_checkpointing_disable()
     model.eval()
     return record.rows
+
+
+def share_of_rate(i, steps, warmup):
+    """The rate of step i, from 0 on, as a share of the largest; warmup: steps until that is reached."""
+    done = max(0, i + 1 - warmup) / (steps - warmup + 1)
+    return min((i + 1) / warmup, (1 + math.cos(math.pi * done)) / 2)
 
 
 def checkpoint_layers(model):
@@ -136,34 +145,56 @@ def checkpoint_layers(model):
     model.train().activation_checkpointing_enable(anew)
 
 
-def _narrow(model):
-    """Everything in bfloat16 but the 1-D basis weights: `learn` trains little else, and they decide what stays."""
+def _buffers(model):
+    """`[(module, its name, name of a buffer, buffer), ...]`, but those of bases, which training may change."""
+    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, LowRankLinear)]
+    return [(m, name, key, buffer) for name, m in modules for key, buffer in m._buffers.items() if buffer is not None]
+
+
+def _narrow(model, buffers):
+    """Everything in bfloat16 but the 1-D basis weights: `learn` trains little else, and they decide what stays.
+
+    And but the buffers that stay fp32 where transformers loads such a model in bfloat16: the frequencies of rotary
+    embeddings, which bfloat16 would round to other angles than those that the trained model will see.
+    """
     weighted = [m for m in model.modules() if isinstance(m, LowRankLinear) and hasattr(m, "scale")]
     kept = [(m, m.weight.data, m.scale) for m in weighted]
+    with torch.device("meta"):
+        loaded = dict(type(model)._from_config(model.config, dtype=torch.bfloat16).named_buffers())
     model.to(torch.bfloat16)
     for m, weight, scale in kept:
         m.weight.data, m.scale = weight, scale
+    for m, path, key, buffer in buffers:
+        like = loaded.get(f"{path}.{key}" if path else key)
+        if like is not None and like.dtype == torch.float32:
+            m._buffers[key] = buffer
 
 
 @torch.no_grad()
-def _widen(model, optimizer, dtype):
+def _widen(model, optimizer, dtype, buffers):
     """Back to `dtype`, with what the optimizer carries beside the parameters where that dtype can hold it."""
     wide = {p: optimizer.value(p) for p in model.parameters() if p.requires_grad}
     model.to(dtype)
     for p, value in wide.items():
         p.copy_(value)
+    for m, _, key, buffer in buffers:
+        m._buffers[key] = buffer
 
 
 class _Trainer(Trainer):
-    def __init__(self, *args, teacher, kl, record, **kwargs):
+    def __init__(self, *args, teacher, kl, record, schedule, **kwargs):
         super().__init__(*args, **kwargs)
-        self.teacher, self.kl, self.record = teacher, kl, record
+        self.teacher, self.kl, self.record, self.schedule = teacher, kl, record, schedule
         self.loss_is_scaled_for_ga = False
         if ranks.started():
             self.is_distributed_loading_by_transformers = True  # no DDP: `learn` changes shapes while it trains
 
     def get_train_dataloader(self):
         return DataLoader(self.train_dataset, collate_fn=self.data_collator)  # Batches has dealt the rows already
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule)
+        return self.lr_scheduler
 
     def _sync_replicated_trainable_parameters(self, model):
         ranks.unify(model.parameters())
@@ -275,19 +306,19 @@ class Record(TrainerCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        self.began = time.monotonic()
+    def on_step_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        self.began, self.rate = time.monotonic(), lr_scheduler.get_last_lr()[0]
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         self.measures = isinstance(self.optimizer, CollageAdamW) and state.global_step % MEASURE_EVERY == 0
         if self.measures:
             self.optimizer.measure = True
 
-    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         seconds = time.monotonic() - self.began
         row = {
             "step": state.global_step,
             **self.values,
-            "lr": lr_scheduler.get_last_lr()[0],
+            "lr": self.rate,
             "seconds": round(seconds, 4),
         }
         if self.measures:
