@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .. import ranks
 from ..bases import LowRankLinear, groups, take
+from ..tuned_on import remember
 from .collage import CollageAdamW
 from .data import Batches
 from .loss import task_loss
@@ -122,6 +123,7 @@ def train(
         record=record,
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    remember(model, task.train, task.validation)
     if optimizer:
         _widen(model, optimizer, own)
     if checkpointing:
