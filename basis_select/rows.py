@@ -80,9 +80,8 @@ def _check_messages(messages, where):
         content = message.get("content")
         calls = content is None and message.get("tool_calls")
         if not isinstance(message.get("role"), str) or not (calls or isinstance(content, str)):
-            raise ValueError(
-                f"{where}: a message has a role and a content, both text; {json.dumps(message)[:100]} has not"
-            )
+            seen = json.dumps(message)[:100]
+            raise ValueError(f"{where}: a message has a role and a content, both text, not {seen}")
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError(f"{where}: the last of `messages` must have the role assistant")
 

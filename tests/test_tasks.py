@@ -351,7 +351,7 @@ def test_files_that_are_no_text_are_named(tokenizer, tmp_path):
      ("0.00001", "0.00009", False), ("1234567", "1234568", False), ("0.3333333", "1/3", True), ("0.33", "1/3", False),
      ("12 m2", "12", True), ("2 + 3 = #### 5", "2 + 3 = #### 5", True), ("3,4", "4", True),
      ("12\u202f000", "12000", True),
-     ("3/4/2020", "2020", True), ("7.", "7", True), ("1e999", "1e999", True)],
+     ("7.", "7", True), ("1e999", "1e999", True)],
 )  # fmt: skip
 def test_an_answer_is_reduced_as_a_response_is(text, answer, right):
     assert number(text, answer) == right
