@@ -1,10 +1,11 @@
-"""Writes tasks as folders of {prompt, response} rows: word problems, code, and math and code together.
+"""Writes tasks as folders of {prompt, response} rows: word problems, code, math and code together, and plain text.
 
 python eval/prepare_data.py DATA OUT
 
 DATA holds math/svamp/mawps_asdiv_a_train.csv and math/svamp/test.jsonl (arkilpatel/SVAMP),
 math/gsm8k/{train,test}.jsonl (openai/gsm8k), code/mbpp/{train,validation,test}.jsonl
-(google-research-datasets/mbpp) and code/code_alpaca/code_alpaca_2k.json (sahil280114/codealpaca).
+(google-research-datasets/mbpp), code/code_alpaca/code_alpaca_2k.json (sahil280114/codealpaca) and
+text/wikitext2_raw/{train_first_1MB.txt,wiki.validation.raw,wiki.test.raw} (WikiText-2).
 """
 
 import csv
@@ -105,13 +106,28 @@ def _unscored(row):
     return {"prompt": row["prompt"], "response": row["response"]}
 
 
+def text(data):
+    """Paragraphs of WikiText-2: the first sentence is the prompt, the rest the response."""
+    files = {"train": "train_first_1MB.txt", "validation": "wiki.validation.raw", "test": "wiki.test.raw"}
+    return {split: _paragraphs(data / "text/wikitext2_raw" / name) for split, name in files.items()}
+
+
+def _paragraphs(path):
+    found = [line.strip().partition(" . ") for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        {"prompt": f"{first} .", "response": f" {rest}"}
+        for first, _, rest in found
+        if len(first) + len(rest) >= 400 and rest
+    ]
+
+
 def _jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    for make in (svamp, code, math_code):
+    for make in (svamp, code, math_code, text):
         folder = target / make.__name__
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in make(source).items():
