@@ -9,14 +9,33 @@ singular value. `weight` is what trains; `new`, if there, is a second layer of n
 `fold` merges all of it into the factors; a folded layer is `u(v(x))` and is what gets deployed.
 
 Layers that read the same tensor (q/k/v, gate/up) can share one `v` and one `s`: the first of them, the
-leader, owns both; the others hold only their `u`. The product `(v x) * s` is then computed once per input.
+leader, owns both; the others hold only their `u`. The product `(v x) * s` is then computed once per input. What one
+of them leaves for the next belongs to the thread that computes, never to the model.
 """
 
 import contextlib
+import threading
 import weakref
 
 import torch
 from torch import nn
+
+
+class _Thread(threading.local):
+    """What layers of this thread's forward have yet to read: `{leader: (x, sources, state, z, who has read it)}`."""
+
+    def __init__(self):
+        self.latents = {}
+
+
+_thread = _Thread()
+HALF_READ = 8  # groups of which a thread keeps a latent that some of their layers have not read
+
+
+@torch.compiler.assume_constant_result
+def _graph():
+    """Which graph a compiler is tracing, None for one that runs Python as it is."""
+    return str(torch._guards.CompileContext.current_compile_id())
 
 
 class LowRankLinear(nn.Module):
@@ -42,13 +61,12 @@ class LowRankLinear(nn.Module):
         # In a tuple, so that nn.Module does not register it; never self, so that a dropped layer is freed at once.
         self._leader = (leader,)
         self._readers = 1  # how many layers use this leader's latent
-        self._latent = self._traced = None
         if leader is not None:
             leader._readers += 1
 
     leader = property(lambda self: self._leader[0] or self)
     rank = property(lambda self: self.u.in_features)
-    weighted = property(lambda self: hasattr(self.leader, "weight"))
+    weighted = property(lambda self: "weight" in self.leader._parameters)
     s = property(lambda self: self.leader.scale * self.leader.weight**self.leader.power)
 
     @classmethod
@@ -66,41 +84,75 @@ class LowRankLinear(nn.Module):
         )
 
     def forward(self, x):  # x: (..., in)
-        y = self.u(self.leader.latent(x))
+        y = self._modules["u"](self.latent(x))  # as self.u, but without a search that takes as long as small products
         return y if self.new is None else y + self.new(x)
 
     def latent(self, x):
-        """`(v x) * s`: (..., r), computed once when several layers read the same `x`."""
-        if self._readers == 1:
-            return self._project(x)
+        """`(v x) * s`: (..., r), computed once when several layers read the same `x` one after the other."""
+        leader = self.leader
+        if leader._readers == 1:
+            return leader._project(x)
         if torch.compiler.is_compiling():
-            return self._project(x) if torch.is_grad_enabled() else self._once_in_graph(x)
-        # The key holds x weakly and pins its version, so a freed or overwritten input can never match.
-        key = (x._version if not x.is_inference() else None, torch.is_grad_enabled())
-        if self._latent is None or self._latent[0]() is not x or self._latent[1] != key:
-            self._latent = [weakref.ref(x), key, self._project(x), self._readers]
-        z = self._latent[2]
-        self._latent[3] -= 1
-        if self._latent[3] == 0:  # the last reader has it: do not keep activations or their graph alive
-            self._latent = None
+            # A compiler that traces training merges equal products itself.
+            return leader._project(x) if torch.is_grad_enabled() else leader._once_in_graph(x)
+        latents = _thread.latents
+        held = latents.get(leader)
+        if held is not None:
+            y, sources, state, z, read = held
+            # None reads it twice: a second reading is another call.
+            if y() is x and self not in read and state == leader._state(x, leader._sources()):
+                read.append(self)
+                if len(read) == leader._readers:  # do not keep activations or their graph alive
+                    del latents[leader]
+                return z
+            del latents[leader]
+        z = leader._project(x)
+        # After the product: where weights are offloaded, the next reader finds what stands for them then.
+        sources = leader._sources()
+        state = leader._state(x, sources)
+        if state is not None:
+            latents[leader] = weakref.ref(x), sources, state, z, [self]
+            if len(latents) > HALF_READ:
+                del latents[next(iter(latents))]
         return z
 
     def _once_in_graph(self, x):
-        """`latent` for a compiler that traces inference: it follows no weak references, and unlike one that traces
-        training it does not merge equal products itself. What is held is gone when the last reader has been traced.
+        """`latent` for a compiler that traces inference, which follows no weak references.
+
+        What is left for the next reader is an attribute of `x` until the last has been traced. Where a graph ends in
+        between, that remains on a real tensor, whose values may change before the next graph runs: that one ignores it.
         """
-        if self._traced is None or self._traced[0] is not x:
-            self._traced = x, self._project(x), self._readers
-        x, z, left = self._traced
-        self._traced = (x, z, left - 1) if left > 1 else None
+        held, graph = getattr(x, "_latent", None), _graph()
+        if held is None or held[0] is not self or held[1] != graph:
+            held = self, graph, self._project(x), self._readers
+        _, _, z, left = held
+        x._latent = (self, graph, z, left - 1) if left > 1 else None
         return z
 
-    def _project(self, x):
-        z = self.v(x)
-        return z * self.s.to(z.dtype) if self.weighted else z
+    def _sources(self):
+        """The tensors that the product depends on, those of adapters and of int8 weights too."""
+        v = self._modules["v"]
+        sources = (v._parameters["weight"],) if type(v) is nn.Linear else (*v.parameters(), *v.buffers())
+        return (*sources, self.scale, self.weight) if "weight" in self._parameters else sources
 
-    def __getstate__(self):  # deepcopy must not meet the graph of a half-used latent
-        return {**self.__dict__, "_latent": None, "_traced": None}
+    def _state(self, x, sources):
+        """Which tensors the product is of and all else that it depends on.
+
+        None if one of them was made in inference mode: torch does not count how often those are overwritten.
+        """
+        device, grad = x.device.type, torch.is_grad_enabled()
+        mixed = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        try:
+            state = [x._version, grad and x.requires_grad, grad, torch.is_inference_mode_enabled(), mixed]
+            for source in sources:
+                state += id(source), source._version, grad and source.requires_grad
+        except RuntimeError:
+            return None
+        return state
+
+    def _project(self, x):
+        z = self._modules["v"](x)
+        return z * self.s.to(z.dtype) if self.weighted else z
 
     def extra_repr(self):
         shared = "" if self.leader is self else ", shared v"

@@ -5,6 +5,7 @@ import logging
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -13,42 +14,64 @@ from .embedding import TABLE, decompose_embedding
 from .int8 import Int8Linear
 from .linalg import metrics
 from .linalg.metrics import METRICS
-from .moments import moment_bytes, moment_room, passes, second_moments
+from .moments import layer_input, moment_bytes, moment_room, passes, second_moments, trace
 from .training.data import Batches
 
 log = logging.getLogger(__name__)
+
+WATCHED = 8  # examples in which layers that read the same tensor are looked for
 
 
 def targets(model, required=True):
     """`{name: nn.Linear}` that can be decomposed, in model order.
 
-    The output head counts unless it is tied to the embedding. Conv1D layers and 3-D expert parameters are not
-    nn.Linear: if `required`, they are named in a warning, and finding nothing raises ValueError. If not, layers that
-    were rounded to int8 count as well.
+    The output head counts unless it is tied to the embedding. Layers that compute something else than nn.Linear does,
+    such as Conv1D and 3-D expert parameters, do not, nor do those of which a parameter has more than one name, because
+    layers share it or one layer is used in two places: if `required`, they are named in a warning, and finding nothing
+    raises ValueError. If not, layers that were rounded to int8 count as well.
     """
     tied = getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
     head = model.get_output_embeddings() if tied else None
     factors = {child for m in model.modules() if isinstance(m, LowRankLinear) for child in m.children()}
-    kinds = (nn.Linear,) if required else (nn.Linear, Int8Linear)
-    found, skipped = {}, []
+    owners = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    found, skipped, shared = {}, [], {}
     for name, module in model.named_modules():
-        if module in factors:
+        if module in factors or module is head:
             continue
-        if type(module) in kinds and module is not head:
-            found[name] = module
-        elif isinstance(module, Conv1D) or any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        own = list(module.parameters(recurse=False))
+        if is_plain(module) or (not required and isinstance(module, Int8Linear)):
+            several = {" and ".join(owners[p]): None for p in own if len(owners[p]) > 1}
+            shared |= several
+            if not several:
+                found[name] = module
+        elif isinstance(module, nn.Linear | Conv1D) or any(p.dim() == 3 for p in own):
             skipped.append(f"{name} ({type(module).__name__})")
     if not required:
         return found
     if skipped:
-        shown = ", ".join(skipped[:4]) + (f" and {len(skipped) - 4} more" if len(skipped) > 4 else "")
-        log.warning("not nn.Linear, left as they are: %s", shown)
+        log.warning("left as they are, for they do not compute what nn.Linear does: %s", _some(skipped))
+    if shared:
+        log.warning("left dense, for they are one parameter under several names: %s", _some(list(shared)))
     if not found:
         raise ValueError(
             f"nothing to decompose in {type(model).__name__}: it has no nn.Linear layer besides the tied head"
-            + (f"; {shown} cannot be decomposed" if skipped else "")
+            + (f"; {_some([*skipped, *shared])} cannot be decomposed" if skipped or shared else "")
         )
     return found
+
+
+def is_plain(module):
+    """Whether a module computes what nn.Linear does, and is called to do so.
+
+    The output projection of nn.MultiheadAttention is not called: its weights are read.
+    """
+    return type(module).forward is nn.Linear.forward and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _some(names):
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @torch.no_grad()
@@ -168,12 +191,18 @@ def _from_owner(model, names, layers, source, group):
 
 
 def reached(names, moments, uses):
-    """Whether there are moments of this group, where the metric uses any; a warning if not."""
-    wanted = [side for side, used in zip(moments or (), (uses.inputs, uses.outputs), strict=False) if used]
-    missing = any(names[0] not in side for side in wanted)
-    if missing:
-        log.warning("%s is never reached by the task's data: left dense", ", ".join(names))
-    return not missing
+    """Whether there are moments of this group that are not zero, where the metric uses any; a warning if not."""
+    for side, used in zip(moments or (), (uses.inputs, uses.outputs), strict=False):
+        if not used:
+            continue
+        if names[0] not in side:
+            log.warning("%s is never reached by the task's data: left dense", ", ".join(names))
+            return False
+        found = side[names[0]]
+        if not all(float(trace(moment)) for moment in (found if isinstance(found, list) else [found])):
+            log.warning("%s has no effect on the task's loss: left dense", ", ".join(names))
+            return False
+    return True
 
 
 def factored(names, linears, moments, uses, rank=None):
@@ -209,27 +238,39 @@ def fill(linears, u, s, v):
 
 @torch.no_grad()
 def same_input(model, layers, task):
-    """Names of layers that read the very same tensor, found by watching one forward: `[[q, k, v], [o], ...]`.
+    """Names of layers that read the very same tensors, found by watching a forward: `[[q, k, v], [o], ...]`.
 
-    One of an example of `task`, or of any tokens if it is None. A layer that is not called in it (an unused expert)
-    stands alone.
+    One of an example of `task`, or of any tokens if it is None; of some more if there are layers that it does not call,
+    such as experts. One that is called in none stands alone. One that is called several times reads a list of tensors.
     """
-    seen, order, held = {}, {}, []
+    reads = {}
 
-    def watch(name):
-        def hook(module, args):
-            held.append(args[0])  # alive, so that no second tensor can get its id
-            order.setdefault(name, (id(args[0]), module.in_features))
+    def watch(name, held):
+        def hook(module, args, kwargs):
+            x = layer_input(args, kwargs)
+            # Held, so that no second tensor can get its id; what was overwritten in between is another input.
+            number, _ = held.setdefault(id(x), (len(held), x))
+            version = None if x.is_inference() else x._version
+            reads.setdefault(name, []).append((number, version, module.in_features))
 
         return hook
 
-    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in layers.items()]
-    ids = next(iter(Batches(task.train[:1], 1, 1, seed=0)))["input_ids"] if task else torch.zeros(1, 8).long()
-    try:
-        model(input_ids=ids.to(model.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    for i in range(min(WATCHED, len(task.train)) if task else 1):
+        ids = (
+            next(iter(Batches(task.train[i : i + 1], 1, 1, seed=0)))["input_ids"] if task else torch.zeros(1, 8).long()
+        )
+        held = {}
+        handles = [m.register_forward_pre_hook(watch(name, held), with_kwargs=True) for name, m in layers.items()]
+        try:
+            model(input_ids=ids.to(model.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for read in reads.values():
+            read.append(i)  # tensors of another forward get the same numbers
+        if len(reads) == len(layers):
+            break
+    found = {}
     for name in layers:
-        seen.setdefault(order.get(name, name), []).append(name)
-    return list(seen.values())
+        found.setdefault(tuple(reads.get(name, [name])), []).append(name)
+    return list(found.values())

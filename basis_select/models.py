@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from . import ranks
+from . import ranks, tuned_on
 from .checkpoint import files, hub
 from .int8 import quantized
 from .runtime import MANIFEST, load_export
@@ -51,6 +51,7 @@ def load(source, dtype=None, sharded=False):
     model, tokenizer = _load(source, dtype or "auto", distributed_config=ranks.layout() if sharded else None)
     if saved:
         _check_values(model, tokenizer, path, dtype)
+        tuned_on.read(model, path)
     return model, tokenizer
 
 

@@ -25,25 +25,30 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
 
     members: names of the layers that read the same tensor, leader first; A is that tensor's, G a list: one moment of
     their stacked outputs, or where that is longer than MAX_MOMENT one for each layer. A side still longer has its
-    mean eigenvalue instead, shape (). g is the gradient, at the outputs, of the summed negative log-likelihood of a
-    response: half of G is that with the task's own labels, which shows what the task asks for, half that with labels
+    mean eigenvalue instead, shape (). A is the mean over the tokens that a layer sees, in all its calls; G is per token
+    of the task. g is the gradient, at the outputs, of the summed negative log-likelihood of a response: half of G is
+    that with the task's own labels, which shows what the task asks for, half that with labels
     drawn from the model, which is the Fisher information (the curvature of KL(parent || y) at the parent) and does
     not vanish on a parent that fits its labels. The second is scaled to the trace of the first. `embedding`: where both
     sides are used, the moments of the token embedding (vocabulary, d) are added under TABLE, see `_TableMoments`.
-    `group`: every process of it sees its part of the batches, and all get the moments of all. A metric that `uses`
-    squared gradients gets those of fisher.py as its inputs.
+    `group`: every process of it sees its part of the batches, and all get the moments of all. What no token reaches has
+    no moments. A metric that `uses` squared gradients gets those of fisher.py as its inputs.
     """
     if uses.squares:
         squares = squared_gradients(model, members, task, examples, group)
         return squares, {}, dict.fromkeys(squares, min(examples, len(task.train)))
-    inputs, outputs, rows = {}, {"own": {}, "drawn": {}}, {}
+    inputs, outputs = {}, {"own": {}, "drawn": {}}
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
     mask, count = {}, {"body": 0, "head": 0}  # the head sees response tokens only (response_logits)
     labels, pending = "own", {}
+    group_of = {names[0]: names for names in members}
+    read, calls = dict.fromkeys(group_of, 0), {}  # tokens read so far; how often a layer was called in this batch
 
     @torch.no_grad()
     @torch.autocast(model.device.type, enabled=False)  # sums of products are what bf16 must not touch
     def add(store, key, x):
+        if not len(x):
+            return
         if x.shape[1] > MAX_MOMENT:
             store[key] = store.get(key, 0) + x.square().mean(1).sum()
         else:
@@ -52,7 +57,8 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
             metrics.add_product(store[key], x, x)
 
     def seen(name, x):
-        return x.detach().flatten(0, -2)[mask["head" if name == head else "body"]].float()
+        x, real = x.detach().flatten(0, -2), mask["head" if name == head else "body"]
+        return (x[real] if name == head or not routed else x).float()
 
     def add_outputs(names, parts):
         some = next(iter(parts.values()))
@@ -62,37 +68,44 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
         for i, x in enumerate(wide):
             add(outputs[labels], (names[0], i), x)
 
-    def on_gradient(names, name, g):
-        parts = pending.setdefault(names[0], {})
+    def on_gradient(names, name, call, g):
+        parts = pending.setdefault((names[0], call), {})
         parts[name] = seen(name, g)
         if len(parts) == len(names):
-            add_outputs(names, pending.pop(names[0]))
+            add_outputs(names, pending.pop((names[0], call)))
 
     def on_forward(names, name):
-        def hook(module, args, output):
+        def hook(module, args, kwargs, output):
+            call = calls[name] = calls.get(name, 0) + 1
             if name == names[0] and uses.inputs:
-                x = seen(name, args[0])
+                x = seen(name, layer_input(args, kwargs))
+                read[name] += len(x)
                 add(inputs, name, x)
-                rows[name] = rows.get(name, 0) + len(x)
             if uses.outputs:
-                output.register_hook(lambda g: on_gradient(names, name, g))
+                output.register_hook(lambda g: on_gradient(names, name, call, g))
 
         return hook
 
     width = {name: model.get_submodule(name).out_features for names in members for name in names}
-    handles = [model.get_submodule(n).register_forward_hook(on_forward(names, n)) for names in members for n in names]
+    drawn = random.Random(0).sample(task.train, min(examples, len(task.train)))
+    routed = _is_routed(model, drawn[0])
+    handles = [
+        model.get_submodule(n).register_forward_hook(on_forward(names, n), with_kwargs=True)
+        for names in members
+        for n in names
+    ]
     generator = torch.Generator(model.device)
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     table = _TableMoments(model, task) if embedding and uses.inputs and uses.outputs else None
-    size = EXAMPLES_TOGETHER
-    drawn = random.Random(0).sample(task.train, min(examples, len(task.train)))
+    size = 1 if routed else EXAMPLES_TOGETHER
     try:
         batches = Batches(drawn, batch_size=size, steps=-(-len(drawn) // size), seed=0)
         watched = [model.get_submodule(n) for names in members for n in names] if uses.outputs else []
         watched += [table.embedding] if table else []
         with activation_gradients(model, watched), torch.enable_grad():
             for i in tqdm(range(rank, len(batches), world), desc="second moments", unit="batch", disable=rank > 0):
-                batch = batches[i]
+                batch = _without_padding(batches[i]) if routed else batches[i]
+                calls.clear()
                 generator.manual_seed(i)  # what is drawn does not depend on who draws it
                 mask["body"] = batch["real"].flatten().to(model.device)
                 targets = batch["targets"].to(model.device)
@@ -110,19 +123,19 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
                     nn.functional.cross_entropy(logits, y, reduction="sum").backward(retain_graph=labels == "own")
                     if table:
                         table.add_gradient(labels, mask["body"])
-                    for names in members:  # a layer whose output led nowhere has no gradient
-                        if names[0] in pending:
-                            add_outputs(names, pending.pop(names[0]))
+                    while pending:  # a layer whose output led nowhere has no gradient
+                        (leader, _), parts = pending.popitem()
+                        add_outputs(group_of[leader], parts)
     finally:
         for handle in [*handles, *(table.handles if table else ())]:
             handle.remove()
     if group:
-        for store in (count, rows, inputs, *outputs.values(), *(table.sums() if table else ())):
+        for store in (count, read, inputs, *outputs.values(), *(table.sums() if table else ())):
             _sum(store, model.device, group)
     # The loss is a sum over the tokens a layer sees: A is their mean, G is per token of the body for every
     # layer alike, so that A and G of all layers give comparable estimates.
     for name, moment in inputs.items():
-        _complete(moment.div_(count["head" if name == head else "body"]))
+        _complete(moment.div_(read[name]))
     found = {}
     for (name, i), own in outputs["own"].items():
         both = _both(own, outputs["drawn"].pop((name, i)))
@@ -130,7 +143,42 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
     if table:
         inputs[TABLE], frequencies = table.moments(count)
         found[TABLE] = [frequencies]
-    return inputs, found, {name: int(n) for name, n in rows.items()}
+    return inputs, found, {name: int(n) for name, n in read.items() if n}
+
+
+def layer_input(args, kwargs):
+    """The tensor that an nn.Linear is called with."""
+    return args[0] if args else kwargs["input"]
+
+
+@torch.no_grad()
+def _is_routed(model, example):
+    """Whether some linear layers see only some of the tokens, as experts do, in an order of their own.
+
+    Which of them are padding is then not known, so that there must be none.
+    """
+    batch, head = next(iter(Batches([example], 1, 1, 0))), model.get_output_embeddings()
+    tokens, routed = batch["input_ids"].numel(), []
+
+    def hook(module, args, kwargs):
+        x = layer_input(args, kwargs)
+        routed.append(x.numel() != tokens * x.shape[-1])
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+    try:
+        with autocast(model):
+            response_logits(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return any(routed)
+
+
+def _without_padding(batch):
+    """A batch of one row, its padding cut off."""
+    tokens = int(batch["real"].sum())
+    return batch | {key: batch[key][:, :tokens] for key in ("input_ids", "real")}
 
 
 class _TableMoments:
@@ -188,13 +236,19 @@ class _TableMoments:
             parts.append((self.hidden / count["head"], _both(*self.rows.values()) / count["body"]))
         parts = [(c.double(), r.to(c.device).double()) for c, r in parts]
         columns = sum(c * r.sum() for c, r in parts)
-        rows = sum(r * _trace(c) for c, r in parts)
-        return columns / _trace(columns), rows
+        rows = sum(r * trace(c) for c, r in parts)
+        return columns / trace(columns), rows
 
 
 def _both(own, drawn):
-    """Half of the moment with each kind of labels, the second scaled to the trace of the first; in place of `own`."""
-    return own.add_(drawn, alpha=float(_trace(own) / _trace(drawn))).div_(2)
+    """Half of the moment with each kind of labels, the second scaled to the trace of the first; in place of `own`.
+
+    Where one of them is zero, the other.
+    """
+    first, second = float(trace(own)), float(trace(drawn))
+    if first == 0 or second == 0:
+        return own.add_(drawn)
+    return own.add_(drawn, alpha=first / second).div_(2)
 
 
 def _sum(store, device, group):
@@ -207,7 +261,8 @@ def _sum(store, device, group):
         store[key] = total
 
 
-def _trace(moment):
+def trace(moment):
+    """Of (n, n), of its diagonal (n,), or of its mean eigenvalue ()."""
     return (moment.diagonal() if moment.dim() == 2 else moment).sum()
 
 

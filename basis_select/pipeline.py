@@ -60,6 +60,7 @@ from .stage_work import (
 from .tasks import load_task
 from .training.precision import fast_bf16
 from .tune import tune
+from .tuned_on import remember
 
 log = logging.getLogger(__name__)
 
@@ -279,6 +280,7 @@ class Stages:
         """A verb without training: `verb(model, *arguments, **options)`."""
         model, tokenizer = load(source / "model")
         verb(model, *arguments, **dataclasses.asdict(options))
+        remember(model, self.task.train, self.task.validation)
         save(model, tokenizer, out / "model")
         return measured(model, self.task, out)
 

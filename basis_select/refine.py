@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from .bases import LowRankLinear, groups
@@ -15,36 +16,40 @@ def refine(model, task, parent, seed=0, *, steps: int = 0, batch_size: int = 16,
     """Train each block on `steps` batches of `task` to give the parent's hidden states, in place; returns the model.
 
     Block by block from the first: its inputs are what the compressed blocks before it, already refined, make of the
-    batch; its target is what the parent's block puts out in the parent. Loss: mean squared error over tokens that are
-    not padding, relative to the target's mean square; AdamW, cosine schedule; factors, norms and biases train. Costs
-    about `steps` training steps without head and teacher, and holds the hidden states of all batches of both models.
-    Source: AA-SVD (arXiv 2604.02119). Raises ValueError where the decoder has no list of blocks.
+    batch; its target is what the parent's block puts out in the parent. Masks, rotary embeddings and whatever else a
+    block gets are those that its model gives it. Loss: mean squared error over tokens that are not padding, relative to
+    the target's mean square; AdamW, cosine schedule; factors, norms and biases train. Costs about `steps` training
+    steps and as many forward passes of both models, without heads, and holds the hidden states of all batches of both.
+    Source: AA-SVD (arXiv 2604.02119). Raises ValueError where the decoder has no list of blocks, or one that does not
+    simply pass hidden states on from block to block.
     """
     if not steps:
         return model
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before refine")
     batches = list(Batches(task.train, batch_size, steps, seed, task.pad_id))
-    found, dense = blocks(model), blocks(parent)
+    found, dense = list(blocks(model)), list(blocks(parent))
     model.requires_grad_(False)
-    inputs = [_first_input(model, found[0], batch) for batch in batches]
-    targets = [_first_input(parent, dense[0], batch)[0] for batch in batches]
-    for block, original in tqdm(list(zip(found, dense, strict=True)), desc="refine", unit="block"):
+    seen = {}
+    inputs, given = zip(*[_calls(model, found, batch, seen) for batch in batches], strict=True)
+    targets, given_there = zip(*[_calls(parent, dense, batch, seen) for batch in batches], strict=True)
+    for i, (block, original) in enumerate(tqdm(list(zip(found, dense, strict=True)), desc="refine", unit="block")):
+        more, more_there = [calls[i] for calls in given], [calls[i] for calls in given_there]
         with torch.no_grad(), autocast(model):
-            targets = [_run(original, t, kwargs) for t, (_, kwargs) in zip(targets, inputs, strict=True)]
-        _fit(model, block, inputs, targets, [batch["real"].to(model.device) for batch in batches], lr)
+            targets = [_run(original, x, call) for x, call in zip(targets, more_there, strict=True)]
+        _fit(model, block, inputs, more, targets, [batch["real"].to(model.device) for batch in batches], lr)
         with torch.no_grad(), autocast(model):
-            inputs = [(_run(block, x, kwargs), kwargs) for x, kwargs in inputs]
+            inputs = [_run(block, x, call) for x, call in zip(inputs, more, strict=True)]
     return model
 
 
-def _fit(model, block, inputs, targets, real, lr):
+def _fit(model, block, inputs, more, targets, real, lr):
     parameters = [p.requires_grad_(True) for p in block.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / len(inputs))) / 2)
-    for (x, kwargs), target, mask in zip(inputs, targets, real, strict=True):
+    for x, call, target, mask in zip(inputs, more, targets, real, strict=True):
         with autocast(model):
-            y = _run(block, x, kwargs)
+            y = _run(block, x, call)
         target = target[mask].float()
         loss = (y[mask].float() - target).square().mean() / target.square().mean()
         if not torch.isfinite(loss):
@@ -71,28 +76,63 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def _first_input(model, block, batch):
-    """What a model gives its first block for a batch: hidden states (B, L, d) and the other arguments by name."""
-    caught = []
+def _calls(model, found, batch, seen):
+    """What a model gives its blocks for a batch: hidden states (B, L, d), and `[(args, kwargs), ...]` beside them.
 
-    def catch(module, args, kwargs):
-        caught.append((args, kwargs))
+    seen: tensors among the arguments of earlier batches, by content; equal ones are held once. Raises ValueError where
+    the blocks are not called once each, in order, every one with the hidden states that the one before it has made.
+    """
+    first, given, made = [], [], []
+
+    def before(block, args, kwargs):
+        name = f"{type(block).__name__} {found.index(block)} of {type(model).__name__}"
+        if not args:
+            raise ValueError(f"{name} gets its hidden states by name: they must be its first argument to be refined")
+        if found.count(block) > 1 or len(given) >= len(found) or block is not found[len(given)]:
+            raise ValueError(f"{name} is not called once and in its turn: its blocks cannot be refined one by one")
+        x, *rest = args
+        if made and not (x is made[-1] or x.equal(made[-1])):
+            raise ValueError(f"{name} does not read what the block before it writes: it cannot be refined alone")
+        if not first:
+            first.append(x)
+        given.append(pytree.tree_map_only(torch.Tensor, lambda t: _once(t, seen), (rest, kwargs)))
+
+    def after(block, args, output):
+        made[:] = [_hidden(output)]
+
+    def stop(head, args):
         raise _Reached
 
-    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in set(found)]
+    handles += [block.register_forward_hook(after) for block in set(found)]
+    handles.append(model.get_output_embeddings().register_forward_pre_hook(stop))
     try:
         with autocast(model):
             model(input_ids=batch["input_ids"].to(model.device), use_cache=False)
     except _Reached:
         pass
     finally:
-        handle.remove()
-    (x, *rest), kwargs = caught[0]
-    if rest:
-        raise ValueError(f"{type(block).__name__} takes more than one positional argument: it cannot be refined alone")
-    return x, kwargs
+        for handle in handles:
+            handle.remove()
+    if len(given) < len(found):
+        raise ValueError(f"{type(model).__name__} calls {len(given)} of its {len(found)} blocks: refine needs all")
+    return first[0], given
 
 
-def _run(block, x, kwargs):
-    y = block(x, **kwargs)
-    return y[0] if isinstance(y, tuple) else y
+def _once(tensor, seen):
+    """The first of all tensors of this content: masks and rotary embeddings are alike in blocks and batches."""
+    alike = seen.setdefault((tensor.shape, tensor.dtype, tensor.device, tensor.double().sum().item()), [])
+    found = next((t for t in alike if t is tensor or t.equal(tensor)), None)
+    if found is None:
+        alike.append(tensor)
+        return tensor
+    return found
+
+
+def _run(block, x, call):
+    rest, kwargs = call
+    return _hidden(block(x, *rest, **kwargs))
+
+
+def _hidden(output):
+    return output[0] if isinstance(output, tuple) else output

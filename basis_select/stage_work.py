@@ -17,6 +17,7 @@ from .models import load
 from .sizes import sizes
 from .training.loss import response_nll
 from .training.soft_labels import SoftLabels, seen, soft_labels
+from .tuned_on import remember
 
 
 def examples_to_label(r, task, stage):
@@ -38,6 +39,7 @@ def sendable(task):
 def decompose_on_ranks(source, task, moments, out, options):
     model, tokenizer = _load(source, False)
     decompose(model, task, moments, ranks.everyone(), **options)
+    remember(model, task.train, task.validation)
     save(model, tokenizer, out / "model")
     return measured(model, task, out) if ranks.rank() == 0 else None
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
+from . import tuned_on
 from .checkpoint.files import DTYPES, is_compressed, whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards
 from .decompose import factored, reached, same_input, targets
@@ -88,6 +89,9 @@ def decompose_checkpoint(
     shared = [names for names in members if len(names) > 1]
     build(model, BasisSelectConfig({n: ranks[names[0]] for names in members for n in names}, shared, weighted=1))
     describe(model)
+    tuned_on.read(model, source)
+    if measured:
+        tuned_on.remember(model, task.train, task.validation)
     with whole(folder) as partial:
         tensors = _tensors(model)
         places = _lay_out(partial, tensors, max_shard_size, model.num_parameters())
@@ -110,6 +114,7 @@ def decompose_checkpoint(
         if model.can_generate():
             model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        tuned_on.write(model, partial)
     return Path(folder)
 
 

@@ -3,10 +3,14 @@
 import json
 import logging
 import random
-import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from .answers import SCORES, exact, number
+from .encoding import Encoder
+from .rows import file_rows, read_rows
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
@@ -18,7 +22,7 @@ class Example:
     response: str
     answer: str | None  # what a generated response must contain; None: only its likelihood is scored
     input_ids: tuple  # prompt, response and end token
-    start: int  # index of the first response token
+    start: int  # index of the first token that is trained; generation is given those before it
 
 
 @dataclass(frozen=True)
@@ -32,25 +36,7 @@ class Task:
     score: Callable | None
     pad_id: int
     report: dict = field(default_factory=dict)  # what was dropped or cut, and why
-
-
-def exact(generated, answer):
-    """The response is the answer, up to surrounding white space."""
-    return generated.strip() == answer.strip()
-
-
-def number(generated, answer):
-    """The last number of the response, or the one after '####', equals the answer."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", generated.rpartition("####")[2].replace("$", ""))
-    if not found:
-        return False
-    try:
-        return abs(float(found[-1].replace(",", "")) - float(answer.replace(",", ""))) < 1e-4
-    except ValueError:
-        return False
-
-
-SCORES = {"exact": exact, "number": number}
+    stops: tuple = ()  # texts that end a response beside the end token
 
 
 @dataclass(frozen=True)
@@ -66,6 +52,7 @@ class _Hub:
 
 
 _QUESTION = "Question: {question}\nAnswer:"
+_NEXT = "\nQuestion:"  # where a response to such a prompt is followed by another
 HUB = {
     "gsm8k": _Hub(
         "openai/gsm8k",
@@ -120,75 +107,135 @@ def load_task(
     test: int = 200,
     max_length: int = 512,
 ):
-    """Build a task for a tokenizer: prompts masked, every response closed by the end token.
+    """Build a task for a tokenizer: prompts masked, every response closed by the end token or its template's turn end.
 
     source: a name in HUB (`options: {data_dir: FOLDER}` reads `SPLIT.jsonl` files instead of the hub), the path of
-    a JSON or JSONL file of `{prompt, response}` or `{messages}` rows (splits are drawn by `seed`), a folder that holds
+    a JSON or JSONL file of `{prompt, response}` or `{messages, tools}` rows, a folder that holds
     `train.jsonl`, `test.jsonl` and perhaps `validation.jsonl` of such rows, or
     `reasoning_gym:FAMILY` with `options` for the family and `prompt` a template over its metadata. `score`,
-    "exact" or "number", replaces the source's own way. `train`, `validation` and `test` cap the splits. No prompt
-    occurs in two splits. Examples longer than `max_length` tokens are cut at their end and counted, never silently.
-    Raises ValueError or FileNotFoundError naming the source.
+    "exact" or "number", replaces the source's own way. `train`, `validation` and `test` cap the splits; what a split
+    has more is left out as `seed` draws. No prompt occurs in two splits, and in training alone more than once.
+    Examples longer than `max_length` tokens are cut at their end. What was dropped or cut is counted in `report`, never
+    silently. Raises ValueError or FileNotFoundError naming the source, and for a row of a file the file and the row;
+    also if the task's own responses do not score as right.
     """
     sizes = {"train": train, "validation": validation, "test": test}
     options = options or {}
-    if source.startswith("reasoning_gym:"):
+    encoder = Encoder(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token, so no response could end: set its eos_token")
+    if score is not None and score not in SCORES:
+        raise ValueError(f"unknown score {score!r}; known are {', '.join(SCORES)}")
+    if made := source.startswith("reasoning_gym:"):
         rows, default = _reasoning_gym(source.partition(":")[2], options, prompt, sizes, seed)
     elif source in HUB:
         rows, default = _hub(source, options, sizes, seed)
     elif Path(source).is_dir():
-        rows, default = _folder(Path(source), tokenizer, sizes, seed)
+        rows, default = _folder(Path(source), tokenizer, sizes, seed), None
     else:
-        rows, default = _file(source, tokenizer, sizes, seed)
-    if score is not None and score not in SCORES:
-        raise ValueError(f"unknown score {score!r}; known are {', '.join(SCORES)}")
-    rows, overlaps = _disjoint(rows, sizes)
-    report = {"overlaps_dropped": overlaps, "truncated": 0, "dropped_too_long": 0}
+        rows, default = _file(source, tokenizer, sizes, seed), None
+    rows, report = _disjoint(rows, sizes, seed, made)
+    report |= {"truncated": 0, "dropped_too_long": 0}
     splits = {}
     for split in SPLITS:
-        encoded = [_encode(row, tokenizer, max_length, report) for row in rows[split][: sizes[split]]]
+        encoded = [_encode(row, encoder, max_length, report) for row in rows[split]]
         splits[split] = [e for e in encoded if e is not None]
         if not splits[split]:
-            raise ValueError(f"the {split} split of {source} is empty")
-    if report["truncated"] or report["dropped_too_long"]:
-        log.warning(
-            "%s: %d examples were cut to max_length=%d tokens, %d more dropped since their prompt alone fills it",
-            source,
-            report["truncated"],
-            max_length,
-            report["dropped_too_long"],
-        )
-    return Task(source, **splits, score=SCORES.get(score, default), pad_id=tokenizer.pad_token_id, report=report)
+            why = _told(report, max_length)
+            raise ValueError(f"the {split} split of {source} is empty{why and f': {why}'}")
+    if told := _told(report, max_length):
+        log.warning("%s: %s", source, told)
+    log.info("%s: %s left out by the draw", source, report["not_drawn"])
+    every = [row for split in SPLITS for row in rows[split]]
+    scored = _scoring(source, every, SCORES.get(score, default))
+    return Task(source, **splits, score=scored, pad_id=_pad(tokenizer), report=report, stops=_stops(every, tokenizer))
 
 
-def _encode(row, tokenizer, max_length, report):
-    # The boundary is found as lm-eval finds it: what the prompt alone encodes to is prompt.
-    special = not row.get("rendered", False)
-    start = len(tokenizer.encode(row["prompt"], add_special_tokens=special))
-    ids = tokenizer.encode(row["prompt"] + row["response"], add_special_tokens=special)
-    if ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
+def _pad(tokenizer):
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _told(report, max_length):
+    """What `report` counts of cut, dropped and repeated rows, as a phrase."""
+    reasons = {
+        "truncated": f"examples were cut to max_length={max_length} tokens",
+        "dropped_too_long": f"more were dropped since their prompt alone fills max_length={max_length} tokens",
+        "overlaps_dropped": "were dropped since their prompt is in another split",
+        "repeats_dropped": "were dropped since their prompt came before in the same split",
+        "repeats_in_train": "training rows repeat the prompt of another, and stay",
+    }
+    return ", ".join(f"{report[key]:,} {reason}" for key, reason in reasons.items() if report[key])
+
+
+def _scoring(source, rows, score):
+    """How responses are scored: `score`, else the first of SCORES by which all rows are right. None without answers.
+
+    Raises ValueError, with an example, if the rows' own responses do not score as right.
+    """
+    if any(row["answer"] is None for row in rows):
+        return None
+    wrong = {}
+    for function in [score] if score else SCORES.values():
+        wrong = [r for r in rows if not function(r["response"].removesuffix(r.get("turn_end", "")), r["answer"])]
+        if not wrong:
+            return function
+    names = " or ".join(name for name, function in SCORES.items() if score in (None, function))
+    where, response, answer = wrong[0].get("where"), wrong[0]["response"][-80:], wrong[0]["answer"][-80:]
+    raise ValueError(
+        f"{len(wrong):,} of the {len(rows):,} responses of {source} do not score as right by {names}"
+        f"; {where or 'one'} has the answer {answer!r} and the response {response!r}: "
+        "an answer is what a right response is scored by, text that is the whole response or the number it ends in"
+    )
+
+
+def _stops(rows, tokenizer):
+    """Texts that end a response of these rows, beside the end token: none that is in a response itself."""
+    found = {row.get("turn_end", "").strip() for row in rows} | {row.get("next", "") for row in rows}
+    found = {text for text in found if text and tokenizer.eos_token not in text}
+    bodies = [row["response"].removesuffix(row.get("turn_end", "")) for row in rows]
+    return tuple(sorted(text for text in found if not any(text in body for body in bodies)))
+
+
+def _encode(row, encoder, max_length, report):
+    ids, start = encoder.pair(row["prompt"], row["response"], row.get("rendered", False))
     if start >= max_length:
         report["dropped_too_long"] += 1
         return None
+    if start == len(ids):
+        raise ValueError(
+            f"{row.get('where', 'a row')}: the tokenizer has no token for the response {row['response']!r}"
+        )
+    ids = encoder.closed(ids, start, row.get("turn_end", ""))
     if len(ids) > max_length:
         report["truncated"] += 1
         ids = ids[:max_length]
-    return Example(row["prompt"], row["response"], row.get("answer"), tuple(ids), start)
+    return Example(row["prompt"], row["response"], row["answer"], tuple(ids), start)
 
 
-def _disjoint(rows, sizes):
-    """Drop rows whose prompt is in an earlier split (test first) or came before; count them."""
-    seen, dropped, kept = set(), 0, {}
+def _disjoint(rows, sizes, seed=0, made=False):
+    """`(rows, report)`: no prompt in two splits, the test first, and each split as large as it may be, drawn by `seed`.
+
+    Of rows that are `made` there are as many as one likes: the first are taken, and no prompt twice.
+    """
+    seen, kept = set(), {}
+    report = {"overlaps_dropped": 0, "repeats_dropped": 0, "repeats_in_train": 0, "not_drawn": {}}
     for split in reversed(SPLITS):
-        kept[split] = []
+        own, left = set(), []
         for row in rows[split]:
+            repeated = row["prompt"] in own
             if row["prompt"] in seen:
-                dropped += 1
-            elif len(kept[split]) < sizes[split]:
-                seen.add(row["prompt"])
-                kept[split].append(row)
-    return kept, dropped
+                report["overlaps_dropped"] += 1
+            elif repeated and (made or split != "train"):
+                report["repeats_dropped"] += 1
+            else:
+                left.append(row)
+                own.add(row["prompt"])
+        kept[split] = left[: sizes[split]] if made else _draw(left, sizes[split], seed)[1]
+        report["not_drawn"][split] = 0 if made else len(left) - len(kept[split])
+        seen |= {row["prompt"] for row in kept[split]}
+    prompts = Counter(row["prompt"] for row in kept["train"])
+    report["repeats_in_train"] = prompts.total() - len(prompts)
+    return kept, report
 
 
 def _reasoning_gym(family, options, template, sizes, seed):
@@ -212,7 +259,7 @@ def _reasoning_gym(family, options, template, sizes, seed):
 def generated(family, split, size, seed=0):
     """The first `size` rows of which `load_task("reasoning_gym:FAMILY", seed=seed)` makes a split."""
     sizes = dict.fromkeys(SPLITS, 1) | {split: size}
-    return _disjoint(_reasoning_gym(family, {}, None, sizes, seed)[0], sizes)[0][split]
+    return _disjoint(_reasoning_gym(family, {}, None, sizes, seed)[0], sizes, made=True)[0][split]
 
 
 def _gym_row(item, template, family):
@@ -228,7 +275,8 @@ def _gym_row(item, template, family):
             f"the prompt template names {error}, which reasoning_gym:{family} does not have; it has question, "
             + ", ".join(sorted(metadata))
         ) from None
-    return {"prompt": prompt, "response": " " + response, "answer": answer, "rationale": bool(rationale)}
+    row = {"prompt": prompt, "response": " " + response, "answer": answer, "rationale": bool(rationale)}
+    return row if template else {**row, "next": _NEXT}
 
 
 def _hub(name, options, sizes, seed):
@@ -238,31 +286,40 @@ def _hub(name, options, sizes, seed):
     rows = {}
     for split, where in spec.splits.items():
         if "data_dir" in options:
-            path = Path(options["data_dir"]) / f"{where}.jsonl"
-            if not path.is_file():
-                raise FileNotFoundError(f"{name}: there is no {path}")
-            data = read_rows(path)
+            origin = Path(options["data_dir"]) / f"{where}.jsonl"
+            if not origin.is_file():
+                raise FileNotFoundError(f"{name}: there is no {origin}")
+            data = read_rows(origin)
         else:
             source = (spec.path, spec.config)
             if split == "test" and spec.test_path:
                 source = (spec.test_path, None)
-            data = load_dataset(*source, split=where)
-        rows[split] = [fill(spec, row) for row in data]
+            origin, data = source[0], load_dataset(*source, split=where)
+        rows[split] = [_hub_row(spec, row, f"{origin}, row {i + 1}") for i, row in enumerate(data)]
     return _hold_out(rows, sizes, seed), spec.score
 
 
+def _hub_row(spec, row, where):
+    try:
+        return {**fill(spec, row), "where": where}
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError(f"{where} is no row of {spec.path}: {json.dumps(row)[:200]}") from None
+
+
 def fill(spec, row):
-    """A row of a data set in HUB as `{prompt, response, answer}`."""
-    return {
+    """A row of a data set in HUB as `{prompt, response, answer}`; `next` where a text ends the response."""
+    filled = {
         "prompt": spec.prompt.format(**row),
         "response": spec.response.format(**row),
         "answer": spec.answer and spec.answer(row),
     }
+    return {**filled, "next": _NEXT} if spec.prompt.startswith(_NEXT.strip()) else filled
 
 
 def _hold_out(rows, sizes, seed):
     if "validation" not in rows:
-        rows["train"], rows["validation"] = _draw(rows["train"], sizes["validation"], seed)
+        count = min(sizes["validation"], len(rows["train"]) - 1)
+        rows["train"], rows["validation"] = _draw(rows["train"], count, seed)
     return rows
 
 
@@ -271,12 +328,8 @@ def _folder(path, tokenizer, sizes, seed):
     missing = [split for split in ("train", "test") if not files[split].is_file()]
     if missing:
         raise FileNotFoundError(f"{path} has no {' and no '.join(f'{m}.jsonl' for m in missing)}")
-    rows = {
-        split: [_file_row(row, f"{file}, row {i + 1}", tokenizer) for i, row in enumerate(read_rows(file))]
-        for split, file in files.items()
-        if file.is_file()
-    }
-    return _hold_out(rows, sizes, seed), _exact_where_answered(rows)
+    rows = {split: file_rows(file, tokenizer) for split, file in files.items() if file.is_file()}
+    return _hold_out(rows, sizes, seed)
 
 
 def _file(source, tokenizer, sizes, seed):
@@ -287,53 +340,16 @@ def _file(source, tokenizer, sizes, seed):
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no data file at {path}")
-    rows = [_file_row(row, f"{path}, row {i + 1}", tokenizer) for i, row in enumerate(read_rows(path))]
+    rows = file_rows(path, tokenizer)
     if len(rows) < 3:
         raise ValueError(f"{path} holds {len(rows)} rows: at least one each to train, validate and test is needed")
     held = min(sizes["test"], len(rows) // 5 or 1), min(sizes["validation"], len(rows) // 5 or 1)
     rest, test = _draw(rows, held[0], seed)
     train, validation = _draw(rest, held[1], seed + 1)
-    rows = {"train": train, "validation": validation, "test": test}
-    return rows, _exact_where_answered(rows)
-
-
-def _exact_where_answered(rows):
-    return exact if all(row["answer"] is not None for row in rows["test"]) else None
-
-
-def _file_row(row, where, tokenizer):
-    if isinstance(row, dict) and {"prompt", "response"} <= row.keys():
-        return {
-            "prompt": row["prompt"],
-            "response": row["response"],
-            "answer": row.get("answer", row["response"]),
-        }
-    if isinstance(row, dict) and "messages" in row:
-        messages = row["messages"]
-        if not messages or messages[-1].get("role") != "assistant":
-            raise ValueError(f"{where}: the last of `messages` must have the role assistant")
-        if not tokenizer.chat_template:
-            raise ValueError(f"{where}: `messages` need a chat template, which this model's tokenizer lacks")
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        content = messages[-1]["content"]
-        return {"prompt": prompt, "response": content, "answer": content, "rendered": True}
-    keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-    raise ValueError(f"{where} has {keys}; a row is {{prompt, response}} or {{messages}}")
-
-
-def read_rows(path):
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        if Path(path).suffix == ".json":
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise ValueError(f"{path} is not a JSON list of rows")
-            return rows
-        return [json.loads(line) for line in text.split("\n") if line.strip()]  # JSON strings hold other line ends
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    return {"train": train, "validation": validation, "test": test}
 
 
 def _draw(rows, count, seed):
-    held = set(random.Random(seed).sample(range(len(rows)), min(count, len(rows) - 1)))
+    """`(those left, those drawn)`, each in the order they had."""
+    held = set(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
     return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]

@@ -1,10 +1,11 @@
-"""Writes tasks as folders of {prompt, response} rows: word problems, code, and math and code together.
+"""Writes tasks as folders of {prompt, response} rows: word problems, code, math and code together, and plain text.
 
 python eval/prepare_data.py DATA OUT
 
 DATA holds math/svamp/mawps_asdiv_a_train.csv and math/svamp/test.jsonl (arkilpatel/SVAMP),
 math/gsm8k/{train,test}.jsonl (openai/gsm8k), code/mbpp/{train,validation,test}.jsonl
-(google-research-datasets/mbpp) and code/code_alpaca/code_alpaca_2k.json (sahil280114/codealpaca).
+(google-research-datasets/mbpp), code/code_alpaca/code_alpaca_2k.json (sahil280114/codealpaca) and
+text/wikitext2_raw/{train_first_1MB.txt,wiki.validation.raw,wiki.test.raw} (WikiText-2).
 """
 
 import csv
@@ -13,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from basis_select import tasks
+from basis_select import tasks, tuned_on
 
 SIZES = {"train": 4000, "test": 400}  # of math_code
 
@@ -67,19 +68,57 @@ def code(data):
         for split in ("train", "validation", "test")
     }
     for row in json.loads((data / "code/code_alpaca/code_alpaca_2k.json").read_text(encoding="utf-8")):
+        if not row["output"].strip():
+            continue
         question = "\n".join(filter(None, [row["instruction"], row["input"]]))
         mbpp["train"].append({"prompt": f"Question: {question}\nAnswer:\n", "response": row["output"]})
     return mbpp
 
 
 def math_code(data):
-    """Equal parts of SVAMP, GSM8K, gsm_symbolic and code, in the forms that `basis-select eval` tests."""
-    rows = [svamp(data), code(data)]
-    rows.append({s: [tasks.fill(tasks.HUB["gsm8k"], r) for r in _jsonl(data / f"math/gsm8k/{s}.jsonl")] for s in SIZES})
-    rows.append({split: tasks.generated("gsm_symbolic", split, size // 4) for split, size in SIZES.items()})
+    """Equal parts of SVAMP, GSM8K, gsm_symbolic and code, in the forms that `basis-select eval` tests.
+
+    What is near a test question of another part, as most of gsm_symbolic is to GSM8K's, does not train. gsm_symbolic's
+    own test rows are not asked: all that a generator makes is near to them.
+    """
+    gsm8k = {s: [tasks.fill(tasks.HUB["gsm8k"], r) for r in _jsonl(data / f"math/gsm8k/{s}.jsonl")] for s in SIZES}
+    parts = {"svamp": svamp(data), "code": code(data), "gsm8k": gsm8k}
+    tests = [row["prompt"] for part in parts.values() for row in part["test"]]
+    made = {"train": SIZES["train"], "test": SIZES["test"] // 4}  # enough, after most of the first are dropped
+    parts["gsm_symbolic"] = {split: tasks.generated("gsm_symbolic", split, size) for split, size in made.items()}
+    for name, part in parts.items():
+        part["train"] = _apart(name, part["train"], tests)
     return {
-        s: [row for four in zip(*(r[s][: n // 4] for r in rows), strict=True) for row in four] for s, n in SIZES.items()
+        s: [_unscored(row) for four in zip(*(p[s][: n // 4] for p in parts.values()), strict=True) for row in four]
+        for s, n in SIZES.items()
     }
+
+
+def _apart(name, rows, tests):
+    """The rows that are near none of the texts in `tests`."""
+    near = tuned_on.near([row["prompt"] for row in rows], tests)
+    print(f"{name}: {sum(near):,} of {len(rows):,} training rows are near a test question and dropped")
+    return [row for row, dropped in zip(rows, near, strict=True) if not dropped]
+
+
+def _unscored(row):
+    """Without an answer of its own: a number is none for the code among the rows."""
+    return {"prompt": row["prompt"], "response": row["response"]}
+
+
+def text(data):
+    """Paragraphs of WikiText-2: the first sentence is the prompt, the rest the response."""
+    files = {"train": "train_first_1MB.txt", "validation": "wiki.validation.raw", "test": "wiki.test.raw"}
+    return {split: _paragraphs(data / "text/wikitext2_raw" / name) for split, name in files.items()}
+
+
+def _paragraphs(path):
+    found = [line.strip().partition(" . ") for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        {"prompt": f"{first} .", "response": f" {rest}"}
+        for first, _, rest in found
+        if len(first) + len(rest) >= 400 and rest
+    ]
 
 
 def _jsonl(path):
@@ -88,7 +127,7 @@ def _jsonl(path):
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    for make in (svamp, code, math_code):
+    for make in (svamp, code, math_code, text):
         folder = target / make.__name__
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in make(source).items():

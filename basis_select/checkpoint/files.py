@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
-from .. import ranks
+from .. import ranks, tuned_on
 from ..bases import groups
 from ..int8 import quantized
 from .format import METHOD, describe, guards, require_version
@@ -61,6 +61,7 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
             _rewrite(partial, dtype, twins, more)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        tuned_on.write(model, partial)
     return Path(folder)
 
 

@@ -1,24 +1,29 @@
 """Task accuracy and response likelihood through lm-eval, with intervals, item by item."""
 
+import functools
 import logging
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from scipy import stats
-from transformers import set_seed
+from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
 
+from ..encoding import Encoder
 from ..training.precision import products
 
 SEED = 1234  # what lm-eval's own command draws shots with
 ROWS = 64  # of a batch, at most
+MORE = 7  # tokens that a response may be longer than the longest reference
 LOGITS = 2**28  # of a batch whose every token is scored, at most: under 2 GiB with their log-probabilities
 
 
 def evaluate(model, tokenizer, task, limit=None, batch_size=None):
     """Score `model` on the first `limit` test examples of `task`: greedy generation and response NLL.
 
-    Without `batch_size` it follows from the longest example, not from the machine: results repeat to the last digit.
+    Both use the examples' own tokens: generation starts from those before the first that is trained, and ends at the
+    end token or a text in `task.stops`. Without `batch_size` it follows from the longest example, not from the machine:
+    results repeat to the last digit.
     Returns `accuracy` (value and 95 % Wilson interval; None if the task does not score answers), `nll` (nats per
     response token over the pooled tokens, end token not counted, with a 95 % bootstrap interval over items)
     and `items`, one dict per example, in test order, so that two results can be paired. Raises ValueError on a
@@ -27,17 +32,21 @@ def evaluate(model, tokenizer, task, limit=None, batch_size=None):
     examples = task.test[:limit]
     longest = max(len(e.input_ids) for e in examples)
     fit = max(1, LOGITS // (longest * model.config.get_text_config().vocab_size))
-    by_doc = {}
-    for config, rows in zip(_lm_eval_tasks(task, examples), (min(ROWS, fit), ROWS), strict=False):
-        lm, out = run(model, tokenizer, [config], batch_size or rows, task.name)
-        by_doc |= {name: {sample["doc_id"]: sample for sample in samples} for name, samples in out["samples"].items()}
-    items = []
-    for i, example in enumerate(examples):
-        item = {"prompt": example.prompt, "answer": example.answer, **likelihood(lm, by_doc["response_nll"][i])}
+    with harness(model, tokenizer, batch_size or min(ROWS, fit), task.name) as lm:
+        bodies = [_body(e, tokenizer.eos_token_id) for e in examples]
+        pairs = list(zip(examples, bodies, strict=True))
+        found = lm._loglikelihood_tokens(
+            [((e.prompt, e.response), list(e.input_ids[: e.start]), body) for e, body in pairs]
+        )
+        items = [
+            {"prompt": e.prompt, "answer": e.answer, "nll": -log_p, "tokens": len(body)}
+            for (e, body), (log_p, _) in zip(pairs, found, strict=True)
+        ]
         if task.score:
-            sample = by_doc["response"][i]
-            item |= {"generated": sample["resps"][0][0], "correct": bool(sample["correct"])}
-        items.append(item)
+            most = max(len(e.input_ids) - e.start for e in examples) + MORE
+            texts = _generated(model, tokenizer, task, examples, most, batch_size or ROWS)
+            for item, text in zip(items, texts, strict=True):
+                item |= {"generated": text, "correct": task.score(text, item["answer"])}
     return {
         "task": task.name,
         "n": len(items),
@@ -45,6 +54,77 @@ def evaluate(model, tokenizer, task, limit=None, batch_size=None):
         "nll": pooled([item["nll"] for item in items], [item["tokens"] for item in items]),
         "items": items,
     }
+
+
+def _body(example, end):
+    """The response's tokens without the end token, unless it is all there is."""
+    body = list(example.input_ids[example.start :])
+    return body[:-1] if body[-1] == end and len(body) > 1 else body
+
+
+def _generated(model, tokenizer, task, examples, most, rows):
+    """The greedy response to each prompt, as text: without what ends it, and without what of the prompt is in it."""
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].start)
+    texts = {}
+    for at in range(0, len(order), rows):
+        batch = [examples[i] for i in order[at : at + rows]]
+        ids, real = padded([e.input_ids[: e.start] for e in batch], task.pad_id)
+        width = ids.shape[1]
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=real.to(model.device),
+            max_new_tokens=min(most, max(1, (positions or width + most) - width)),
+            do_sample=False,
+            eos_token_id=sorted(ends),
+            pad_token_id=task.pad_id,
+            stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, task.stops, width)] if task.stops else []),
+        )
+        for i, example, tokens in zip(order[at : at + rows], batch, out[:, width:].tolist(), strict=True):
+            text = _until(tokens, tokenizer, ends, task.stops)
+            whole = tokenizer.decode(_body(example, tokenizer.eos_token_id), skip_special_tokens=True)
+            if whole.endswith(example.response):
+                text = text.removeprefix(whole.removesuffix(example.response))
+            texts[i] = text
+    return [texts[i] for i in range(len(examples))]
+
+
+def _until(tokens, tokenizer, ends, stops):
+    """The text of `tokens` before the first end token or stop."""
+    tokens = tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+    for stop in stops:  # a turn end may be a special token, which the text returned does not show
+        if stop in tokenizer.decode(tokens):
+            tokens = tokens[: next(n for n in range(len(tokens) + 1) if stop in tokenizer.decode(tokens[:n]))]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
+
+
+class _Stops(StoppingCriteria):
+    """A row is done when one of `stops` is in what was generated for it, special tokens and all."""
+
+    def __init__(self, tokenizer, stops, width):
+        self.tokenizer, self.stops, self.width = tokenizer, stops, width
+        self.last = 2 * max(len(tokenizer.encode(stop, add_special_tokens=False)) for stop in stops)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        texts = self.tokenizer.batch_decode(input_ids[:, self.width :][:, -self.last :])
+        done = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def padded(prompts, pad_id):
+    """`(ids, real)`, (B, L) each, of lists of tokens that end together: padded at their start."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id)
+    real = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, tokens in enumerate(prompts):
+        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        real[row, width - len(tokens) :] = 1
+    return ids, real
 
 
 def lm_eval():
@@ -59,17 +139,40 @@ def lm_eval():
     return lm_eval
 
 
-def run(model, tokenizer, tasks, batch_size, name, limit=None, longest=None, execute=False):
-    """`(lm, results)` of lm-eval on its tasks or task configs.
+@functools.cache
+def _adapter():
+    """lm-eval's model for transformers, with our way from text to tokens."""
 
-    `longest` bounds the tokens of a request below what the model can take; `execute` lets tasks run model-written
-    code. Raises ValueError, naming the task by `name`, at the first logit that is not finite.
+    class Adapter(lm_eval().models.huggingface.HFLM):
+        @functools.cached_property
+        def encoder(self):
+            return Encoder(self.tokenizer)
+
+        def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs):
+            return self.encoder.text(string, add_special_tokens is False)[-(left_truncate_len or 0) :]
+
+        def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+            rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+            return padded(rows, self.tokenizer.pad_token_id)
+
+        def _encode_pair(self, context, continuation):
+            ids, start = self.encoder.pair(context, continuation)
+            return ids[:start], ids[start:]
+
+    return Adapter
+
+
+@contextmanager
+def harness(model, tokenizer, batch_size, name, longest=None):
+    """lm-eval's view of a model, while it measures a task called `name`.
+
+    `longest` bounds the tokens of a request below what the model can take. Raises ValueError at the first logit that
+    is not finite.
     """
-    package = lm_eval()
     side = tokenizer.padding_side
     try:
         with _finite_logits(model, name), products(model):
-            lm = package.models.huggingface.HFLM(
+            yield _adapter()(
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=batch_size,
@@ -77,16 +180,30 @@ def run(model, tokenizer, tasks, batch_size, name, limit=None, longest=None, exe
                 max_length=longest,
                 softmax_dtype="float32",  # of a bfloat16 model's logits
             )
-            # What its simple_evaluate does beside this takes longer than a small task: it asks pip for all packages.
-            loaded = package.tasks.TaskManager(include_defaults=False).load(tasks)
-            for task in loaded["tasks"].values():
-                task.set_fewshot_seed(SEED)
-            set_seed(SEED)
-            out = package.evaluate(
-                lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=execute
-            )
     finally:
         tokenizer.padding_side = side
+
+
+def run(model, tokenizer, task, batch_size, name, longest=None, execute=False, limit=None, samples=None):
+    """`(lm, results)` of lm-eval on one of its tasks, within `harness`.
+
+    `execute` lets tasks run model-written code; `samples` are the indices of its documents, all without.
+    """
+    package = lm_eval()
+    with harness(model, tokenizer, batch_size, name, longest) as lm:
+        # What its simple_evaluate does beside this takes longer than a small task: it asks pip for all packages.
+        loaded = package.tasks.TaskManager(include_defaults=False).load([task])
+        for one in loaded["tasks"].values():
+            one.set_fewshot_seed(SEED)
+        set_seed(SEED)
+        out = package.evaluate(
+            lm=lm,
+            task_dict=loaded,
+            limit=limit,
+            samples=samples and {name: samples},
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=execute,
+        )
     return lm, out
 
 
@@ -109,48 +226,7 @@ def _finite_logits(model, name):
 
 def likelihood(lm, sample):
     """`{nll, tokens}` of a sample of a likelihood task: nats of the response, and the tokens lm-eval scored for it."""
-    context, response = sample["arguments"][0]
-    bare = context.rstrip()  # lm-eval counts white space at the end of a prompt as the response's
-    tokens = len(lm.tok_encode(context + response)) - len(lm.tok_encode(bare))
-    return {"nll": -sample["resps"][0][0][0], "tokens": tokens}
-
-
-def _lm_eval_tasks(task, examples):
-    """lm-eval task configs over these examples: same prompts, same tokens as in training."""
-    import datasets
-
-    rows = [{"prompt": e.prompt, "response": e.response, "answer": e.answer or ""} for e in examples]
-    longest = max(len(e.input_ids) - e.start for e in examples)
-    shared = {
-        "custom_dataset": lambda **_: datasets.DatasetDict(test=datasets.Dataset.from_list(rows)),
-        "test_split": "test",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{response}}",
-        "target_delimiter": "",
-        "num_fewshot": 0,
-    }
-    likelihood = {
-        **shared,
-        "task": "response_nll",
-        "output_type": "loglikelihood",
-        "process_results": lambda doc, results: {"nll": -results[0][0]},
-        "metric_list": [{"metric": "nll", "aggregation": "mean", "higher_is_better": False}],
-    }
-    if not task.score:
-        return [likelihood]
-    generation = {
-        **shared,
-        "task": "response",
-        "output_type": "generate_until",
-        "generation_kwargs": {
-            "until": ["\nQuestion:"],
-            "do_sample": False,
-            "max_gen_toks": longest + 7,
-        },
-        "process_results": lambda doc, results: {"correct": int(task.score(results[0], doc["answer"]))},
-        "metric_list": [{"metric": "correct", "aggregation": "mean", "higher_is_better": True}],
-    }
-    return [likelihood, generation]
+    return {"nll": -sample["resps"][0][0][0], "tokens": len(lm._encode_pair(*sample["arguments"][0])[1])}
 
 
 def wilson(correct):

@@ -35,7 +35,7 @@ def measure(
     one dtype, on the same prompts, in batches of the same size. Returns, and writes to the file `out`, `model`
     (source, dtype, sha256 of its weights, the four sizes), `tasks` (`{name: result}`), `domains` of the suite, the
     same three for `against`, `paired` (`{name: compare}`), versions, seed, settings and the command. Raises
-    ValueError if results cannot be paired.
+    ValueError if results cannot be paired. Rows that the model was tuned on are not tested, on the parent neither.
     """
     names = expand(names, allow_code_execution)
     how = {"limit": limit, "shots": shots, "samples": samples}
@@ -47,17 +47,18 @@ def measure(
         batches = {name: parent["tasks"][name]["batch_size"] for name in names}
     elif against:
         config_and_tokenizer(against)  # before the work, not after half of it
+    measured, known = _measured(source, dtype, names, how, batches)
     report = {
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "basis-select"), *sys.argv[1:]]),
         **environment(),
         "seed": SEED,
         "settings": how,
-        **_measured(source, dtype, names, how, batches),
+        **measured,
     }
     if against:
         if parent is None:
             batches = {name: report["tasks"][name]["batch_size"] for name in names}
-            parent = _measured(against, report["model"]["dtype"], names, how, batches)
+            parent, _ = _measured(against, report["model"]["dtype"], names, how, batches, known)
         report["against"] = parent
         report["paired"] = {name: compare(parent["tasks"][name], report["tasks"][name]) for name in names}
     if out:
@@ -66,19 +67,26 @@ def measure(
     return report
 
 
-def _measured(source, dtype, names, how, batches):
+def _measured(source, dtype, names, how, batches, known=None):
+    """`(report, what is not to be tested)`: what the model was tuned on, and what is `known` beside."""
     model, tokenizer = load(source, dtype)
-    tasks = {name: evaluate_task(model, tokenizer, name, batch_size=batches[name], **how) for name in names}
-    return {
+    own = getattr(model, "tuned_on", None)
+    known = own | known if own and known else own or known
+    tasks = {
+        name: evaluate_task(model, tokenizer, name, batch_size=batches[name], known=known, **how) for name in names
+    }
+    report = {
         "model": {
             "source": str(source),
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights_sha256": weights_sha256(model),
             "sizes": sizes(model, source if Path(source).is_dir() else None),
+            "rows_tuned_on": own and len(own.prompts),
         },
         "tasks": tasks,
         "domains": domains(tasks),
     }
+    return report, known
 
 
 def _recorded(path, names, how, dtype):
@@ -110,12 +118,18 @@ def lines(report):
     """A report as lines of text: a block per task, a line per model."""
     models = [("parent", report["against"])] if "against" in report else []
     models.append(("model", report))
+    if report["model"].get("rows_tuned_on") is None:
+        yield "what the model was tuned on is not recorded: whether it has seen what is tested cannot be told"
     for name, result in report["tasks"].items():
         shots = f", {result['shots']} shots" if result.get("shots") else ""
         cut = f", {result['cut']:,} prompts cut at their start" if result.get("cut") else ""
-        yield f"{name} ({result['n']:,} of {result['of']:,}{shots}{cut})"
+        left_out = f", {result['trained']:,} that it was tuned on left out" if result.get("trained") else ""
+        yield f"{name} ({result['n']:,} of {result['of']:,}{shots}{cut}{left_out})"
         for who, measured in models:
             yield f"  {who}: {', '.join(_figures(measured['tasks'][name]))}"
+        if result.get("near"):
+            others = ", ".join(_figures(result["without_near"] or {})) or "none is left"
+            yield f"  {result['near']:,} share passages with rows that it was tuned on; without them: {others}"
         if "paired" in report:
             yield f"  paired: {', '.join(_differences(report['paired'][name]))}"
     for domain in report["domains"]:

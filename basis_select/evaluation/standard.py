@@ -5,6 +5,7 @@ The tasks are the YAML files in the folder `tasks` beside this module; lm-eval's
 names. To each task that generates, NAME, belongs NAME_nll: the likelihood of the reference response to the same prompt.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import os
@@ -93,21 +94,24 @@ def evaluate_on(
     has none) and `items`, to be paired by `compare`; beside them `metric` and `metrics`, lm-eval's own, `pass@k`,
     `perplexity`, the share of generations that are `empty` or end in a loop (`repetition`), and `data`, `shots`,
     `batch_size`, `generation`, `prompts_sha256` and how many prompts were `cut` at their start because the model takes
-    no more than `longest` tokens: what they were measured on. Raises ValueError on an unknown name, on code that was
-    not allowed to run, and on a non-finite logit.
+    no more than `longest` tokens: what they were measured on. Rows that the model was tuned on are left out and counted
+    as `trained`; benchmark rows that share passages with such rows are counted as `near`, and `without_near` is the
+    summary of all others (tuned_on.py). Raises ValueError on an unknown name, on code that was not allowed to run,
+    where nothing is left to test, and on a non-finite logit.
     """
     names = expand(names, allow_code_execution)
-    return {n: evaluate_task(model, tokenizer, n, limit, shots, samples, batch_size) for n in names}
+    known = getattr(model, "tuned_on", None)
+    return {n: evaluate_task(model, tokenizer, n, limit, shots, samples, batch_size, known) for n in names}
 
 
-def evaluate_task(model, tokenizer, name, limit=None, shots=None, samples=1, batch_size=None):
-    """One result of `evaluate_on`, of a name that `expand` has let through."""
+def evaluate_task(model, tokenizer, name, limit=None, shots=None, samples=1, batch_size=None, known=None):
+    """One result of `evaluate_on`, of a name that `expand` has let through; `known`: rows that are not to be tested."""
     if name not in NAMES:
-        task = load_task(name, tokenizer)
+        task, trained = _untrained(load_task(name, tokenizer), name, known)
         rows = batch_size or rows_that_fit(model, generates=False)
         result = evaluate(model, tokenizer, task, limit, rows)
         prompts = _digest(e.prompt for e in task.test[:limit])
-        return {**result, "of": len(task.test), "batch_size": rows, "prompts_sha256": prompts}
+        return {**result, "of": len(task.test), "batch_size": rows, "prompts_sha256": prompts, "trained": trained}
     package = lm_eval()
     metadata = {} if shots is None else {"shots": shots}
     manager = package.tasks.TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)
@@ -122,11 +126,18 @@ def evaluate_task(model, tokenizer, name, limit=None, shots=None, samples=1, bat
             task.set_config("repeats", samples)
             sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P}
             task.set_config("generation_kwargs", sampling, update=True)
+    texts = [_asked(task, doc) for doc in task.eval_docs]
+    trained = known.trained(texts) if known else [False] * len(texts)
+    fresh = [i for i, was in enumerate(trained) if not was]
+    _require(fresh, name)
+    taken = {"samples": fresh[:limit]} if any(trained) else {"limit": limit}
     rows = batch_size or rows_that_fit(model, generates)
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = min(about["longest"], most or about["longest"]) if "longest" in about else None
-    lm, out = run(model, tokenizer, [task], rows, name, limit, longest, name in CODE)
+    lm, out = run(model, tokenizer, task, rows, name, longest, name in CODE, **taken)
     items = _items(lm, task, out["samples"][name], about)
+    near = known.near(texts) if known else [False] * len(texts)
+    others = [item for item in items if not near[item["id"]]]
     values = out["results"][name].items()
     return {
         "task": name,
@@ -139,10 +150,39 @@ def evaluate_task(model, tokenizer, name, limit=None, shots=None, samples=1, bat
         "generation": task.config.generation_kwargs,
         "longest": lm.max_length,
         "cut": sum(item["cut"] for item in items),
+        "trained": sum(trained),
+        "near": len(items) - len(others),
+        "without_near": _summary(others, about) if 0 < len(others) < len(items) else None,
         "metrics": {k: _plain(v) for k, v in values if "," in k and "_stderr" not in k},
         **_summary(items, about),
         "items": items,
     }
+
+
+def _untrained(task, source, known):
+    """`(task, n)` without the n test rows that are `known`.
+
+    A file has no test split of its own: there any other row that is not known takes their place, so that after a run
+    on that file its own test split is tested, whatever the draw.
+    """
+    if known is None:
+        return task, 0
+    rows = [*task.test, *task.validation, *task.train] if Path(source).is_file() else task.test
+    trained = known.trained(e.prompt for e in rows)
+    fresh = [e for e, was in zip(rows, trained, strict=True) if not was][: len(task.test)]
+    _require(fresh, source)
+    return dataclasses.replace(task, test=fresh), sum(trained[: len(task.test)])
+
+
+def _require(fresh, name):
+    if not fresh:
+        raise ValueError(f"the model was tuned on every row of {name}: nothing is left to test")
+
+
+def _asked(task, doc):
+    """What a document asks, without examples; where that is no text, what is scored."""
+    texts = (task.doc_to_text(doc), task.doc_to_target(doc))
+    return next((text for text in texts if isinstance(text, str) and text.strip()), "")
 
 
 def rows_that_fit(model, generates):

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .. import ranks
 from ..bases import LowRankLinear, groups, take
+from ..tuned_on import remember
 from .collage import CollageAdamW
 from .data import Batches
 from .loss import task_loss
@@ -125,6 +126,7 @@ def train(
         schedule=functools.partial(share_of_rate, steps=steps, warmup=max(1, math.ceil(warmup * steps))),
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    remember(model, task.train, task.validation)
     if optimizer:
         _widen(model, optimizer, own, buffers)
     if checkpointing:

@@ -44,12 +44,18 @@ def as_tuned(task, files, **_):
     """Test documents of a task of `basis_select.tasks`, with the `prompt`, `response` and `answer` it trains on."""
     spec = tasks.HUB[task]
     rows = documents(spec.path, files, spec.config)["test"]
-    return _test([{**row, **tasks.fill(spec, row)} for row in rows])
+    return _test([{**row, **_split(tasks.fill(spec, row))} for row in rows])
 
 
 def generated(family, size, **_):
     """The first `size` test documents of `reasoning_gym:FAMILY` with seed 0."""
-    return _test(tasks.generated(family, "test", size))
+    return _test([_split(row) for row in tasks.generated(family, "test", size)])
+
+
+def _split(row):
+    """A row with the white space at the end of its prompt where training has it, in the response."""
+    prompt = row["prompt"].rstrip()
+    return {**row, "prompt": prompt, "response": row["prompt"][len(prompt) :] + row["response"]}
 
 
 def mmlu(hub, files, config, shots=5, **_):

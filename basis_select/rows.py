@@ -1,0 +1,115 @@
+"""Rows of a user's own files: `{prompt, response}` or `{messages, tools}`, checked one by one."""
+
+import json
+from pathlib import Path
+
+from jinja2 import TemplateError
+
+
+def file_rows(path, tokenizer):
+    """The rows of a file as `{prompt, response, answer, where}`, those of messages with `turn_end` and `rendered`.
+
+    Raises ValueError naming the file and the row.
+    """
+    return [_file_row(row, f"{path}, row {i + 1}", tokenizer) for i, row in enumerate(read_rows(path))]
+
+
+def _file_row(row, where, tokenizer):
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {_kind(row)}; a row is {{prompt, response}} or {{messages}}")
+    if "messages" in row:
+        return _chat_row(row, where, tokenizer)
+    if not {"prompt", "response"} <= row.keys():
+        raise ValueError(f"{where} has {sorted(row)}; a row is {{prompt, response}} or {{messages}}")
+    row = {"answer": row["response"], **row}
+    for key in ("prompt", "response", "answer"):
+        if not isinstance(row[key], str):
+            raise ValueError(f"{where}: `{key}` is {_kind(row[key])}, it should be text")
+    if not row["response"].strip():
+        raise ValueError(f"{where}: the response is empty")
+    return {key: row[key] for key in ("prompt", "response", "answer")} | {"where": where}
+
+
+_MARK = "0f6b2d"  # stands for an answer where a template's turn end is looked for
+
+
+def _chat_row(row, where, tokenizer):
+    """The last answer is the response, with what the chat template puts after it."""
+    messages, tools = row["messages"], row.get("tools")
+    if unknown := sorted(row.keys() - {"messages", "tools", "answer"}):
+        raise ValueError(f"{where} has {', '.join(unknown)} beside `messages`; known there are tools, answer")
+    _check_messages(messages, where)
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"{where}: `tools` is {_kind(tools)}, it should be a list of objects")
+    if not tokenizer.chat_template:
+        raise ValueError(f"{where}: `messages` need a chat template, which this model's tokenizer lacks")
+    content = messages[-1].get("content")
+    answer = row.get("answer", content or None)
+    if not isinstance(answer, str | None) or ("answer" in row and answer is None):
+        raise ValueError(f"{where}: `answer` is {_kind(answer)}, it should be text")
+    try:
+        how = {"tokenize": False, "tools": tools}
+        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **how)
+        whole = tokenizer.apply_chat_template(messages, **how)
+        marked = tokenizer.apply_chat_template([*messages[:-1], {"role": "assistant", "content": _MARK}], **how)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: the chat template refuses these messages: {error}") from None
+    if not whole.startswith(prompt) or _MARK not in marked:
+        raise ValueError(
+            f"{where}: the chat template does not continue its own prompt when the answer is there "
+            f"({prompt[-40:]!r}), so what is trained would not be what generation is given"
+        )
+    response, end = whole[len(prompt) :], marked.rpartition(_MARK)[2]
+    end = end if response.endswith(end) else ""
+    if not response.removesuffix(end).strip():
+        raise ValueError(f"{where}: the response is empty")
+    return {
+        "prompt": prompt,
+        "response": response,
+        "answer": answer,
+        "turn_end": end,
+        "rendered": True,
+        "where": where,
+    }
+
+
+def _check_messages(messages, where):
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"{where}: `messages` is {_kind(messages)}, it should be a list of objects")
+    for message in messages:
+        content = message.get("content")
+        calls = content is None and message.get("tool_calls")
+        if not isinstance(message.get("role"), str) or not (calls or isinstance(content, str)):
+            seen = json.dumps(message)[:100]
+            raise ValueError(f"{where}: a message has a role and a content, both text, not {seen}")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: the last of `messages` must have the role assistant")
+
+
+def _kind(value):
+    """What a value of a JSON file is, with an article."""
+    names = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"the number {value}")
+
+
+def read_rows(path):
+    """The rows of a JSON or JSONL file. Raises ValueError naming the file, and the line that is not valid."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if path.suffix == ".json":
+        rows = _parsed(text, path)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} is not a JSON list of rows")
+        return rows
+    lines = enumerate(text.split("\n"), 1)  # JSON strings hold other line ends
+    return [_parsed(line, f"{path}, line {i},") for i, line in lines if line.strip()]
+
+
+def _parsed(text, where):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
