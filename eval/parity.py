@@ -9,9 +9,9 @@ those of github.com/AIoT-MLSys-Lab/SVD-LLM and github.com/carozy797/Basel; witho
 SVD-LLM's whitening and truncation run as they were released, on batches of one example, so that nothing is padded. Its
 attention has one key per query head, so the products of its factors are put into the parent's own layers: the function
 is that of the factors. What differs from ours: it sums `x x^T` over all tokens in fp32 before a Cholesky in float64,
-and only where that fails adds the smallest eigenvalue and 1e-6 to the diagonal; ours adds a small multiple of the
-identity to every moment. It inverts the root and decomposes in fp32, we in float64. It multiplies and rounds each
-layer's rank down for itself, `int(m n ratio / (m + n))`; ours are multiples of `multiple_of` within one budget.
+and only where that fails adds the smallest eigenvalue and 1e-6 to the diagonal; ours shrinks every moment a little
+towards the identity. It inverts the root and decomposes in fp32, we in float64. It rounds each layer's rank
+down for itself, `int(m n ratio / (m + n))`; ours are multiples of `multiple_of` within one budget.
 
 Basel's rule runs as it was released, without the training between its prunings: what is compared is how many bases
 it leaves in the decoder's layers, the tied head aside, as eval/cuts.py counts ours. What differs from ours: it first
