@@ -57,6 +57,8 @@ def learn(
     generator = torch.Generator().manual_seed(seed)
     for members in found:
         leader = members[0][1].leader
+        if square and (leader.s < 0).any():
+            raise ValueError(f"{members[0][0]} has a negative weight, which no square is: learn it with square=False")
         if square and leader.power == 1:
             leader.weight.data, leader.power = leader.s.detach().sqrt(), 2
             leader.scale = torch.ones_like(leader.scale)

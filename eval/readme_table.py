@@ -64,7 +64,19 @@ def bench(result):
     return markdown(["", "dense", *cuts], lines, "lr" + "r" * len(cuts))
 
 
+def parity(result):
+    lines = []
+    for name, row in result["whitened, uniform"].items():
+        lines.append([f"whitened, {name}", *(f"{row[size]['nll']:.3f}" for size in row), ""])
+    for name, kept in result["kept by Basel's rule"].items():
+        lines.append([f"Basel's rule, {name}", *[""] * (len(lines[0]) - 2), f"{kept['deployed']:.4f}"])
+    sizes = next(iter(result["whitened, uniform"].values()))
+    head = [f"parent {result['parent']:.3f}", *sizes, "of the dense layers left by K = 0.5"]
+    return markdown(head, lines, "l" + "r" * (len(head) - 1))
+
+
 TABLES = {
+    "parity": parity,
     "quickstart": table,
     "healing_speed": healing_speed,
     "healing_labels": healing_speed,

@@ -313,6 +313,13 @@ def test_learning_to_a_share_of_the_mass_leaves_what_basels_rule_leaves(task, ma
     assert {m[0][0]: m[0][1].rank for m in groups(model)} == deployed  # the others are dense
 
 
+def test_a_negative_weight_is_no_square(task):
+    model = decompose(tiny(), task, metric="plain")
+    groups(model)[0][0][1].weight.data[3] = -1.0
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj has a negative weight"):
+        learn(model, task, steps=2, square=True)
+
+
 def test_one_learning_gives_nested_sizes(task, tmp_path, tokenizer):
     model = decompose(tiny(), task, examples=16)
     learn(model, task, keep=0.125, multiple_of=1, steps=6, batch_size=4, rounds=3)
