@@ -16,7 +16,6 @@ import time
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, set_seed
 
@@ -53,6 +52,7 @@ from .stage_work import (
     decompose_on_ranks,
     examples_to_label,
     label_on_ranks,
+    load_here,
     measured,
     sendable,
     train_on_ranks,
@@ -160,7 +160,7 @@ class Stages:
                     out,
                     r.extend,
                     self.task,
-                    load(parent / "model")[0] if r.extend.init == "residual" else None,
+                    load_here(parent / "model")[0] if r.extend.init == "residual" else None,
                     r.seed,
                 ),
             )
@@ -170,7 +170,9 @@ class Stages:
                 "refine",
                 r.refine,
                 [rough, parent],
-                lambda out: self.change(refine, rough, out, r.refine, self.task, load(parent / "model")[0], r.seed),
+                lambda out: self.change(
+                    refine, rough, out, r.refine, self.task, load_here(parent / "model")[0], r.seed
+                ),
             )
         if not r.heal.steps:
             return made
@@ -228,7 +230,7 @@ class Stages:
             return None
 
         def work(out):
-            model, _ = load(source / "model")
+            model, _ = load_here(source / "model")
             found = derivatives(model, self.task, r.seed)
             tensors = {f"{i:04}.{name}": d for i, pair in enumerate(found) for name, d in zip("gh", pair, strict=True)}
             save_file(tensors, out / "derivatives.safetensors")
@@ -258,9 +260,9 @@ class Stages:
         return self.stage("save", {"dtype": self.recipe.dtype}, [stage], work)
 
     def load_final(self, final):
-        """A published checkpoint, in fp32 where the processor would only emulate its dtype: the values are the same."""
-        native = self.recipe.dtype == "bfloat16" and fast_bf16(torch.device("cpu"))
-        return load(final / "model", None if native else "float32")
+        """A published checkpoint, in fp32 where the device would only emulate its dtype: the values are the same."""
+        native = self.recipe.dtype == "bfloat16" and fast_bf16(ranks.device())
+        return load_here(final / "model", None if native else "float32")
 
     def evaluated(self, final):
         def work(out):
@@ -278,7 +280,7 @@ class Stages:
 
     def change(self, verb, source, out, options, *arguments):
         """A verb without training: `verb(model, *arguments, **options)`."""
-        model, tokenizer = load(source / "model")
+        model, tokenizer = load_here(source / "model")
         verb(model, *arguments, **dataclasses.asdict(options))
         remember(model, self.task.train, self.task.validation)
         save(model, tokenizer, out / "model")

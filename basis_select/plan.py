@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import time
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from . import plan_measuring as measuring
 from .cost import moments_step, training_step
 from .decompose import same_input, targets
 from .derivatives import PROBES
@@ -19,24 +19,23 @@ from .linalg.metrics import METRICS
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer
 from .moments import EXAMPLES_TOGETHER, MAX_MOMENT, moment_bytes, moment_room, passes
+from .plan_measuring import Stage
+from .ranks import device
 from .recipe import RESULT
 from .rundir import resident_memory
 from .stage_work import examples_to_label
 from .tasks import load_task
 from .training.data import Batches
-from .training.precision import fast_bf16
 from .tune import trainable
 
-EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores
 LIBRARIES = 2**28  # bytes more that libraries and the kernels they generate take in a run than when its plan starts
-GENERATED_PER_ITEM = 2.0  # an evaluated item costs about this many plain forwards of its tokens: likelihood, generation
 
 
 def plan(recipe, ranks=1):
     """The text of `basis-select plan` for `ranks` processes. Raises ValueError, like `run`, for data or budgets that
     cannot work.
     """
-    base, rates = resident_memory() + LIBRARIES, _rates()
+    base, rates = resident_memory() + LIBRARIES, measuring.machine_rates()
     model, task, rows, stages = forecast(recipe, ranks, rates)
     layers = targets(model)
     total = sum(p.numel() for p in model.parameters())
@@ -83,29 +82,30 @@ def forecast(recipe, ranks=1, rates=None):
     A stage that rows share is there once. rates: FLOP/s, measured if not given.
     """
     config, tokenizer = config_and_tokenizer(recipe.model)
-    model, rates = dense_on_meta(config), rates or _rates()
+    model, rates = dense_on_meta(config), rates or measuring.machine_rates()
     task = load_task(recipe.task, tokenizer, recipe.seed, **dataclasses.asdict(recipe.data))
     layers, rows, stages, known = targets(model), {}, {}, {}
+    targeted = sum(m.weight.numel() for m in layers.values())
+    finals = {"parent": _final(recipe, model, targeted)}
     for name, row in {RESULT: recipe, **recipe.family(), **recipe.variants()}.items():
         shapes = _shapes(row, model, layers, task)
         keep = _fraction(row, model, shapes)
         rows[name] = row, keep
+        finals[name] = _final(row, model, targeted + _shared_table(row, model), keep, _saved(row, model))
         for stage in _stages(row, task, model, shapes, keep, rates, ranks, known):
             stages.setdefault((stage.name, stage.options), (name, stage))
-    return model, task, rows, list(stages.values())
+    measured = [(name, measuring.save(final)) for name, final in finals.items()]
+    measured += [(name, measuring.evaluate(task, final, rates)) for name, final in finals.items()]
+    measured.append(("", measuring.timing(list(finals.values()), rates)))
+    return model, task, rows, [*stages.values(), *measured]
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What one stage costs; `flops` of products, `memory` in bytes beside the libraries' own (0: less than others)."""
-
-    name: str
-    steps: int | None
-    tokens: int | None
-    flops: float
-    seconds: float
-    memory: float = 0
-    options: str = ""
+def _final(r, model, shared, keep=1.0, saved=0):
+    """What is published of a row; shared: the parameters of which it keeps the fraction `keep`; saved: of others."""
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    total = sum(p.numel() for p in model.parameters())
+    apart = head.numel() if head is table and not _shared_table(r, model) else 0
+    return measuring.Final(total - (1 - keep) * shared - saved, keep * shared, apart, len(table), r.dtype)
 
 
 def check_budget(recipe, source, task):
@@ -141,7 +141,7 @@ def _moments(r, shapes, total):
     uses = METRICS[r.decompose.metric]
     sizes = [moment_bytes(g.reads, g.writes, uses) for g in shapes]
     coming = 4 * (total + sum(g.rank * g.basis_cost for g in shapes))  # the model and its factors
-    parts = passes(range(len(shapes)), sizes, moment_room(torch.device("cpu"), coming))
+    parts = passes(range(len(shapes)), sizes, moment_room(device(), coming))
     return [sum(sizes[i] for i in part) for part in parts]
 
 
@@ -262,6 +262,11 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
         flops = 2 * tokens * 4 * sum(g.basis_cost * g.rank for g in shapes)
         add(Stage("derivatives", PROBES, tokens, flops, 2 * flops / rates["train"]), r.decompose, r.learn)
     cut = (r.decompose, r.learn, r.prune)
+    rest = sum(p.numel() for p in model.parameters()) - targeted
+    bases = sum(g.basis_cost * g.rank for g in shapes) + rest
+    tries = measuring.validations(r, min(model.get_input_embeddings().weight.shape))
+    final = _final(r, model, targeted, keep, _saved(r, model))
+    add(measuring.prune(tries, task, bases, final, rates), r.extend.rank, r.dtype, *cut)
     if r.refine.steps:
         tokens = r.refine.steps * _batch_shapes(task, r.refine.batch_size, r.refine.steps, r.seed)[2]
         flops = (2 * targeted + 8 * after) * tokens
@@ -273,10 +278,6 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
         if r.heal.lora:
             trains = functools.partial(add_adapters, rank=r.heal.lora)
         add(train("heal", r.heal, r.seed + 1, trains, healed), r.heal, *cut)
-    test = sum(len(e.input_ids) for e in task.test)
-    head = 0 if _shared_table(r, model) else model.get_output_embeddings().weight.numel()
-    flops = GENERATED_PER_ITEM * test * 2 * (after + head)
-    add(Stage("evaluate", None, test, flops, 3 * flops / rates["train"]), r.heal, *cut)
     return stages
 
 
@@ -395,26 +396,3 @@ def _batch_shapes(task, batch_size, steps, seed, processes=1, first=0):
 def _average(step, share):
     """FLOPs of an average step from those of the largest."""
     return step.flops * share[0] + step.head_flops * share[1]
-
-
-def _rates():
-    """FLOP/s reached here: training matmuls (bf16 where it is native), and float64 factorisations."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
-    return {
-        "train": EFFICIENCY * _matmul_rate(1024, dtype, device),
-        "float64": EFFICIENCY * _matmul_rate(512, torch.float64, device),
-    }
-
-
-def _matmul_rate(n, dtype, device):
-    a = torch.randn(n, n, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        for _ in range(4):
-            a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 4 * 2 * n**3 / best

@@ -44,10 +44,10 @@ def join():
 
 
 def device():
-    """Where this rank trains: under torchrun on its own GPU if there are any."""
-    if started() and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return torch.device("cpu")
+    """Where this process computes: on a GPU if there is one, under torchrun on its own, else on the first."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def lead(work):

@@ -37,7 +37,7 @@ def sendable(task):
 
 
 def decompose_on_ranks(source, task, moments, out, options):
-    model, tokenizer = _load(source, False)
+    model, tokenizer = load_here(source / "model")
     decompose(model, task, moments, ranks.everyone(), **options)
     remember(model, task.train, task.validation)
     save(model, tokenizer, out / "model")
@@ -55,13 +55,13 @@ def train_on_ranks(verb, source, parent, task, out, options, shard):
     shard = shard and verb is not learn and not options.get("lora")
     if shard and verb is heal and options["lr"] is None:
         # On a copy, because FSDP stays with the dtype in which a model was first used.
-        options["lr"] = suitable_rate(_load(source, shard)[0], task, *teacher, options["seed"])
-    model, tokenizer = _load(source, shard)
+        options["lr"] = suitable_rate(load_here(source / "model", None, shard)[0], task, *teacher, options["seed"])
+    model, tokenizer = load_here(source / "model", None, shard)
     verb(model, task, *teacher, folder=out, **options)
     save(model, tokenizer, out / "model")
     ranks.barrier()
     if shard:  # for the same reason
-        model, _ = _load(out, shard)
+        model, _ = load_here(out / "model", None, shard)
     return measured(model, task, out)
 
 
@@ -73,7 +73,7 @@ def load_teacher(parent, dtype, shard):
     if not (parent / "model").exists():
         return SoftLabels.load(parent)
     if dtype != "int8":
-        return _load(parent, shard, dtype)[0]
+        return load_here(parent / "model", dtype, shard)[0]
     if shard:
         raise ValueError("teacher=int8 cannot be spread over processes: with --shard choose bfloat16")
     try:
@@ -81,15 +81,16 @@ def load_teacher(parent, dtype, shard):
         from torchao.quantization.granularity import PerAxis
     except ImportError:
         raise ValueError("teacher=int8 needs torchao: install it or choose bfloat16") from None
-    model, _ = _load(parent, False, "bfloat16")
+    model, _ = load_here(parent / "model", "bfloat16")
     layers = set(targets(model).values())
     config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
     quantize_(model, config, lambda module, name: module in layers)
     return model
 
 
-def _load(stage, shard, dtype=None):
-    model, tokenizer = load(stage / "model", dtype, sharded=shard)
+def load_here(source, dtype=None, shard=False):
+    """`load` onto the device where this rank computes: every model that a stage runs, not only rewrites, comes so."""
+    model, tokenizer = load(source, dtype, sharded=shard)
     return model if shard else model.to(ranks.device()), tokenizer
 
 

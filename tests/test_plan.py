@@ -1,22 +1,30 @@
+import dataclasses
 import functools
 import json
+import sys
 
 import pytest
+import torch
 from conftest import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from basis_select import decompose, prune, save
+from basis_select import decompose, plan_measuring, prune, save
 from basis_select.bases import groups
 from basis_select.cost import Flops, moments_step, training_step
 from basis_select.decompose import targets
+from basis_select.evaluation.accuracy import evaluate
 from basis_select.learn import weights
 from basis_select.plan import forecast
 from basis_select.recipe import Recipe, override
+from basis_select.tasks import load_task
+from basis_select.training import precision
 from basis_select.training.data import Batches
 from basis_select.training.loss import task_loss
 from basis_select.tune import trainable
+
+pruning = sys.modules["basis_select.prune"]  # the package's `prune` is the function
 
 
 def shape_of(batch):
@@ -100,3 +108,56 @@ def test_a_largest_batch_that_comes_first_finds_no_optimizer_states(tokenizer, t
             tuned = next(stage for _, stage in stages if stage.name == "tune")
             found[long in Batches(task.train, 8, 4, seed).rows(0)].add(tuned.memory)
     assert max(found[True]) < min(found[False])
+
+
+@pytest.fixture
+def small(tokenizer, tmp_path):
+    """A recipe of three rows over a tiny model."""
+    save(tiny(), tokenizer, tmp_path / "model")
+    rows = [{"prompt": f"{i}+{i}=", "response": str(2 * i)} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.validation": 4, "data.test": 4, "prune.keep": 0.5, "sizes": [0.7], "heal.steps": 2}
+    plain = Recipe(model=str(tmp_path / "model"), task=str(tmp_path / "data.jsonl"))
+    return override(plain, {**changes, "compare": {"unhealed": {"heal.steps": 0}}}, "test")
+
+
+def test_everything_that_is_published_is_saved_evaluated_and_timed(small):
+    model, _, rows, stages = forecast(small, rates={"train": 1e9, "float64": 1e9})
+    names = ["parent", *rows]
+    for kind in ("save", "evaluate"):
+        assert [name for name, s in stages if s.name == kind] == names
+    sizes = {name: s.memory / 10 for name, s in stages if s.name == "save"}  # fp32 twice, then two bytes
+    assert sizes["parent"] == sum(p.numel() for p in model.parameters())
+    assert sizes["unhealed"] == sizes["result"] < sizes["result at 0.7"] < sizes["parent"]
+    timed = next(s for _, s in stages if s.name == "time")
+    wide = 2 if precision.fast_bf16(torch.device("cpu")) else 4
+    assert timed.memory == pytest.approx(wide * sum(sizes.values()))  # they take turns: all are in memory
+    assert sum(s.name == "prune" for _, s in stages) == 2
+    assert all(s.memory for _, s in stages if s.name in ("prune", "save", "evaluate", "time"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_products_of_an_evaluation_are_those_counted(tied, small, tokenizer):
+    """Padded as lm-eval pads, with the head at every token that is scored; attention is not counted."""
+    unscored = dataclasses.replace(load_task(small.task, tokenizer, validation=4, test=20), score=None)
+    model = tiny(tied=tied, hidden_size=256, intermediate_size=512)
+    with Flops() as counted:
+        evaluate(model, tokenizer, unscored)
+    linear = sum(m.weight.numel() for m in targets(model).values())
+    head = model.get_output_embeddings().weight.numel() if tied else 0
+    said = plan_measuring.evaluate(unscored, plan_measuring.Final(0, linear, head, 128, "float32"), {"train": 1.0})
+    assert said.flops == pytest.approx(counted.flops, rel=0.1)
+
+
+def test_pruning_tries_no_more_often_than_planned(task, tokenizer, monkeypatch):
+    calls, measured = [], pruning.response_nll
+    monkeypatch.setattr(pruning, "response_nll", lambda *args: calls.append(1) or measured(*args))
+    plain = Recipe(model="any", task="any")
+    for changes in ({"max_drop": 0.0}, {"max_drop": 0.3}, {"max_drop": 3.0}, {"size": "1.2x"}, {"size": "3x"}):
+        calls.clear()
+        table = "size" in changes
+        model = decompose(tiny(tied=True), task, examples=8, embedding=table)
+        prune(model, task, multiple_of=2, **changes)
+        recipe = override(plain, {"decompose.embedding": table, "prune.multiple_of": 2, "prune.keep": None}, "test")
+        said = dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, **changes))
+        assert len(calls) + 1 <= plan_measuring.validations(said, 64) <= len(calls) + 12  # and one at the stage's end

@@ -110,6 +110,7 @@ def train(
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=model.device.type != "cpu",
     )
+    args._n_gpu = min(args.n_gpu, 1)  # on the GPU where the model is, not split over all that are there
     resume = ranks.agreed(lambda: _last_checkpoint(args.output_dir))
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     record = Record(folder / "metrics.jsonl", keep=done)
