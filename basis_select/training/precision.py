@@ -89,12 +89,18 @@ class _Fp32Products(TorchFunctionMode):
         if function in _PRODUCTS and args[0].dtype == torch.bfloat16:
             if function is F.linear:
                 return _Linear.apply(*args, *kwargs.values())
-            wide = [x.float() if torch.is_tensor(x) and x.dtype == torch.bfloat16 else x for x in args]
+            wide = [_fp32(x) if torch.is_tensor(x) and x.dtype == torch.bfloat16 else x for x in args]
             return function(*wide, **kwargs).to(torch.bfloat16)
         return function(*args, **kwargs)
 
 
 _PRODUCTS = {F.linear, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.Tensor.matmul}
+
+
+def _fp32(x):
+    """A tensor in fp32. torchao's rounded weights are multiplied out: their own `float` changes the label alone."""
+    rounded = type(x).dequantize is not torch.Tensor.dequantize
+    return (x.dequantize() if rounded else x).float()
 
 
 class _Linear(torch.autograd.Function):
@@ -104,13 +110,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias=None):
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return F.linear(x.float(), weight.float(), bias.float() if ctx.has_bias else None).to(x.dtype)
+        return F.linear(x.float(), _fp32(weight), bias.float() if ctx.has_bias else None).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         rows = g.flatten(0, -2).float()
         needs_x, needs_weight, needs_bias = (*ctx.needs_input_grad, False)[:3]
-        grad_x = (rows @ weight.float()).to(x.dtype).view_as(x) if needs_x else None
+        grad_x = (rows @ _fp32(weight)).to(x.dtype).view_as(x) if needs_x else None
         grad_weight = (rows.T @ x.flatten(0, -2).float()).to(weight.dtype) if needs_weight else None
         return grad_x, grad_weight, rows.sum(0).to(weight.dtype) if needs_bias and ctx.has_bias else None
