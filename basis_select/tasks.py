@@ -140,10 +140,11 @@ def load_task(
     for split in SPLITS:
         encoded = [_encode(row, encoder, max_length, report) for row in rows[split]]
         splits[split] = [e for e in encoded if e is not None]
-        if not splits[split]:
-            why = _told(report, max_length)
-            raise ValueError(f"the {split} split of {source} is empty{why and f': {why}'}")
-    if told := _told(report, max_length):
+    told = _told(report, max_length)
+    for split, examples in splits.items():
+        if not examples:
+            raise ValueError(f"the {split} split of {source} is empty{told and f': {told}'}")
+    if told:
         log.warning("%s: %s", source, told)
     log.info("%s: %s left out by the draw", source, report["not_drawn"])
     every = [row for split in SPLITS for row in rows[split]]
@@ -159,7 +160,7 @@ def _told(report, max_length):
     """What `report` counts of cut, dropped and repeated rows, as a phrase."""
     reasons = {
         "truncated": f"examples were cut to max_length={max_length} tokens",
-        "dropped_too_long": f"more were dropped since their prompt alone fills max_length={max_length} tokens",
+        "dropped_too_long": f"were dropped since their prompt alone fills max_length={max_length} tokens",
         "overlaps_dropped": "were dropped since their prompt is in another split",
         "repeats_dropped": "were dropped since their prompt came before in the same split",
         "repeats_in_train": "training rows repeat the prompt of another, and stay",

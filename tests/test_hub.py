@@ -240,7 +240,7 @@ def test_the_card_says_what_the_results_say(online, run):
     assert f"come from {row['n']} test items" in text
     (entry,) = parse_eval_result_entries(yaml.safe_load(online.files("me/small")[".eval_results/svamp.yaml"]))
     assert (entry.dataset_id, entry.value) == ("ChilleD/SVAMP", 100 * row["accuracy"]["value"])
-    assert entry.notes.startswith("first 200 test items")
+    assert entry.notes.startswith("200 test items drawn at random")
 
 
 def test_licence_is_never_invented(run):

@@ -392,5 +392,5 @@ def test_repeated_prompts_stay_in_training_alone_and_are_counted(tokenizer, tmp_
 
 def test_an_empty_split_says_why(tokenizer, tmp_path):
     rows = [{"prompt": "x" * 60 + str(i), "response": "y"} for i in range(12)]
-    with pytest.raises(ValueError, match=r"train split of .* is empty: 8 more were dropped .* max_length=50"):
+    with pytest.raises(ValueError, match=r"train split of .* is empty: 12 were dropped .* max_length=50"):
         load_task(write(tmp_path / "a.jsonl", rows), tokenizer, max_length=50, **SIZES)
