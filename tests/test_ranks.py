@@ -51,7 +51,7 @@ def launch(arguments, nodes, processes):
     command = [sys.executable, *(run if nodes * processes > 1 else ()), *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENVIRONMENT}
     agents = [subprocess.Popen(command, **options) for _ in range(nodes)]
-    printed = "".join(agent.communicate(timeout=300)[0] for agent in agents)
+    printed = "".join(agent.communicate(timeout=1500)[0] for agent in agents)
     return max(abs(agent.returncode) for agent in agents), printed
 
 
