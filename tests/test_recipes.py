@@ -38,16 +38,16 @@ def stand_in(tmp_path_factory):
         "solution": "It is $4$.",
         "prompt": "2 and 2 is",
         "response": " 4",
-        "messages": [{"role": "user", "content": "2 and 2?"}, {"role": "assistant", "content": "4"}],
     }
     asked = ("question", "Body", "text", "problem", "prompt")
     rows = [row | {key: f"{row[key]} {i}" for key in asked} for i in range(240)]
-    for row in rows:
-        row["messages"][0]["content"] = row["prompt"]
     for split, part in (("train", rows[:200]), ("validation", rows[200:220]), ("test", rows[220:])):
         (home / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, row["messages"][1]]} for i in range(200)]
-    (home / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    answer = {"role": "assistant", "content": "4"}
+    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, answer]} for i in range(200)]
+    own = [{key: row[key] for key in ("prompt", "response")} for row in rows]
+    for name, part in (("chats", chats), ("own", own)):
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -60,7 +60,7 @@ def stand_in(tmp_path_factory):
         if task in HUB:
             found.append(f"data.options={{data_dir: {home}}}")
         elif not task.startswith("reasoning_gym:"):
-            found.append(f"task={home / ('chats.jsonl' if 'chat' in task else 'train.jsonl')}")
+            found.append(f"task={home / ('chats.jsonl' if 'chat' in task else 'own.jsonl')}")
         else:
             found += ["data.train=40", "data.validation=8", "data.test=8"]
         return found
