@@ -82,7 +82,8 @@ def test_several_processes_train_as_one_does(size, case, runs):
     assert theirs[1] == exact
     assert {n: w.shape for n, w in theirs[2].items()} == {n: w.shape for n, w in weights.items()}
     for name, w in weights.items():
-        assert w.allclose(theirs[2][name], rtol=0, atol=1e-3 if narrow else 1e-6), name
+        # Where rounding decides a gradient's sign, the first step of AdamW goes one rate, 1e-3, either way.
+        assert w.allclose(theirs[2][name], rtol=0, atol=3e-3 if narrow else 1e-6), name
 
 
 def test_after_one_rank_was_killed_the_same_command_ends_with_the_same_weights(source, runs, tmp_path):
