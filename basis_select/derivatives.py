@@ -4,7 +4,7 @@ import torch
 
 from .bases import groups
 from .training.data import Batches
-from .training.loss import task_loss
+from .training.loss import frozen, task_loss
 
 PROBES = 16
 
@@ -28,33 +28,29 @@ def derivatives(model, task, seed=0, *, probes: int = PROBES, batch_size: int = 
         if not torch.isfinite(leader.s).all():
             raise ValueError(f"{names(members)}: the weights of bases are not all finite")
     generator = torch.Generator().manual_seed(seed)
-    flags = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)
-    weights = [leader.weight.requires_grad_(True) for leader in leaders]
-    scales = [leader.scale for leader in leaders]
+    weights, scales = [leader.weight for leader in leaders], [leader.scale for leader in leaders]
     # t_i stands for s_i (1 + t_i): its derivatives are s dL/ds and s^2 d2L/ds2, finite whatever scale and sign of s.
     first = [torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in weights]
     second = [torch.zeros_like(f) for f in first]
     try:
-        for batch in Batches(task.train, batch_size, probes, seed, task.pad_id):
-            signs = [torch.randint(2, w.shape, generator=generator).mul(2).sub(1).to(w) for w in weights]
-            for side in (1, -1):
-                shifts = [1 + side * step * z for z in signs]
-                for leader, scale, shift in zip(leaders, scales, shifts, strict=True):
-                    leader.scale = scale * shift
-                loss = task_loss(model, batch, mixed=False)[0]
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss.item()} when the bases are perturbed by {step:g}")
-                grads = torch.autograd.grad(loss, weights)
-                for i, (grad, w, shift) in enumerate(zip(grads, weights, shifts, strict=True)):
-                    along = (grad * w.detach() / leaders[i].power / shift).double()
-                    first[i] += along / (2 * probes)
-                    second[i] += side * signs[i] * along / (2 * step * probes)
+        with frozen(model, weights):
+            for batch in Batches(task.train, batch_size, probes, seed, task.pad_id):
+                signs = [torch.randint(2, w.shape, generator=generator).mul(2).sub(1).to(w) for w in weights]
+                for side in (1, -1):
+                    shifts = [1 + side * step * z for z in signs]
+                    for leader, scale, shift in zip(leaders, scales, shifts, strict=True):
+                        leader.scale = scale * shift
+                    loss = task_loss(model, batch, mixed=False)[0]
+                    if not torch.isfinite(loss):
+                        raise FloatingPointError(f"the loss is {loss.item()} when the bases are perturbed by {step:g}")
+                    grads = torch.autograd.grad(loss, weights)
+                    for i, (grad, w, shift) in enumerate(zip(grads, weights, shifts, strict=True)):
+                        along = (grad * w.detach() / leaders[i].power / shift).double()
+                        first[i] += along / (2 * probes)
+                        second[i] += side * signs[i] * along / (2 * step * probes)
     finally:
         for leader, scale in zip(leaders, scales, strict=True):
             leader.scale = scale
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
     for members, g, h in zip(found, first, second, strict=True):
         if not (torch.isfinite(g).all() and torch.isfinite(h).all()):
             raise FloatingPointError(f"{names(members)}: a derivative by the weights of bases is not finite")

@@ -1,14 +1,12 @@
 """The empirical Fisher information of weights, as FWSVD takes it."""
 
-import random
-
 import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from .training.data import Batches
-from .training.loss import response_logits
+from .training.data import Batches, drawn
+from .training.loss import frozen, response_logits
 from .training.precision import autocast
 
 
@@ -20,27 +18,25 @@ def squared_gradients(model, members, task, examples, group=None):
     gradient is that of one example's negative log-likelihood with its own labels; the examples are those of
     `second_moments`. A group that no example reaches is left out. `group`: processes that share the examples.
     """
-    rows = random.Random(0).sample(task.train, min(examples, len(task.train)))
+    rows = drawn(task.train, examples)
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-    flags, training = {p: p.requires_grad for p in model.parameters()}, model.training
-    model.eval().requires_grad_(False)
-    weights = {name: model.get_submodule(name).weight.requires_grad_(True) for names in members for name in names}
+    training, weights = model.training, {name: model.get_submodule(name).weight for names in members for name in names}
     found = {n[0]: weights[n[0]].new_zeros(weights[n[0]].shape[1], dtype=torch.float32) for n in members}
+    model.eval()
     try:
-        for example in tqdm(rows[rank::world], desc="squared gradients", unit="example", disable=rank > 0):
-            batch = next(iter(Batches([example], 1, 1, 0, task.pad_id)))
-            with torch.enable_grad(), autocast(model):
-                logits = response_logits(model, batch).float()
-                loss = nn.functional.cross_entropy(logits, batch["targets"].to(model.device), reduction="sum")
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            gradients = dict(zip(weights, gradients, strict=True))
-            for names in members:
-                for g in (gradients.pop(name) for name in names):
-                    if g is not None:
-                        found[names[0]] += g.float().square_().sum(0) / len(rows)
+        with frozen(model, weights.values()):
+            for example in tqdm(rows[rank::world], desc="squared gradients", unit="example", disable=rank > 0):
+                batch = next(iter(Batches([example], 1, 1, 0, task.pad_id)))
+                with torch.enable_grad(), autocast(model):
+                    logits = response_logits(model, batch).float()
+                    loss = nn.functional.cross_entropy(logits, batch["targets"].to(model.device), reduction="sum")
+                gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                gradients = dict(zip(weights, gradients, strict=True))
+                for names in members:
+                    for g in (gradients.pop(name) for name in names):
+                        if g is not None:
+                            found[names[0]] += g.float().square_().sum(0) / len(rows)
     finally:
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
         model.train(training)
     if group:
         for total in found.values():

@@ -7,6 +7,14 @@ from torch import nn
 FEW = 4  # tokens up to which the CPU's int8 kernel beats a product with weights that are cast first
 
 
+def nearest(weight, dtype):
+    """`(q: (out, in) int8, scale: (out,))` nearest to a weight: `scale = max |row| / 127`, itself in `dtype` first."""
+    weight = weight.float()
+    scale = (weight.abs().amax(1) / 127).to(dtype)
+    scale = torch.where(scale > 0, scale, 1)
+    return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
 class Int8Linear(nn.Module):
     """Drop-in for nn.Linear: `y = (x q^T) * scale + b`, q: (out, in) int8, scale: (out,)."""
 
@@ -29,11 +37,10 @@ class Int8Linear(nn.Module):
     @classmethod
     @torch.no_grad()
     def rounded(cls, linear):
-        """The nearest to an nn.Linear: `scale = max |row| / 127`, itself rounded to the dtype of the layer first."""
-        made, weight = cls.like(linear), linear.weight.float()
-        scale = (weight.abs().amax(1) / 127).to(made.scale.dtype)
-        made.scale.copy_(torch.where(scale > 0, scale, 1))
-        made.q.copy_((weight / made.scale.float()[:, None]).round().clamp(-127, 127))
+        """The nearest to an nn.Linear, scales in the dtype of the layer."""
+        made = cls.like(linear)
+        for mine, value in zip((made.q, made.scale), nearest(linear.weight, made.scale.dtype), strict=True):
+            mine.copy_(value)
         if made.bias is not None:
             made.bias.copy_(linear.bias)
         return made

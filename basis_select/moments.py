@@ -1,7 +1,6 @@
 """Second moments of what layers read and of the loss's gradients at what they write, over the tokens of a task."""
 
 import os
-import random
 
 import psutil
 import torch
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 from .embedding import TABLE, lookup_scale, token_counts
 from .fisher import squared_gradients
 from .linalg import metrics
-from .training.data import Batches
+from .training.data import Batches, drawn
 from .training.loss import activation_gradients, response_logits
 from .training.precision import autocast
 
@@ -87,8 +86,8 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
         return hook
 
     width = {name: model.get_submodule(name).out_features for names in members for name in names}
-    drawn = random.Random(0).sample(task.train, min(examples, len(task.train)))
-    routed = _is_routed(model, drawn[0])
+    rows = drawn(task.train, examples)
+    routed = _is_routed(model, rows[0])
     handles = [
         model.get_submodule(n).register_forward_hook(on_forward(names, n), with_kwargs=True)
         for names in members
@@ -99,7 +98,7 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
     table = _TableMoments(model, task) if embedding and uses.inputs and uses.outputs else None
     size = 1 if routed else EXAMPLES_TOGETHER
     try:
-        batches = Batches(drawn, batch_size=size, steps=-(-len(drawn) // size), seed=0)
+        batches = Batches(rows, batch_size=size, steps=-(-len(rows) // size), seed=0)
         watched = [model.get_submodule(n) for names in members for n in names] if uses.outputs else []
         watched += [table.embedding] if table else []
         with activation_gradients(model, watched), torch.enable_grad():

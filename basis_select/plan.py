@@ -94,8 +94,8 @@ def forecast(recipe, ranks=1, rates=None):
         finals[name] = _final(row, model, targeted + _shared_table(row, model), keep, _saved(row, model))
         for stage in _stages(row, task, model, shapes, keep, rates, ranks, known):
             stages.setdefault((stage.name, stage.options), (name, stage))
-    measured = [(name, measuring.save(final)) for name, final in finals.items()]
-    measured += [(name, measuring.evaluate(task, final, rates)) for name, final in finals.items()]
+    measured = [(name, measuring.saving(final)) for name, final in finals.items()]
+    measured += [(name, measuring.evaluating(task, final, rates)) for name, final in finals.items()]
     measured.append(("", measuring.timing(list(finals.values()), rates)))
     return model, task, rows, [*stages.values(), *measured]
 
@@ -266,7 +266,7 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
     bases = sum(g.basis_cost * g.rank for g in shapes) + rest
     tries = measuring.validations(r, min(model.get_input_embeddings().weight.shape))
     final = _final(r, model, targeted, keep, _saved(r, model))
-    add(measuring.prune(tries, task, bases, final, rates), r.extend.rank, r.dtype, *cut)
+    add(measuring.pruning(tries, task, bases, final, rates), r.extend.rank, r.dtype, *cut)
     if r.refine.steps:
         tokens = r.refine.steps * _batch_shapes(task, r.refine.batch_size, r.refine.steps, r.seed)[2]
         flops = (2 * targeted + 8 * after) * tokens

@@ -60,7 +60,7 @@ def validations(r, bases):
     return 1
 
 
-def prune(passes, task, whole, final, rates):
+def pruning(passes, task, whole, final, rates):
     """The Stage of `passes` over the validation split; whole: parameters with all bases, of which some are copied."""
     tokens = passes * sum(len(e.input_ids) for e in task.validation)
     responses = passes * sum(len(e.input_ids) - e.start for e in task.validation)
@@ -70,12 +70,12 @@ def prune(passes, task, whole, final, rates):
     return Stage("prune", None, tokens, flops, flops / rates["train"], memory)
 
 
-def save(final):
+def saving(final):
     """The Stage that writes a checkpoint: loaded and read again in fp32, then cast."""
     return Stage("save", None, None, 0, 0, final.parameters * (8 + BYTES[final.dtype]))
 
 
-def evaluate(task, final, rates):
+def evaluating(task, final, rates):
     """The Stage of response likelihood and, where answers are scored, generation, of all test examples.
 
     Both are padded batches of examples in order of length. Likelihood forms the logits of every token and their

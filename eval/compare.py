@@ -39,6 +39,7 @@ from basis_select.decompose import same_input, targets
 from basis_select.embedding import TABLE, table_of
 from basis_select.extend import extend
 from basis_select.heal import heal, suitable_rate
+from basis_select.int8 import nearest
 from basis_select.learn import learn
 from basis_select.linalg.metrics import METRICS
 from basis_select.models import load
@@ -291,8 +292,8 @@ def quantized(model, width):
     taken += outer + 2 * sum(len(m.weight) for m in table)
     quantize_(model, config, lambda m, _: m in layers)
     for m in table:
-        scale = (m.weight.data.abs().amax(1, keepdim=True) / 127).bfloat16().float().clamp_min(1e-30)
-        m.weight.data = (m.weight.data / scale).round().clamp(-127, 127) * scale
+        q, scale = nearest(m.weight.data, torch.bfloat16)
+        m.weight.data = q * scale.float()[:, None]
     return 2 * rest + taken, {"layers": width, "embedding and tied head": "int8"}
 
 

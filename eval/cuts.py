@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from basis_select import decompose, load, prune, recipe
-from basis_select.bases import LowRankLinear, basis_cost, dense_cost, groups, take
+from basis_select.bases import basis_cost, dense_cost, groups, take
 from basis_select.pipeline import Stages
 from basis_select.prune import select
 from basis_select.training.loss import response_nll
@@ -34,17 +34,25 @@ def cuts(model, task, rounds, measured=False, **how):
     """What is left of the dense parameters after each of `rounds` cuts, with the weights as they are."""
     model, rows = copy.deepcopy(model), []
     found = groups(model)
-    dense = sum(map(dense_cost, found))
     for left in range(rounds, 0, -1):
         for members, index in select(model, cuts=left, **how):
             if index is not None:
                 take(members, index)
-        row = {"left": round(sum(m[0][1].rank * basis_cost(m) for m in found) / dense, 4)}
-        row["deployed"] = round(sum(min(m[0][1].rank * basis_cost(m), dense_cost(m)) for m in found) / dense, 4)
+        row = share([(m[0][1].rank, basis_cost(m), dense_cost(m)) for m in found])
         if measured:
             row["validation_nll"] = round(response_nll(model, task.validation, task.pad_id), 4)
         rows.append(row)
     return rows
+
+
+def share(layers):
+    """What bases leave of the dense parameters, and with layers dense where that is less.
+
+    layers: `[(rank, parameters of a basis, parameters of the dense layer), ...]`
+    """
+    whole = sum(dense for *_, dense in layers)
+    left, deployed = sum(r * c for r, c, _ in layers), sum(min(r * c, dense) for r, c, dense in layers)
+    return {"left": round(left / whole, 4), "deployed": round(deployed / whole, 4)}
 
 
 def main():
@@ -54,9 +62,8 @@ def main():
     parent, task = load(stages.parent() / "model")[0], stages.task
     plain = decompose(copy.deepcopy(parent), task, metric="plain", share=False)
     kronecker = decompose(parent, task, examples=stages.recipe.decompose.examples)
-    layers = sum(isinstance(m, LowRankLinear) for m in plain.modules())
     found = {
-        "layers": layers,
+        "layers": len(groups(plain)),
         "uniform, plain metric": {f"{times}x": uniform(plain, task, times) for times in (2, 4, 8)},
         "Basel's rule, K = 0.5, 50 cuts": cuts(plain, task, 50, mass=0.5 ** (1 / 50), budget="mass", score="magnitude"),
         "8 cuts to 8x, kronecker": cuts(kronecker, task, 8, measured=True, keep=1 / 8),

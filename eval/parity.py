@@ -21,19 +21,19 @@ drops every s below 1e-3 of the layer's mean, and keeps all bases that equal the
 import argparse
 import copy
 import json
-import random
 import sys
 import types
 from pathlib import Path
 
 import torch
-from cuts import cuts
+from cuts import cuts, share
 
 from basis_select import pipeline, recipe
 from basis_select.decompose import decompose, targets
 from basis_select.models import load
 from basis_select.prune import prune
 from basis_select.sizes import sizes
+from basis_select.training.data import drawn
 from basis_select.training.loss import response_nll
 
 TIMES = (2, 4, 8)  # fewer parameters in the layers
@@ -90,8 +90,7 @@ def svd_llm(checkout, parent, task, examples):
     sys.path.insert(0, str(checkout))
     import SVDLLM
 
-    drawn = random.Random(0).sample(task.train, min(examples, len(task.train)))  # those of second_moments
-    batches = [{"input_ids": torch.tensor([e.input_ids])} for e in drawn]
+    batches = [{"input_ids": torch.tensor([e.input_ids])} for e in drawn(task.train, examples)]
     roots = SVDLLM.profle_svdllm("llama", copy.deepcopy(parent), batches, "cpu")
     for times in TIMES:
         model = copy.deepcopy(parent)
@@ -114,21 +113,13 @@ def basel(checkout, parent):
     for _ in range(ROUNDS):
         basis_selection.select_basis(body, MASS ** (1 / ROUNDS))
     layers = [m for m in body.modules() if isinstance(m, basis_selection.BSLinear)]
-    return share([(int(m.mask.sum()), m.input_dim, m.output_dim) for m in layers])
+    return share([(int(m.mask.sum()), m.input_dim + m.output_dim, m.input_dim * m.output_dim) for m in layers])
 
 
 def basel_ours(parent, task):
     """The same of ours, by the cuts of `learn`."""
     model = decompose(copy.deepcopy(parent), metric="plain", share=False)
     return cuts(model, task, ROUNDS, mass=MASS ** (1 / ROUNDS), budget="mass", score="magnitude")[-1]
-
-
-def share(layers):
-    """What is left of the dense parameters, and with layers dense where that is less. layers: `[(rank, m, n), ...]`"""
-    dense = sum(m * n for _, m, n in layers)
-    factored = [rank * (m + n) for rank, m, n in layers]
-    deployed = sum(min(size, m * n) for size, (_, m, n) in zip(factored, layers, strict=True))
-    return {"left": round(sum(factored) / dense, 4), "deployed": round(deployed / dense, 4)}
 
 
 def table(found):

@@ -48,6 +48,11 @@ def tiny(kind="llama", tied=False, dtype="float32", seed=0, **overrides):
     return model.eval()
 
 
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
 def make_tokenizer():
     """One token per ASCII character."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(c): c for c in range(3, VOCABULARY)}

@@ -1,30 +1,19 @@
-import contextlib
 import copy
 import dataclasses
-import itertools
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import KINDS, tiny
+from conftest import KINDS, logits, tiny
 from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from basis_select import decompose, derivatives, extend, heal, learn, load, prune, refine, save, sizes, tune
-from basis_select.bases import HALF_READ, LowRankLinear, _thread, basis_cost, dense_cost, fold, groups, only, take
-from basis_select.decompose import same_input, targets
+from basis_select import decompose, derivatives, extend, heal, learn, prune, refine, sizes, tune
+from basis_select.bases import LowRankLinear, basis_cost, dense_cost, fold, groups, only, take
+from basis_select.decompose import targets
 from basis_select.extend import INITS
 from basis_select.linalg.scores import taylor
-from basis_select.prune import select
 from basis_select.training.data import Batches
 from basis_select.training.loss import response_nll, task_loss
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,154 +31,6 @@ def test_full_rank_is_the_dense_model(kind, tied, task, ids):
     for members in groups(model):
         fold(members)
     assert torch.allclose(logits(model, ids), before, atol=2e-6)
-
-
-def test_layers_that_read_one_tensor_are_found_without_their_names(task):
-    model = tiny("qwen2")
-    short = [sorted(n.rpartition(".")[2] for n in g) for g in same_input(model, targets(model), task)]
-    assert short[:4] == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-
-
-def test_sharing_stores_and_computes_v_once(task, ids):
-    model = decompose(tiny(), task, examples=16)
-    q, k = (model.get_submodule(f"model.layers.0.self_attn.{n}_proj") for n in "qk")
-    assert k.leader is q
-    assert not hasattr(k, "v")
-    calls = []
-    q.v.register_forward_hook(lambda *a: calls.append(1))
-    logits(model, ids)
-    assert len(calls) == 1
-    assert not _thread.latents  # nothing is kept alive
-
-
-def _scale_input(q, x):
-    x.mul_(2)
-
-
-def _step_of_an_optimizer(q, x):
-    q.v.weight.add_(1)
-
-
-def _other_weights(q, x):
-    q.v.weight = torch.nn.Parameter(q.v.weight * 2, requires_grad=False)
-
-
-def _other_scales(q, x):
-    q.scale = q.scale * 2
-
-
-CHANGES = [_scale_input, _step_of_an_optimizer, _other_weights, _other_scales]
-MODES = [contextlib.nullcontext, torch.no_grad, torch.inference_mode]
-
-
-def pair():
-    """Two layers that share `v` and `s`, their weights frozen."""
-    torch.manual_seed(0)
-    q = LowRankLinear(16, 16, 4, False, weighted=True)
-    k = LowRankLinear(16, 16, 4, False, weighted=True, leader=q)
-    return q.requires_grad_(False), k.requires_grad_(False)
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("changed_in", MODES[1:])
-@pytest.mark.parametrize("read_in", MODES)
-def test_a_shared_latent_is_of_the_input_and_weights_that_there_are_now(read_in, changed_in, change):
-    (q, k), x = pair(), torch.randn(3, 16)
-    with read_in():
-        own = x.clone()  # in inference mode a tensor without a version
-        q(own)
-    with changed_in() if read_in is not torch.inference_mode else read_in():
-        change(q, own)
-    with read_in():
-        assert torch.equal(k(own), k.u(q._project(own)))
-
-
-def test_a_shared_latent_is_never_one_of_another_call():
-    (q, k), (x, y) = pair(), torch.randn(2, 3, 16)
-    q(x)
-    assert torch.equal(k(y), k.u(q._project(y)))
-    q(x)
-    x.data.mul_(2)  # which torch does not count
-    assert torch.equal(q(x), q.u(q._project(x)))  # what it has read already it computes anew
-
-
-def test_a_shared_latent_has_the_graph_and_the_precision_of_its_reader():
-    (q, k), x = pair(), torch.randn(3, 16)
-    with torch.inference_mode():
-        q(x)
-    assert not k(x).is_inference()
-    q(x)
-    q.v.weight.requires_grad_(True)
-    assert k(x).requires_grad
-    q(x)
-    assert torch.autograd.grad(k(x).sum(), q.v.weight)[0].abs().max() > 0
-    for first, second in ((True, False), (False, True)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=first):
-            q(x)
-        with torch.autocast("cpu", torch.bfloat16, enabled=second):
-            assert torch.equal(k(x), k.u(q._project(x)))
-
-
-@pytest.mark.parametrize("same_tensor", [False, True])
-def test_threads_share_a_model_and_no_latents(same_tensor):
-    """As in a server. They switch as often as Python lets them, so that layers of one interleave with another's."""
-    (q, k), inputs = pair(), list(torch.randn(8, 3, 16))
-    inputs = inputs[:1] * 8 if same_tensor else inputs
-    with torch.no_grad():
-        expected = [(layer.u(q._project(x)),) for x in inputs for layer in (q, k)]
-    wrong, start = [], threading.Barrier(8)
-
-    def work(i):
-        start.wait()
-        with torch.no_grad():
-            for _ in range(200):
-                for layer, (y,) in zip((q, k), expected[2 * i : 2 * i + 2], strict=True):
-                    if not torch.equal(layer(inputs[i]), y):
-                        wrong.append(i)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(work, range(8)))
-    finally:
-        sys.setswitchinterval(interval)
-    assert not wrong
-
-
-def test_a_thread_keeps_few_latents_that_were_not_read_by_all():
-    x = torch.randn(3, 16)
-    for _ in range(HALF_READ + 2):
-        pair()[0](x)
-    assert len(_thread.latents) == HALF_READ
-    _thread.latents.clear()
-
-
-def test_layers_compiled_one_by_one_share_nothing():
-    (q, k), x = pair(), torch.randn(3, 16)
-    with torch.no_grad():
-        first, second = (torch.compile(layer, backend="eager") for layer in (q, k))
-        for _ in range(2):
-            first(x)
-            x.mul_(2)
-            assert torch.equal(second(x), k.u(q._project(x)))
-
-
-def test_a_half_used_latent_survives_deepcopy_and_gradient_checkpointing(task, ids):
-    model = decompose(tiny(), task, examples=16)
-    members = groups(model)[0]
-    members[0][1].weight.requires_grad_(True)
-    members[0][1](torch.randn(2, 64))
-    other = copy.deepcopy(model)
-    assert groups(other)[0][1][1].leader is groups(other)[0][0][1]
-    for m in (model, other):
-        m.train()
-    other.gradient_checkpointing_enable({"use_reentrant": False})
-    grads = []
-    for m in (model, other):
-        m(ids, labels=ids).loss.backward()
-        grads.append(groups(m)[0][0][1].weight.grad)
-    assert torch.allclose(*grads, atol=1e-7)
 
 
 def test_what_cannot_be_decomposed_is_named(task, caplog):
@@ -259,103 +100,6 @@ def test_mass_keeps_the_largest_of_each_layer(task):
     for members in groups(model):
         s, r = before[members[0][0]], members[0][1].rank
         assert s[:r].sum() >= 0.3 * s.sum() > s[: r - 1].sum()
-
-
-def test_learning_trains_the_weights_only_and_prunes_on_the_way(task):
-    parent = tiny()
-    model = decompose(copy.deepcopy(parent), task, examples=16)
-    q = groups(model)[0][0][1]
-    factors = q.u.weight.clone(), q.v.weight.clone()
-    ranks = []
-    handle = q.register_forward_hook(lambda m, a, y: ranks.append(m.rank))
-    learn(model, task, parent, keep=0.25, multiple_of=2, steps=8, batch_size=4, rounds=4)
-    handle.remove()
-    assert (q.weight != 1).any()
-    assert torch.equal(q.u.weight, factors[0])
-    assert torch.equal(q.v.weight, factors[1])
-    assert ranks == sorted(ranks, reverse=True)
-    assert len(set(ranks)) > 1
-    assert ranks[-1] == (q.survived == 4).sum()
-    prune(model, keep=0.25, multiple_of=2)  # exactly what learning left
-    assert {m[0][1].rank for m in groups(model) if m[0][1] is q} == {ranks[-1]}
-
-
-def test_every_cut_of_learning_leaves_the_same_fraction_of_what_was_there(task):
-    model = decompose(tiny(), task, examples=16)
-    found = groups(model)
-    left = [sum(m[0][1].rank * basis_cost(m) for m in found)]
-
-    def watch(*_):
-        left.append(sum(m[0][1].rank * basis_cost(m) for m in found))
-
-    found[0][0][1].register_forward_hook(watch)
-    learn(model, task, keep=0.2, multiple_of=1, steps=8, batch_size=4, rounds=8)
-    goal = 0.2 * sum(map(dense_cost, found))
-    for n, (before, after) in zip(range(8, 1, -1), itertools.pairwise(left[:-1]), strict=True):
-        assert after == pytest.approx(before * (goal / before) ** (1 / n), rel=0.03)
-    assert 0.97 * goal < sizes(prune(model, keep=0.2, multiple_of=1))["targeted"] <= goal
-
-
-@pytest.mark.parametrize("mass", [0.9, 0.5])
-def test_learning_to_a_share_of_the_mass_leaves_what_basels_rule_leaves(task, mass):
-    model = decompose(tiny(), task, metric="plain", share=False)
-    expected = {}
-    for members in groups(model):
-        s = members[0][1].s.sort(descending=True).values.double()
-        for _ in range(4):  # the smallest set with the share K^(1/N) of what is left, N times
-            s = s[: int((s.cumsum(0) < mass ** (1 / 4) * s.sum()).sum()) + 1]
-        expected[members[0][0]] = len(s)
-    learn(model, task, mass=mass, budget="mass", score="magnitude", steps=4, batch_size=4, rounds=4, lr=1e-7)
-    assert {m[0][0]: int((m[0][1].survived == 4).sum()) for m in groups(model)} == expected
-    shapes = {m[0][0]: (basis_cost(m), dense_cost(m)) for m in groups(model)}
-    prune(model, mass=mass, budget="mass", score="magnitude")
-    deployed = {name: r for name, r in expected.items() if r * shapes[name][0] < shapes[name][1]}
-    assert {m[0][0]: m[0][1].rank for m in groups(model)} == deployed  # the others are dense
-
-
-def test_a_negative_weight_is_no_square(task):
-    model = decompose(tiny(), task, metric="plain")
-    groups(model)[0][0][1].weight.data[3] = -1.0
-    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj has a negative weight"):
-        learn(model, task, steps=2, square=True)
-
-
-def test_one_learning_gives_nested_sizes(task, tmp_path, tokenizer):
-    model = decompose(tiny(), task, examples=16)
-    learn(model, task, keep=0.125, multiple_of=1, steps=6, batch_size=4, rounds=3)
-    save(model, tokenizer, tmp_path / "learned")
-    previous = None
-    for keep in (0.7, 0.5, 0.4, 0.25, 0.125):
-        again, _ = load(tmp_path / "learned")
-        chosen = {
-            members[0][0]: set(range(members[0][1].rank) if index is None else index.tolist())
-            for members, index in select(again, keep, multiple_of=1)
-        }
-        assert previous is None or all(chosen[name] <= previous[name] for name in chosen)
-        previous = chosen
-        s = sizes(prune(again, keep=keep, multiple_of=1))
-        slack = max(basis_cost(m) for m in groups(model))
-        assert keep * s["targeted_dense"] - slack < s["targeted"] <= keep * s["targeted_dense"]
-
-
-def test_basel_learns_squares_beside_new_bases_that_are_never_pruned(task, ids):
-    model = decompose(tiny(), task, metric="plain", share=False)
-    before = logits(model, ids)
-    embedding = model.get_input_embeddings().weight.clone()
-    steps = {"steps": 4, "batch_size": 4, "rounds": 2, "lr": 1e-2}
-    learn(model, task, keep=0.5, budget="mass", multiple_of=1, square=True, new=3, rest=True, **steps)
-    layer = groups(model)[0][0][1]
-    assert layer.power == 2
-    assert layer.new.u.weight.abs().max() > 0
-    assert not torch.equal(model.get_input_embeddings().weight, embedding)
-    assert not torch.allclose(logits(model, ids), before, atol=1e-3)
-    learned, kept = copy.deepcopy(model), int((layer.survived == 2).sum())
-    prune(model, keep=0.5, budget="mass", multiple_of=1)
-    assert sizes(model)["targeted"] <= 0.5 * sizes(model)["targeted_dense"]
-    assert groups(model)[0][0][1].rank == kept + 3
-    for members in groups(learned):
-        take(members, (members[0][1].survived == 2).nonzero()[:, 0])
-    assert torch.allclose(logits(model, ids), logits(learned, ids), atol=1e-5)
 
 
 def test_max_drop_finds_the_smallest_size_that_stays_within_it(task):
@@ -431,16 +175,6 @@ def test_random_scores_are_the_floor(task):
         model = prune(decompose(copy.deepcopy(parent), task), keep=0.4, score=score, multiple_of=1)
         nll[score] = response_nll(model, task.train)
     assert nll["energy"] < nll["random"]
-
-
-def test_the_forward_while_learning_is_the_formula(task):
-    model = decompose(tiny("qwen2"), task, examples=16)
-    layer = groups(model)[0][0][1]
-    layer.weight.data.uniform_(0.5, 1.5)
-    x = torch.randn(3, 64)
-    expected = (x @ layer.v.weight.T * layer.s) @ layer.u.weight.T + layer.u.bias
-    assert torch.allclose(layer(x), expected, atol=1e-6)
-    assert torch.allclose(layer.to_linear()(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("init", INITS)

@@ -29,7 +29,7 @@ def weighted(shapes):
         order = torch.randperm(rank, generator=torch.Generator().manual_seed(seed))
         layer.scale = (noise * torch.arange(1.0, rank + 1) ** -decay)[order]
         model.append(layer)
-    return model
+    return model.requires_grad_(False)
 
 
 def costs_of(shapes):
@@ -52,7 +52,7 @@ def prices_and_values(model, shapes, multiple):
     """Of every layer `[(price, energy kept), ...]` of what it may become, and the position of a rank among them."""
     found = []
     for layer, c, d in zip(model, *costs_of(shapes), strict=True):
-        energy = layer.s.detach().double().square().sort(descending=True).values.cumsum(0)
+        energy = layer.s.double().square().sort(descending=True).values.cumsum(0)
         found.append(
             [(p, float(energy[-1 if r is None else r - 1])) for r, p in linear_prices(layer.rank, c, d, multiple)]
         )
@@ -104,7 +104,7 @@ def test_global_keeps_what_no_other_choice_of_this_size_betters_by_more_than_a_s
     spent = value = 0
     for index, layer, c, d, options in zip(kept, model, costs, dense, choices, strict=True):
         price = d if index is None else len(index) * c
-        energy = float(layer.s.detach().double()[slice(None) if index is None else index].square().sum())
+        energy = float(layer.s.double()[slice(None) if index is None else index].square().sum())
         spent, value = spent + price, value + energy
         assert dict(options)[price] == pytest.approx(energy)  # the best of each layer
     assert spent <= budget
@@ -128,8 +128,8 @@ def test_mass_keeps_the_smallest_set_that_holds_the_share(shapes, share):
     deployed = select(model, mass=share, budget="mass", score="magnitude")
     trained = select(model, mass=share, budget="mass", score="magnitude", cuts=3)
     for (_, index), (_, alive), layer, c, d in zip(deployed, trained, model, costs, dense, strict=True):
-        s = layer.s.detach().double().sort(descending=True).values
-        kept = layer.s.detach().double()[alive].sort(descending=True).values
+        s = layer.s.double().sort(descending=True).values
+        kept = layer.s.double()[alive].sort(descending=True).values
         assert torch.equal(kept, s[: len(kept)])
         assert kept.sum() >= share * s.sum() * (1 - 1e-9)
         assert kept[:-1].sum() < share * s.sum()
@@ -146,7 +146,7 @@ def test_mass_within_a_size_is_one_share_for_all_layers(shapes, keep, multiple):
         return
     spent, at_least, at_most = 0, [0.0], [1.0]
     for index, layer, c, d in zip(kept, model, costs, dense, strict=True):
-        mass = layer.s.detach().double().sort(descending=True).values.cumsum(0) / layer.s.detach().double().sum()
+        mass = layer.s.double().sort(descending=True).values.cumsum(0) / layer.s.double().sum()
         spent += d if index is None else len(index) * c
         if index is None:  # some rank at or past break-even
             at_least.append(float(mass[max(-(-d // c) - multiple - 1, 0)]) if -(-d // c) > multiple else 0.0)

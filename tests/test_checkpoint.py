@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, make_task, make_tokenizer, tiny
+from conftest import KINDS, logits, make_task, make_tokenizer, tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_corruption import flip
@@ -22,11 +22,6 @@ def compressed(task, kind="llama", **options):
     model = tiny(kind, **options)
     bs.decompose(model, task, examples=16)
     return bs.prune(model, keep=0.5, multiple_of=1)
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

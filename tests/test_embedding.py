@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import KINDS, tiny
+from conftest import KINDS, logits, tiny
 from safetensors import safe_open
 from scipy import stats
 from torch import nn
@@ -15,11 +15,6 @@ from basis_select.linalg.metrics import METRICS
 from basis_select.moments import second_moments
 from basis_select.training.data import Batches
 from basis_select.training.loss import response_nll, task_loss
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("llama", False), *((kind, True) for kind in KINDS)])

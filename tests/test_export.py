@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_tokenizer, tiny
+from conftest import logits, make_tokenizer, tiny
 from safetensors.torch import load_file
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis
@@ -22,11 +22,6 @@ def compressed(task, kind="llama", tied=True, dtype="float32"):
     """A cut model with shared v, biases where the kind has them and the embedding as bases."""
     model = bs.decompose(tiny(kind, tied, dtype), task, examples=16, embedding=True)
     return bs.prune(model, keep=0.5, keep_embedding=0.5, multiple_of=2)
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def weight_bytes(folder):

@@ -145,7 +145,7 @@ def test_products_of_an_evaluation_are_those_counted(tied, small, tokenizer):
         evaluate(model, tokenizer, unscored)
     linear = sum(m.weight.numel() for m in targets(model).values())
     head = model.get_output_embeddings().weight.numel() if tied else 0
-    said = plan_measuring.evaluate(unscored, plan_measuring.Final(0, linear, head, 128, "float32"), {"train": 1.0})
+    said = plan_measuring.evaluating(unscored, plan_measuring.Final(0, linear, head, 128, "float32"), {"train": 1.0})
     assert said.flops == pytest.approx(counted.flops, rel=0.1)
 
 

@@ -86,6 +86,11 @@ class Batches(Dataset):
         }
 
 
+def drawn(examples, count):
+    """At most `count` of the examples, drawn at random: those that moments and squared gradients look at."""
+    return random.Random(0).sample(examples, min(count, len(examples)))
+
+
 def _without_response(example):
     """What a rank computes on when a batch has no row for it: nothing to learn, but the same graph as on others."""
     return dataclasses.replace(example, start=len(example.input_ids))

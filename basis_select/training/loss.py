@@ -26,23 +26,36 @@ def _head_reads(model, positions):
 
 
 @contextmanager
+def frozen(model, trained=()):
+    """Within it no parameter of `model` requires a gradient but those that are `trained`."""
+    flags = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+
+
+@contextmanager
 def activation_gradients(model, modules=None):
     """Backward passes reach activations only: no gradient of a weight is formed.
 
     The graph starts at the outputs of `modules`, by default of the embedding: what lies before them costs no backward.
     """
-    training, flags = model.training, {p: p.requires_grad for p in model.parameters()}
-    model.eval().requires_grad_(False)
+    training = model.training
+    model.eval()
     starts = [model.get_input_embeddings()] if modules is None else modules
     # Ahead of hooks that are there already, so that they find an output with a gradient.
     hooks = [m.register_forward_hook(lambda module, args, y: y.requires_grad_(), prepend=True) for m in starts]
     try:
-        yield
+        with frozen(model):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
         model.train(training)
 
 
