@@ -4,7 +4,7 @@ python eval/runtimes.py DENSE CUT TASK FOLDER OUT.json [--items N] [--tokens N] 
 
 FOLDER keeps the exports, so that a killed run does not repeat them. In a round each row decodes `--tokens` tokens at
 batch 1 once, in turn, after a prompt of 16. For SmolLM2-135M about 20 minutes, most of them compiling and exporting.
-eval/readme_table.py writes the table.
+eval/tables.py writes the table.
 """
 
 import argparse

@@ -1,6 +1,8 @@
-"""Writes the table of a result file into README.md, between `<!-- table: FILE -->` and `<!-- end -->`.
+"""Writes tables of result files into README.md and docs/, between `<!-- table: FILE -->` and `<!-- end -->`.
 
-python eval/readme_table.py
+python eval/tables.py
+
+`<!-- front: FILE -->` is the short table of a comparison: the parent, and three models of about the same bytes.
 """
 
 import json
@@ -8,7 +10,7 @@ import re
 from pathlib import Path
 
 from compare import read
-from compare_report import summary
+from compare_report import interval, summary
 
 from basis_select.evaluation.report import markdown, table
 
@@ -75,6 +77,23 @@ def parity(result):
     return markdown(head, lines, "l" + "r" * (len(head) - 1))
 
 
+FRONT = {  # at about the bytes of int4: name of the row, method and size in the results
+    "parent": ("parent", 1),
+    "ours, int8": ("default, int8", 2),
+    "int4 of the whole model": ("int4", 1),
+    "best published method, SVD-LLM": ("SVD-LLM", 8),
+}
+
+
+def front(results):
+    tasks, lines = dict.fromkeys(r["task"] for r in results), []
+    for name, which in FRONT.items():
+        rows = [[r for r in results if (r["task"], r["method"], r["size"]) == (task, *which)] for task in tasks]
+        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*interval(found)) for found in rows]
+        lines.append([name, f"{rows[0][0]['sizes']['bytes'] / 1e6:.0f} MB", *cells])
+    return markdown(["model", "size", *tasks], lines, "lr" + "r" * len(tasks))
+
+
 TABLES = {
     "parity": parity,
     "quickstart": table,
@@ -88,16 +107,16 @@ TABLES = {
 
 def fill(text):
     def block(match):
-        source = REPO / match[1]
+        kind, source = match[1], REPO / match[2]
         if source.suffix == ".jsonl":
-            lines = summary(read(source))
+            lines = (front if kind == "front" else summary)(read(source))
         else:
             lines = TABLES[source.stem](json.loads(source.read_text()))
-        return f"<!-- table: {match[1]} -->\n{lines}<!-- end -->"
+        return f"<!-- {kind}: {match[2]} -->\n{lines}<!-- end -->"
 
-    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (table|front): (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    readme = REPO / "README.md"
-    readme.write_text(fill(readme.read_text()))
+    for page in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))):
+        page.write_text(fill(page.read_text()))
