@@ -34,6 +34,7 @@ from .sizes import sizes
 from .stream import decompose_checkpoint
 from .tasks import Task, load_task
 from .training.soft_labels import soft_labels
+from .trim import trim
 from .tune import tune
 
 __version__ = "0.1.0"
@@ -61,6 +62,7 @@ __all__ = [
     "save",
     "sizes",
     "soft_labels",
+    "trim",
     "tune",
     "verify",
 ]

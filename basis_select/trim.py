@@ -1,0 +1,235 @@
+"""Keep only the tokens that a task needs: a smaller table, and a stock tokenizer that still writes every text."""
+
+import json
+import logging
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from .embedding import LowRankEmbedding
+from .encoding import Encoder
+
+log = logging.getLogger(__name__)
+
+BYTES = frozenset(f"<0x{i:02X}>" for i in range(256))  # tokens of SentencePiece that stand for one byte each
+FILES = ("tokenizer.json", "tokenizer_config.json")  # what the trimmed tokenizer is read from
+
+
+def trim(model, tokenizer, task, *, text: str | None = None, frequent: int = 0):
+    """Drop the tokens that the training split of `task` does not need, in place.
+
+    Returns `(model, tokenizer, report)`: the model with rows for the tokens left, a new tokenizer, and how many tokens
+    there were and are, and which share of the tokens of the validation and test splits are now spelled in pieces. The
+    task holds tokens of the old tokenizer: load it again with the new one.
+
+    What stays: tokens of the training split, those that they are merged from, all single bytes (or all single
+    characters where the tokenizer has no bytes), special tokens, those of the chat template and those that the model's
+    config names; and, with `text`, the path of a UTF-8 file, its `frequent` most frequent tokens. So training text
+    keeps its tokens, and any other text is encoded and decoded as exactly as before, in more tokens.
+
+    Raises ValueError for a tokenizer that is neither BPE nor Unigram, for one whose training text would not keep its
+    tokens, and for a model with other tables of tokens or whose embedding is written as bases (trim before decompose).
+
+        >>> model, tokenizer, report = bs.trim(model, tokenizer, task)
+        >>> task = bs.load_task("gsm8k", tokenizer)
+    """
+    if bool(text) != bool(frequent):
+        raise ValueError("`text` and `frequent` go together: how many of the most frequent tokens of a text to keep")
+    _check_tables(model)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    used = Counter(token for example in task.train for token in example.input_ids)
+    if text:
+        ids = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+        used.update(dict(Counter(ids).most_common(frequent)))
+    kept = _closed(content, {*used, *_special(model, tokenizer, content), *_of_template(tokenizer)})
+    smaller = _tokenizer(tokenizer, content, kept)
+    new = {old: i for i, old in enumerate(kept)}
+    _check_pieces(task, tokenizer, smaller, new)
+    report = {"tokens": len(kept), "tokens_before": model.get_input_embeddings().num_embeddings}
+    for split in ("validation", "test"):
+        ids = [token for example in getattr(task, split) for token in example.input_ids]
+        report[f"spelled_{split}"] = sum(token not in new for token in ids) / max(1, len(ids))
+    _shrink(model, kept, new)
+    log.info("trim: %s tokens of %s stay", f"{len(kept):,}", f"{report['tokens_before']:,}")
+    return model, smaller, report
+
+
+def _check_tables(model):
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, LowRankEmbedding) or not isinstance(head, nn.Linear):
+        raise ValueError("the embedding or the head is written as bases: trim before decompose")
+    rows = embedding.num_embeddings
+    others = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not embedding]
+    others = [n for n in others if model.get_submodule(n).num_embeddings == rows]
+    if others:
+        raise ValueError(f"{', '.join(others)} has a row for every token beside the embedding: it cannot be trimmed")
+
+
+def _vocabulary(content):
+    """`{token: id}` of the model of a tokenizer.json, without the tokens that are added to it."""
+    kind, found = content["model"]["type"], content["model"]["vocab"]
+    if kind == "BPE":
+        return found
+    if kind == "Unigram":
+        return {piece: i for i, (piece, _) in enumerate(found)}
+    raise ValueError(f"a {kind} tokenizer cannot be trimmed: it has no smaller pieces to write other text with")
+
+
+def _special(model, tokenizer, content):
+    """Ids of special tokens, and of those that the model's configs name."""
+    found = {*tokenizer.all_special_ids, *(t["id"] for t in content["added_tokens"] if t["special"])}
+    for _, value in _token_ids(model):
+        found.update(_flat(value))
+    return found
+
+
+def _token_ids(model):
+    """`[((config, key), value), ...]` of all that names tokens in the configs of a model and of its generation."""
+    parts = [model.config, *(getattr(model.config, name) for name in model.config.sub_configs), model.generation_config]
+    found = []
+    for part in filter(None, parts):
+        for key, value in vars(part).items():
+            if (
+                re.search(r"token_ids?$|token_index$|^(begin_)?suppress_tokens$|^bad_words_ids$", key)
+                and value is not None
+            ):
+                found.append(((part, key), value))
+    return found
+
+
+def _flat(value):
+    return [value] if isinstance(value, int) else [token for item in value for token in _flat(item)]
+
+
+def _of_template(tokenizer):
+    """Tokens of the text that a chat template writes itself, as far as its source says."""
+    template = tokenizer.chat_template or ""
+    template = "\n".join(template.values()) if isinstance(template, dict) else template
+    outside = re.split(r"\{[{%#].*?[}%#]\}", template, flags=re.DOTALL)
+    quoted = [a or b for a, b in re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", template)]
+    quoted = [text.replace(r"\n", "\n") for text in quoted]
+    words = ("system", "user", "assistant", "tool")
+    return {t for text in (*outside, *quoted, *words) for t in tokenizer.encode(text, add_special_tokens=False)}
+
+
+def _closed(content, wanted):
+    """Ids of the tokens to keep, in order: `wanted` and all that these and any other text are built from."""
+    vocabulary, model = _vocabulary(content), content["model"]
+    names = {i: token for token, i in vocabulary.items()}
+    kept = {names[i] for i in wanted if i in names}
+    alphabet = {t for t in vocabulary if len(t) == 1}
+    if model.get("byte_fallback") and vocabulary.keys() >= BYTES:
+        kept |= BYTES
+        alphabet &= {c for token in kept for c in token}
+    kept |= alphabet
+    if model["type"] == "BPE":
+        if model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
+            raise ValueError("a BPE tokenizer that marks where words go on or end cannot be trimmed")
+        ranks = {tuple(_pair(merge)): i for i, merge in enumerate(model["merges"])}
+        for token in list(kept):
+            kept |= _ancestors(token, ranks) & vocabulary.keys()
+        if model.get("unk_token"):
+            kept.add(model["unk_token"])
+    else:  # what an unknown character costs follows from the least likely piece
+        kept |= {min(model["vocab"], key=lambda item: item[1])[0]}
+        if model.get("unk_id") is not None:
+            kept.add(names[model["unk_id"]])
+    added = {t["id"]: t["content"] for t in content["added_tokens"]}
+    own = sorted(vocabulary[token] for token in kept if token in vocabulary)
+    return own + sorted(i for i in wanted if i in added and i not in names)
+
+
+def _pair(merge):
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def _ancestors(token, ranks):
+    """Every token that merging the characters of `token` passes through."""
+    parts, found = list(token), set(token)
+    while len(parts) > 1:
+        best = min(range(len(parts) - 1), key=lambda i: ranks.get((parts[i], parts[i + 1]), len(ranks)))
+        if (parts[best], parts[best + 1]) not in ranks:
+            break
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        found.add(parts[best])
+    return found
+
+
+def _tokenizer(tokenizer, content, kept):
+    """The same kind of tokenizer over the tokens `kept`, in their order."""
+    new, model = {old: i for i, old in enumerate(kept)}, content["model"]
+    content = json.loads(json.dumps(content))
+    vocabulary = {token: new[i] for token, i in _vocabulary(content).items() if i in new}
+    if model["type"] == "BPE":
+        merges = [m for m in model["merges"] if vocabulary.keys() >= {*_pair(m), "".join(_pair(m))}]
+        content["model"] |= {"vocab": vocabulary, "merges": merges}
+    else:
+        content["model"]["vocab"] = [model["vocab"][i] for i in kept if i < len(model["vocab"])]
+        content["model"]["unk_id"] = new.get(model.get("unk_id"))
+    content["added_tokens"] = [t | {"id": new[t["id"]]} for t in content["added_tokens"] if t["id"] in new]
+    content["post_processor"] = _renumbered(content["post_processor"], new)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        folder = Path(folder)
+        config = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
+        if decoder := config.get("added_tokens_decoder"):
+            config["added_tokens_decoder"] = {new[int(i)]: t for i, t in decoder.items() if int(i) in new}
+        for file, values in zip(FILES, (content, config), strict=True):
+            (folder / file).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+        for file in folder.iterdir():
+            if file.name not in FILES and not file.name.startswith("chat_template"):
+                file.unlink()  # an older form of the same tokens
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def _renumbered(part, new):
+    """A post-processor with new ids: of TemplateProcessing's `ids`, and of the pairs `[token, id]` that others hold."""
+    if isinstance(part, dict):
+        return {
+            k: [new[i] for i in v] if k == "ids" and isinstance(v, list) else _renumbered(v, new)
+            for k, v in part.items()
+        }
+    if isinstance(part, list):
+        if len(part) == 2 and isinstance(part[0], str) and isinstance(part[1], int):
+            return [part[0], new[part[1]]]
+        return [_renumbered(item, new) for item in part]
+    return part
+
+
+def _check_pieces(task, tokenizer, smaller, new):
+    """Raise ValueError unless every training example keeps its tokens; one that was cut has others, which may go."""
+    before, after = Encoder(tokenizer), Encoder(smaller)
+    for e in task.train:
+        old, text = (encoder.text(e.prompt + e.response, rendered=True) for encoder in (before, after))
+        if all(t in new for t in old) and [new[t] for t in old] != text:
+            raise ValueError(
+                f"this tokenizer cannot be trimmed: it would encode {e.prompt + e.response!r:.100} otherwise"
+            )
+
+
+@torch.no_grad()
+def _shrink(model, kept, new):
+    """Take rows `kept` of embedding and head, and give the configs the new ids."""
+    rows = torch.tensor(kept)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [embedding.weight] if head.weight is embedding.weight else [embedding.weight, head.weight]
+    if head.bias is not None:
+        tables.append(head.bias)
+    for table in tables:
+        table.data[: len(rows)] = table.data[rows.to(table.device)]
+    named = _token_ids(model)
+    padding = embedding.padding_idx
+    embedding.padding_idx = None
+    model.resize_token_embeddings(len(rows), mean_resizing=False)
+    model.get_input_embeddings().padding_idx = new.get(padding)
+    for (part, key), value in named:
+        setattr(part, key, _mapped(value, new))
+
+
+def _mapped(value, new):
+    return new.get(value, value) if isinstance(value, int) else [_mapped(item, new) for item in value]

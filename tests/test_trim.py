@@ -1,0 +1,197 @@
+"""A trimmed tokenizer encodes training text to the same pieces and any other text exactly; the model says the same."""
+
+import json
+
+import pytest
+import torch
+from conftest import logits, tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from basis_select import decompose, load, load_task, prune, save
+from basis_select.trim import BYTES, trim
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+WORDS = [f"{a}{b}{c}" for a in "bdfkm" for b in ("a", "ee", "ou") for c in ("t", "ng", "rt", "st", "\u00e9")]
+TEXT = [" ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(1, 9)) + f" {i * 37} \u4e2d" for i in range(400)]
+
+
+def byte_level():
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    return made
+
+
+def ignoring_merges():
+    """As Llama 3: a word that is a token is taken whole, whether merges lead there or not."""
+    content = json.loads(byte_level().to_str())
+    content["model"]["ignore_merges"] = True
+    content["model"]["vocab"]["Ġunreachable"] = len(content["model"]["vocab"])
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def sentencepiece(trainer, model, fallback):
+    """Bytes stand for what the vocabulary lacks, if `fallback`."""
+    made = Tokenizer(model)
+    made.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    made.train_from_iterator(TEXT, trainer)
+    if not fallback:
+        return made
+    content = json.loads(made.to_str())
+    content["model"]["byte_fallback"] = True
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        vocabulary |= {token: len(vocabulary) + i for i, token in enumerate(sorted(BYTES))}
+    else:
+        vocabulary += [[token, -20.0] for token in sorted(BYTES)]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def bpe(fallback):
+    return sentencepiece(
+        trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL), models.BPE(unk_token="<unk>"), fallback
+    )
+
+
+def unigram(fallback):
+    trainer = trainers.UnigramTrainer(vocab_size=250, special_tokens=SPECIAL, unk_token="<unk>")
+    return sentencepiece(trainer, models.Unigram(), fallback)
+
+
+KINDS = {
+    "byte level": byte_level,
+    "ignoring merges": ignoring_merges,
+    "BPE with bytes": lambda: bpe(True),
+    "BPE with characters": lambda: bpe(False),
+    "Unigram with bytes": lambda: unigram(True),
+    "Unigram with characters": lambda: unigram(False),
+}
+
+
+def wrapped(made):
+    """As transformers has it, with a token before every text and a chat template."""
+    made.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", made.token_to_id("<s>"))])
+    names = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), [*SPECIAL, "</s>"], strict=True))
+    found = PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    found.chat_template = "{% for m in messages %}<s>{{ m.role + ' moust\\n' + m.content }}{% endfor %}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Training text of a third of the words, and test text of all."""
+    folder = tmp_path_factory.mktemp("rows")
+    for split, lines in (("train", TEXT[0::3][:40]), ("validation", TEXT[1:9]), ("test", TEXT[9:40])):
+        made = [{"prompt": line[:-9], "response": line[-9:]} for line in lines if split != "train" or "2" not in line]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trimmed(request, rows):
+    """`(old tokenizer, new one, old task, new task, report)`"""
+    tokenizer = wrapped(KINDS[request.param]())
+    task = load_task(rows, tokenizer)
+    _, smaller, report = trim(tiny(vocab_size=len(tokenizer)), tokenizer, task)
+    return tokenizer, smaller, task, load_task(rows, smaller), report
+
+
+def test_training_text_keeps_its_pieces(trimmed):
+    old, new, before, after, report = trimmed
+    assert report["tokens"] == len(new) < report["tokens_before"]
+    for a, b in zip(before.train, after.train, strict=True):
+        assert old.convert_ids_to_tokens(a.input_ids) == new.convert_ids_to_tokens(b.input_ids)
+
+
+def test_other_text_is_spelled_and_counted(trimmed):
+    old, new, before, after, report = trimmed
+    known = set(new.get_vocab())
+    for split in ("validation", "test"):
+        tokens = [t for e in getattr(before, split) for t in old.convert_ids_to_tokens(e.input_ids)]
+        assert report[f"spelled_{split}"] == pytest.approx(sum(t not in known for t in tokens) / len(tokens))
+    assert sum(len(e.input_ids) for e in after.test) > sum(len(e.input_ids) for e in before.test)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text() | st.lists(st.sampled_from([*WORDS, "\u4e2d", "\u00e9", " ", "  ", "\n", "7"])).map("".join))
+def test_any_text_decodes_as_before(trimmed, text):
+    old, new = trimmed[:2]
+    assert new.decode(new.encode(text)) == old.decode(old.encode(text))
+
+
+def test_special_tokens_stay_in_every_place(trimmed, tmp_path):
+    new = trimmed[1]
+    new.save_pretrained(tmp_path)
+    for tokenizer in (new, AutoTokenizer.from_pretrained(tmp_path)):
+        assert [tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token] == SPECIAL
+        assert tokenizer.convert_ids_to_tokens(tokenizer.encode("fat"))[0] == "<s>"
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "fat"}], tokenize=False)
+        assert tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))[0] == "<s>"
+        assert tokenizer.get_vocab() == new.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("llama", {}), ("llama", {"tied": True}), ("gemma3_text", {"tied": True}), ("phi", {}), ("qwen3_moe", {})],
+    ids=["untied", "tied", "scaled", "head with a bias", "experts"],
+)
+def test_a_trimmed_model_says_the_same(kind, options, rows, tmp_path):
+    tokenizer = wrapped(byte_level())
+    end, more = tokenizer.eos_token_id, 7  # rows that pad the table
+    model = tiny(kind, vocab_size=len(tokenizer) + more, eos_token_id=[end, 1], pad_token_id=end, **options)
+    task = load_task(rows, tokenizer)
+    before = logits(model, torch.tensor([task.train[0].input_ids]))
+    small, smaller, report = trim(model, tokenizer, task)
+    assert small is model
+    after = load_task(rows, smaller)
+    kept = [tokenizer.get_vocab()[token] for token, _ in sorted(smaller.get_vocab().items(), key=lambda item: item[1])]
+    found = logits(small, torch.tensor([after.train[0].input_ids]))
+    torch.testing.assert_close(found, before[..., kept], rtol=0, atol=1e-6)
+    assert small.config.vocab_size == len(smaller) == report["tokens"]
+    assert small.config.eos_token_id == [kept.index(end), kept.index(1)]
+    assert small.config.pad_token_id == smaller.eos_token_id
+    save(small, smaller, tmp_path / "dense")
+    assert torch.equal(logits(load(tmp_path / "dense")[0], torch.tensor([after.train[0].input_ids])), found)
+
+
+def test_a_trimmed_model_is_decomposed_and_saved(rows, tmp_path):
+    tokenizer = wrapped(byte_level())
+    model, smaller, _ = trim(tiny(vocab_size=len(tokenizer), tied=True), tokenizer, load_task(rows, tokenizer))
+    task = load_task(rows, smaller)
+    prune(decompose(model, task, examples=8, embedding=True), task, size="1.5x", multiple_of=1)
+    save(model, smaller, tmp_path / "small")
+    ids = torch.tensor([task.test[0].input_ids])
+    assert torch.equal(logits(load(tmp_path / "small")[0], ids), logits(model, ids))
+
+
+def test_the_most_frequent_tokens_of_a_text_stay_too(rows, tmp_path):
+    tokenizer = wrapped(byte_level())
+    (tmp_path / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    sizes, spelled = [], []
+    for frequent in (10, 100, 1000):
+        model, task = tiny(vocab_size=len(tokenizer)), load_task(rows, tokenizer)
+        report = trim(model, tokenizer, task, text=tmp_path / "text.txt", frequent=frequent)[2]
+        sizes.append(report["tokens"])
+        spelled.append(report["spelled_test"])
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+    assert spelled[0] > spelled[-1] == 0
+
+
+def test_what_cannot_be_trimmed_is_refused(rows, tokenizer, task):
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = wrapped(words)
+    with pytest.raises(ValueError, match="WordLevel tokenizer cannot be trimmed"):
+        trim(tiny(vocab_size=len(words)), words, load_task(rows, words))
+    with pytest.raises(ValueError, match="trim before decompose"):
+        trim(decompose(tiny(), task, examples=8, embedding=True), tokenizer, task)
+    with pytest.raises(ValueError, match="go together"):
+        trim(tiny(), tokenizer, task, frequent=5)
