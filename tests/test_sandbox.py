@@ -75,6 +75,29 @@ def test_the_host_notices_what_is_not_isolated(program, trace):
             process.wait()
 
 
+SERVICES = """
+import asyncio, concurrent.futures, mmap, multiprocessing, os, pathlib, platform, secrets, shutil, sqlite3, subprocess
+import threading, time, uuid
+
+async def later(x):
+    await asyncio.sleep(0.001)
+    return x
+
+def f(x):
+    pathlib.Path("a").touch()
+    os.mkdir("b")
+    shutil.copyfile("a", "b/c")
+    os.rename("b/c", "d")
+    shutil.rmtree("b")
+    assert sorted(os.listdir()) == ["a", "d"]
+    with mmap.mmap(-1, 4096) as m, threading.Lock(), open(os.devnull, "w") as null:
+        m[0] = sqlite3.connect(":memory:").execute("select 1").fetchone()[0]
+        null.write(secrets.token_hex() + str(uuid.uuid4()) + platform.platform() + str(os.cpu_count()))
+        time.sleep(0.001)
+        return asyncio.run(later(x)) + m[0]
+"""
+
+
 @isolated
 @pytest.mark.parametrize(
     ("program", "tests"),
@@ -100,25 +123,7 @@ def test_the_host_notices_what_is_not_isolated(program, trace):
         ("import math as m\nlimit = [1]\ndef f(x): return x", "assert m.floor(f(2.5)) == 2 and limit == [1]"),
         ("import dataclasses\n@dataclasses.dataclass\nclass P:\n  x: 'int'\ndef f(): return P(1)", "assert f().x == 1"),
         ("import tempfile\nwith tempfile.TemporaryFile() as t: t.write(b'x')", ""),
-        (
-            "import asyncio\nasync def g(x):\n  await asyncio.sleep(0.001)\n  return x\ndef f(x): return asyncio.run(g(x))",
-            "assert f(3) == 3",
-        ),
-        (
-            "import sqlite3\nc = sqlite3.connect(':memory:')\ndef f(): return c.execute('select 3').fetchall()",
-            "assert f() == [(3,)]",
-        ),
-        ("import os, shutil\nopen('a', 'w').write('x')\nshutil.copyfile('a', 'b')\nos.rename('b', 'c')", ""),
-        (
-            "import os, pathlib\npathlib.Path('a').touch()\nos.mkdir('b')\nshutil = __import__('shutil')\nshutil.rmtree('b')",
-            "",
-        ),
-        ("import mmap\nm = mmap.mmap(-1, 4096)\nm[0] = 3\ndef f(): return m[0]", "assert f() == 3"),
-        (
-            "import os, time, platform, secrets, uuid\ntime.sleep(0.001)\nos.cpu_count()\nplatform.platform()\nuuid.uuid4()",
-            "",
-        ),
-        ("import concurrent.futures, multiprocessing, threading, subprocess\nwith threading.Lock(): pass", ""),
+        (SERVICES, "assert f(2) == 3"),
         ("print('hello')\nif __name__ == '__main__': input()", ""),
     ],
 )

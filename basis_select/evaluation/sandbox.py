@@ -62,10 +62,10 @@ def check(program, tests="", *, entry="", seconds=10.0, memory=2**30):
     """Run `program`, then `tests` against the names it defines, within `seconds` of wall time and `memory` bytes.
 
     Safe to call from threads. `entry` is the function under test; it matters where it hides a builtin or a standard
-    module: any other such name is the real one in the tests. What the program prints is not kept; installed packages
-    are not there; it cannot start threads or processes, lock files, or change their modes and times. Arguments reach
-    it as copies; its own objects can be used by the tests, but equal only themselves; its own exceptions arrive as the
-    nearest builtin ones.
+    module: any other such name is the real one in the tests, and what they define is theirs. What the program prints
+    is not kept; installed packages are not there; it cannot start threads or processes, lock files, or change their
+    modes and times. Arguments reach it as copies; its own objects can be used by the tests, but equal only themselves;
+    its own exceptions arrive as the nearest builtin ones.
 
     With the tests apart nothing but the right values passes them. Not stopped: guessing these values, tests that ask
     too little, a hole in the kernel; and the kernel's bookkeeping of very many empty files (about 0.5 GiB in 10 s,
