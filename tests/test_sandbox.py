@@ -1,5 +1,6 @@
 """The sandbox against programs that attack it, and against the right answers of HumanEval and MBPP."""
 
+import functools
 import json
 import re
 import subprocess
@@ -9,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sandbox_attacks import ATTACKS, Host, held, run
+from sandbox_attacks import Host, check, held, run
+from sandbox_programs import ATTACKS
 
 from basis_select.evaluation import sandbox
+from basis_select.evaluation.tasks import utils
 
 DATA = Path(__file__).parents[2] / "shared/data/code"
 isolated = pytest.mark.skipif(
@@ -19,18 +22,33 @@ isolated = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def host():
     with Host() as host:
         yield host
 
 
+SOME = re.compile(
+    "system calls|every other|fork bomb$|memory bomb$|memory in|what the machine|writing outside|success as|"
+    r"os._exit\(0\) in|an answer of another|a helper of the tests redefined (after|in its)"
+)
+
+
 @isolated
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.name)
-def test_attack_fails_and_leaves_nothing(attack, host):
+@pytest.mark.parametrize("attack", [a for a in ATTACKS if SOME.match(a.name)], ids=lambda a: a.name[:60])
+def test_an_attack_fails_and_leaves_nothing(attack, host):
     outcome, _, traces = run(attack, host)
-    assert traces == []
-    assert held(attack, outcome, traces), outcome.reason
+    assert held(attack, outcome, traces), (outcome.reason, traces)
+
+
+@isolated
+@pytest.mark.slow
+def test_every_attack_fails_and_leaves_nothing(host):
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(lambda attack: check(attack, host), ATTACKS))
+    assert sum(attack.tries for attack in ATTACKS) > 250
+    assert {a.name: o.reason for a, o in zip(ATTACKS, outcomes, strict=True) if not held(a, o, [])} == {}
+    assert host.traces() == []
 
 
 @pytest.mark.parametrize(
@@ -40,6 +58,9 @@ def test_attack_fails_and_leaves_nothing(attack, host):
         ("open({secret!r}, 'w')", "files outside were changed"),
         ("import socket\nsocket.create_connection(('127.0.0.1', {port}))", "the server saw a connection"),
         ("import os\nos.kill({pid}, 10)", "a process outside got a signal"),
+        ("import os\nos.chmod({decoys!r} + '/file', 0)", "what files outside are was changed"),
+        ("import os\nos.utime({decoys!r} + '/file')", "what files outside are was changed"),
+        ("import os\nos.removexattr({decoys!r} + '/file', 'user.kept')", "what files outside are was changed"),
         ("import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(100)", "processes are still there"),
     ],
 )
@@ -52,6 +73,29 @@ def test_the_host_notices_what_is_not_isolated(program, trace):
         for process in host.processes():
             process.kill()
             process.wait()
+
+
+SERVICES = """
+import asyncio, concurrent.futures, mmap, multiprocessing, os, pathlib, platform, secrets, shutil, sqlite3, subprocess
+import threading, time, uuid
+
+async def later(x):
+    await asyncio.sleep(0.001)
+    return x
+
+def f(x):
+    pathlib.Path("a").touch()
+    os.mkdir("b")
+    shutil.copyfile("a", "b/c")
+    os.rename("b/c", "d")
+    shutil.rmtree("b")
+    assert sorted(os.listdir()) == ["a", "d"]
+    with mmap.mmap(-1, 4096) as m, threading.Lock(), open(os.devnull, "w") as null:
+        m[0] = sqlite3.connect(":memory:").execute("select 1").fetchone()[0]
+        null.write(secrets.token_hex() + str(uuid.uuid4()) + platform.platform() + str(os.cpu_count()))
+        time.sleep(0.001)
+        return asyncio.run(later(x)) + m[0]
+"""
 
 
 @isolated
@@ -79,6 +123,7 @@ def test_the_host_notices_what_is_not_isolated(program, trace):
         ("import math as m\nlimit = [1]\ndef f(x): return x", "assert m.floor(f(2.5)) == 2 and limit == [1]"),
         ("import dataclasses\n@dataclasses.dataclass\nclass P:\n  x: 'int'\ndef f(): return P(1)", "assert f().x == 1"),
         ("import tempfile\nwith tempfile.TemporaryFile() as t: t.write(b'x')", ""),
+        (SERVICES, "assert f(2) == 3"),
         ("print('hello')\nif __name__ == '__main__': input()", ""),
     ],
 )
@@ -143,26 +188,37 @@ def test_nothing_runs_without_isolation(monkeypatch, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["bwrap"]
 
 
-def references():
-    """`(name, program, tests, entry)` of every HumanEval problem and every MBPP test problem, solved."""
-    for line in (DATA / "humaneval/test.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        program = row["prompt"] + row["canonical_solution"]
-        yield row["task_id"], program, f"{row['test']}\ncheck({row['entry_point']})", row["entry_point"]
-    for line in (DATA / "mbpp/test.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        entry = re.match(r"assert\W+(\w+)", row["test_list"][0])[1]
-        yield row["task_id"], row["code"], "\n".join([row["test_setup_code"], *row["test_list"]]), entry
+def rows(name):
+    return [json.loads(line) for line in (DATA / name / "test.jsonl").read_text().splitlines()]
 
 
 @isolated
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs HumanEval and MBPP in ../shared/data/code")
-def test_reference_solutions_pass_and_their_absence_fails():
-    problems = list(references())
+def test_reference_solutions_pass_and_their_absence_fails(monkeypatch):
+    monkeypatch.setattr(sandbox, "check", functools.partial(sandbox.check, seconds=60))  # one computes for seconds
+    problems = [(utils.humaneval, row, row["canonical_solution"]) for row in rows("humaneval")]
+    problems += [(utils.mbpp, row, row["code"]) for row in rows("mbpp")]
     assert len(problems) == 164 + 500
     with ThreadPoolExecutor(2) as pool:
-        right = list(pool.map(lambda p: sandbox.check(p[1], p[2], entry=p[3], seconds=30), problems))
-        empty = list(pool.map(lambda p: sandbox.check("", p[2], entry=p[3]), problems[::20]))
-    assert {p[0]: o.reason for p, o in zip(problems, right, strict=True) if not o.passed} == {}
-    assert not any(o.passed for o in empty)
+        right = list(pool.map(lambda p: p[0](p[1], [[p[2]]]), problems))
+        empty = list(pool.map(lambda p: p[0](p[1], [["    pass"]]), problems[::20]))
+    assert {p[1]["task_id"]: o["reasons"] for p, o in zip(problems, right, strict=True) if not o["passes"]} == {}
+    assert not any(o["passes"] for o in empty)
+
+
+WRONG = {
+    "HumanEval/32": "    return 0.0\n\ndef poly(xs, x):\n    return 0.0\n",
+    "HumanEval/38": "    return s\n\ndef encode_cyclic(s):\n    return s\n",
+    "HumanEval/50": "    return s\n\ndef encode_shift(s):\n    return s\n",
+}
+
+
+@isolated
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs HumanEval in ../shared/data/code")
+@pytest.mark.parametrize("task", WRONG)
+def test_the_tests_use_the_helpers_of_the_prompt(task):
+    (row,) = [row for row in rows("humaneval") if row["task_id"] == task]
+    right = row["canonical_solution"] + WRONG[task].partition("\n\n")[2]  # by itself, or its own helper's inverse
+    found = utils.humaneval(row, [[WRONG[task], row["canonical_solution"], right]])
+    assert [reason == "passed" for reason in found["reasons"]][:2] == [False, True], found

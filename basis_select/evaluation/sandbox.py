@@ -1,9 +1,10 @@
 """Runs model-written Python without letting it touch the machine or its own verdict.
 
 Program and tests run in two processes, each in its own bubblewrap sandbox: no network, no other process visible, no
-file but the C library and Python read-only and an empty temporary folder of 64 MiB, one thread, limits on memory,
-time and the size of files. The program only ever answers the tests with values (numbers, strings, containers, its
-own objects): it cannot reach the tests, the verdict, or anything that outlives it.
+file but the C library and Python read-only and an empty temporary folder of 64 MiB, one thread, no system calls but
+those that Python needs, limits on memory, time and the size of files. The program only ever answers the tests with
+values (numbers, strings, containers, its own objects): it cannot reach the tests, the verdict, or anything that
+outlives it.
 """
 
 import contextlib
@@ -24,14 +25,31 @@ from pathlib import Path
 FOLDER = 2**26  # bytes of the temporary folder
 EXAMINER = 2**30  # bytes of memory for the tests' own process
 START = 60  # seconds in which a sandbox must start, on a busy machine too; they do not count as the program's
-# One process with one thread, so that its memory limit holds for all it does; memory that no limit counts; the outside.
-DENIED = """
-    fork vfork clone clone3
-    memfd_create shmget msgget semget vmsplice
-    socket socketcall ptrace process_vm_readv process_vm_writev
-    unshare setns mount umount2 pivot_root chroot fsopen open_tree move_mount
-    add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_setup
+# What Python needs to compute and to use its own folder. No other system call exists for the program, whatever its
+# number: no second process or thread, no memory that no limit counts, no change of what files are but their content.
+ALLOWED = """
+    read readv write writev pread64 preadv pwrite64 pwritev lseek close dup dup2 dup3 umask
+    open openat creat access faccessat faccessat2 stat fstat lstat newfstatat statx readlink readlinkat
+    getdents getdents64 getcwd chdir fchdir truncate ftruncate
+    mkdir mkdirat rmdir rename renameat renameat2 link linkat symlink symlinkat unlink unlinkat
+    brk munmap mremap mprotect execve exit exit_group wait4 arch_prctl set_tid_address set_robust_list rseq futex
+    getpid gettid getppid getpgrp getpgid getsid getuid geteuid getgid getegid getgroups getresuid getresgid
+    getrlimit getrusage times sysinfo uname sched_getaffinity sched_yield getcpu getrandom
+    kill tgkill rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend sigaltstack pause restart_syscall
+    alarm setitimer getitimer time gettimeofday clock_gettime clock_getres nanosleep clock_nanosleep
+    pipe pipe2 poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait
+    sendto recvfrom
 """
+# These only with the values named, as `(argument, bits of it that count, values)`; Linux numbers, for any machine.
+EVERY_BIT = 2**64 - 1
+ALLOWED_WITH = {
+    "fcntl": (1, EVERY_BIT, (0, 1, 2, 3, 4, 1030)),  # F_DUPFD, F_(GET|SET)(FD|FL), F_DUPFD_CLOEXEC: no locks or leases
+    "ioctl": (1, EVERY_BIT, (0x5401, 0x5421, 0x5450, 0x5451)),  # TCGETS, FIONBIO, FIONCLEX, FIOCLEX
+    "madvise": (2, EVERY_BIT, (4, 8)),  # MADV_DONTNEED, MADV_FREE
+    "mmap": (3, 0x40000, (0,)),  # without MAP_HUGETLB: huge pages are the machine's
+    "prlimit64": (0, EVERY_BIT, (0,)),  # of itself
+    "socketpair": (0, EVERY_BIT, (1,)),  # AF_UNIX: what asyncio wakes itself with
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +62,10 @@ def check(program, tests="", *, entry="", seconds=10.0, memory=2**30):
     """Run `program`, then `tests` against the names it defines, within `seconds` of wall time and `memory` bytes.
 
     Safe to call from threads. `entry` is the function under test; it matters where it hides a builtin or a standard
-    module: any other such name is the real one in the tests. What the program prints is not kept; installed packages
-    are not there; it cannot start threads or processes. Arguments reach it as copies; its own objects can be used by
-    the tests, but equal only themselves; its own exceptions arrive as the nearest builtin ones.
+    module: any other such name is the real one in the tests, and what they define is theirs. What the program prints
+    is not kept; installed packages are not there; it cannot start threads or processes, lock files, or change their
+    modes and times. Arguments reach it as copies; its own objects can be used by the tests, but equal only themselves;
+    its own exceptions arrive as the nearest builtin ones.
 
     With the tests apart nothing but the right values passes them. Not stopped: guessing these values, tests that ask
     too little, a hole in the kernel; and the kernel's bookkeeping of very many empty files (about 0.5 GiB in 10 s,
@@ -161,9 +180,12 @@ def _pipe_of(content):
 def _system_call_filter():
     import pyseccomp
 
-    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
-    for name in DENIED.split():
-        rules.add_rule(pyseccomp.ERRNO(errno.EPERM), name)
+    rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.ENOSYS))
+    for name in ALLOWED.split():
+        rules.add_rule(pyseccomp.ALLOW, name)
+    for name, (argument, bits, values) in ALLOWED_WITH.items():
+        for value in values:
+            rules.add_rule(pyseccomp.ALLOW, name, pyseccomp.Arg(argument, pyseccomp.MASKED_EQ, bits, value))
     read, write = os.pipe()
     with open(read, "rb") as file:
         with open(write, "wb") as target:
@@ -183,7 +205,7 @@ def _bubblewrap():
             command += ["--ro-bind", path, path]
     command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     command += ["--ro-bind", str(Path(__file__).with_name("sandbox_child.py")), "/sandbox_child.py"]
-    command += ["--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"]
+    command += ["--dev-bind", "/dev/null", "/dev/null"]
     return [*command, "--size", str(FOLDER), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
 
 

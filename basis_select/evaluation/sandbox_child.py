@@ -27,14 +27,15 @@ def main(role, memory, seconds):
         "CPU": int(seconds),
         "FSIZE": 2**24,
         "NOFILE": 64,
-        "CORE": 0,
+        "CORE": 1,  # no file and, unlike 0, no run of the machine's crash handler
         "MEMLOCK": 0,
         "MSGQUEUE": 0,
     }.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (most, most))
     other, parent = os.dup(0), os.dup(1)
+    null = os.open("/dev/null", os.O_RDWR)
     for standard in range(3):
-        os.dup2(os.open("/dev/null", os.O_RDWR), standard)
+        os.dup2(null, standard)
     if role == "examine":
         examine(Link(other), Link(parent))
     else:

@@ -1,5 +1,6 @@
 """What the task files beside this one call: where documents come from, and how answers are scored."""
 
+import ast
 import json
 import os
 import random
@@ -145,8 +146,15 @@ def mass_on_true_answers(doc, results):
 
 
 def humaneval(doc, results):
-    tests = f"{doc['test']}\ncheck({doc['entry_point']})\n"
+    tests = f"{helpers(doc)}\n{doc['test']}\ncheck({doc['entry_point']})\n"
     return _run([doc["prompt"] + text for text in results[0]], tests, doc["entry_point"])
+
+
+def helpers(doc):
+    """What a prompt defines beside the function asked for: the tests' own copy, whatever a completion makes of it."""
+    tree = ast.parse(doc["prompt"] + doc["canonical_solution"])
+    tree.body = [node for node in tree.body if getattr(node, "name", None) != doc["entry_point"]]
+    return ast.unparse(tree)
 
 
 def mbpp(doc, results):
