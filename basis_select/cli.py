@@ -13,11 +13,17 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 Changes = Annotated[list[str] | None, typer.Argument(help="section.key=value, changes the recipe")]
+MANY = 2**31 - 1
 RecipeFile = Annotated[Path, typer.Argument(help="a YAML recipe", show_default=False)]
 
 
 def main():
     app()
+
+
+def _fail(sentence):
+    typer.echo(f"error: {sentence}", err=True)
+    raise typer.Exit(1) from None
 
 
 def _command(function):
@@ -34,9 +40,12 @@ def _command(function):
         disable_progress_bar()  # of loading and saving; stages keep theirs
         try:
             function(*args, **kwargs)
-        except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(1) from None
+        except (ValueError, OSError, FloatingPointError, SafetensorError, ImportError) as error:
+            _fail(" ".join(str(error).split()))
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate.* memory", str(error)):
+                raise  # a fault of this package, whose place matters
+            _fail(f"the memory of this machine is not enough: {' '.join(str(error).split())[:200] or 'none is left'}")
         except KeyboardInterrupt:
             typer.echo("stopped; the same command continues", err=True)
             raise typer.Exit(130) from None
@@ -74,7 +83,7 @@ def run(
 def plan(
     recipe: RecipeFile,
     changes: Changes = None,
-    ranks: Annotated[int, typer.Option(min=1, help="processes that share the work, a machine each")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, max=4096, help="processes that share the work, a machine each")] = 1,
 ):
     """Say what a recipe will do and cost, without doing it."""
     from .plan import plan as make
@@ -150,12 +159,14 @@ def eval_(
     model: Annotated[str, typer.Argument(help="hub id, folder, adapter, GGUF file or wheel", show_default=False)],
     tasks: Annotated[str, typer.Option(help="names joined by commas; `suite`: the twelve of the capability suite")],
     against: Annotated[str | None, typer.Option(help="the parent to pair with, or its result file")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="first items of each task only")] = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="examples in the prompt, where a task has any")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="completions of each code problem, for pass@k")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, max=MANY, help="first items of each task only")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, max=1000, help="examples in the prompt, where a task has any")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, max=10_000, help="completions of each code problem, for pass@k")] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file with every item")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as saved")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="default from free memory")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=MANY, help="default from free memory")] = None,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="run programs the model writes, in the sandbox")
     ] = False,
@@ -186,10 +197,12 @@ Device = Annotated[str, typer.Option(help="cpu or cuda")]
 def bench(
     models: Annotated[list[str], typer.Argument(help="checkpoint folders or other models, compared with the first")],
     prompts: Annotated[str, typer.Option(help="lengths of the prompts")] = "32,128,512",
-    tokens: Annotated[int, typer.Option(help="tokens decoded after the shortest")] = 16,
-    rounds: Annotated[int, typer.Option(help="measurements of each")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, max=MANY, help="tokens decoded after the shortest")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="measurements of each")] = 5,
     compile: Annotated[bool, typer.Option("--compile", help="measure torch.compile's graphs too")] = False,
-    pause: Annotated[float, typer.Option(help="seconds of rest before each, against throttling")] = 0.0,
+    pause: Annotated[
+        float, typer.Option(min=0, max=3600, help="seconds of rest before each, against throttling")
+    ] = 0.0,
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="a JSON file for the result")] = None,
 ):
@@ -197,10 +210,9 @@ def bench(
     from .evaluation.bench import bench as measure
     from .evaluation.bench import table
 
-    if not re.fullmatch(r"\d+(,\d+)*", prompts):
-        raise ValueError(f"--prompts {prompts} should read like 32,128,512")
+    lengths = _counts("--prompts", prompts, "32,128,512")
+    _require_result(out, device)
     loaded = {_name(m, models): _load_to(m, device) for m in dict.fromkeys(models)}
-    lengths = [int(n) for n in prompts.split(",")]
     facts = measure(loaded, prompts=lengths, tokens=tokens, rounds=rounds, compiled=compile, pause=pause)
     _write(out, {"command": _command_line(), **facts})
     typer.echo(table(facts))
@@ -216,9 +228,9 @@ def profile(
     """Measure what each rank of each layer shape costs on this device, for prune.costs."""
     from .evaluation.profile import profile as measure
 
-    if not re.fullmatch(r"\d+(,\d+)*", tokens):
-        raise ValueError(f"--tokens {tokens} should read like 1,128")
-    facts = measure(_load_to(model, device), tokens=[int(n) for n in tokens.split(",")])
+    counts = _counts("--tokens", tokens, "1,128")
+    _require_result(out, device)
+    facts = measure(_load_to(model, device), tokens=counts)
     _write(out, {"command": _command_line(), **facts})
     typer.echo(f"costs of {len(facts['layers'])} layer shapes on {facts['device']}: {out}")
 
@@ -232,6 +244,8 @@ def export(
     """Write a model in a form that other runtimes read."""
     from .export import export as write
 
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty: choose another folder or remove it first")
     write(source, to, out)
     typer.echo(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
 
@@ -242,6 +256,30 @@ def _recipe(path, changes):
     return recipe.read(path, changes or ())
 
 
+def _counts(option, text, example):
+    """The numbers of a text like 1,128, each at least 1 and named once."""
+    found = [int(n) for n in text.split(",")] if re.fullmatch(r"\d{1,7}(,\d{1,7})*", text) else [0]
+    if min(found) < 1 or len(set(found)) < len(found):
+        raise ValueError(f"{option} {text[:80]} should read like {example}, different numbers from 1 on")
+    return found
+
+
+def _require_result(out, device):
+    """Raise ValueError, before a model is loaded, for a device that is not there or a file that cannot be written."""
+    import torch
+
+    from .rundir import require_file
+
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device)
+    if not match:
+        raise ValueError(f"--device {device[:80]!r} should be cpu, cuda or cuda:NUMBER")
+    if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"--device {device}: torch sees {f'{count} GPUs' if count else 'no GPU'} here")
+    if out:
+        require_file(out)
+
+
 def _load_to(source, device):
     """A model on a device, in bf16 where that is native there, else in fp32."""
     import torch
@@ -249,8 +287,6 @@ def _load_to(source, device):
     from .models import load
     from .training.precision import fast_bf16
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no GPU here")
     device = torch.device(device)
     return load(source, "bfloat16" if fast_bf16(device) else "float32")[0].to(device)
 

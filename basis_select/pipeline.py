@@ -33,19 +33,23 @@ from .heal import heal
 from .learn import learn
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer, load
-from .plan import check_budget, dense_on_meta, keep_of
+from .plan import check_budget, dense_on_meta, keep_of, require_decoder
 from .prune import prune
+from .reading import read_json, read_lines
 from .refine import refine
 from .rundir import (
     alone,
+    check_stages,
     environment,
     fingerprint,
     forget_peak_memory,
     peak_memory,
     publish,
-    read_json,
     replace_text,
     require_disk,
+    require_own,
+    settle,
+    sweep,
 )
 from .sizes import sizes
 from .stage_work import (
@@ -70,21 +74,25 @@ def run(recipe, folder, shard=False):
 
     The folder receives recipe.yaml (every default written out), manifest.json, metrics.jsonl, stages/, final/
     (the checkpoint), results.json, results.md and report.html; for a recipe with `sizes` also final-SIZE/, curve.csv
-    and curve.png. On several ranks the first runs this and the others train with it (ranks.lead); `shard` spreads
-    parent, model and optimizer over them while they tune and heal. Raises ValueError if another run uses the folder.
+    and curve.png. What an earlier run published stays until all of this one is there, and only what a run wrote is
+    replaced. On several ranks the first runs this and the others train with it (ranks.lead); `shard` spreads
+    parent, model and optimizer over them while they tune and heal. Raises ValueError, before any work, if another run
+    uses the folder, if it holds a damaged stage or files of somebody else where the run would write.
     """
     folder = Path(folder)
-    (folder / "stages").mkdir(parents=True, exist_ok=True)
+    require_own(folder, recipe.model)
+    folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
-        replace_text(folder / "recipe.yaml", recipes.write(recipe))
+        (folder / "stages").mkdir(exist_ok=True)
+        sweep(folder)
+        check_stages(folder)
         stages = Stages(recipe, folder, shard)
         rows = {recipes.RESULT: recipe, **recipe.family(), **recipe.variants()}
+        require_decoder(config_and_tokenizer(recipe.model)[0], recipe.model)
         loaded = stages.loaded()
         for row in rows.values():  # what cannot be met is said before hours are spent on tuning
             check_budget(row, loaded / "model", stages.task)
-        parent = stages.parent()
-        replace_text(folder / "manifest.json", json.dumps(_manifest(recipe, parent, stages.task), indent=1))
-        finals = {"parent": stages.final(parent)}
+        finals = {"parent": stages.final(stages.parent())}
         for name, row in rows.items():
             finals[name] = stages.final(stages.compressed(row))
         evaluations = {name: stages.evaluated(final) for name, final in finals.items()}
@@ -92,12 +100,16 @@ def run(recipe, folder, shard=False):
         results = {
             name: _row(name, finals[name], evaluations[name], evaluations["parent"], speeds[name]) for name in finals
         }
+        results[recipes.RESULT]["reloaded"] = verify(finals[recipes.RESULT] / "model")
+        (folder / "results.json").unlink(missing_ok=True)  # no push says of new weights what is true of the old ones
         publish(finals[recipes.RESULT], folder / "final")
         for size, name in zip(recipe.sizes, recipe.family(), strict=True):
             publish(finals[name], folder / f"final-{size}")
-        results[recipes.RESULT]["reloaded"] = verify(folder / "final")
-        replace_text(folder / "results.json", json.dumps(results, indent=1))
+        manifest = _manifest(recipe, stages.parent(), finals[recipes.RESULT], stages.task)
+        replace_text(folder / "recipe.yaml", recipes.write(recipe))
+        replace_text(folder / "manifest.json", json.dumps(manifest, indent=1))
         replace_text(folder / "results.md", table(results))
+        replace_text(folder / "results.json", json.dumps(results, indent=1))
         if recipe.sizes:
             curve({name: results[name] for name in ("parent", recipes.RESULT, *recipe.family())}, folder)
         report(folder)
@@ -116,13 +128,16 @@ class Stages:
     def loaded(self):
         """The model as it came, in fp32."""
         source = self.recipe.model
+        config, _ = config_and_tokenizer(source)
+        revision = getattr(config, "_commit_hash", None)  # of a model on the hub
 
         def work(out):
             model, tokenizer = load(source, "float32")
             save(model, tokenizer, out / "model")
             return {"sizes": sizes(model, out / "model")}
 
-        return self.stage("load", {"model": source, "files": fingerprint(source)}, [], work)
+        given = {"model": source, "revision": revision, "files": fingerprint(source)}
+        return self.stage("load", given, [], work)
 
     def parent(self):
         """The dense model that the task runs well on, in fp32."""
@@ -299,6 +314,14 @@ class Stages:
         tokenizer = AutoTokenizer.from_pretrained(self.loaded() / "model")
         return load_task(self.recipe.task, tokenizer, self.recipe.seed, **dataclasses.asdict(self.recipe.data))
 
+    @cached_property
+    def data_key(self):
+        """A digest of the examples themselves, however their source was edited, and of how they are scored."""
+        r, splits = self.recipe, (self.task.train, self.task.validation, self.task.test)
+        examples = [[dataclasses.astuple(e) for e in split] for split in splits]
+        data = [r.task, r.seed, dataclasses.asdict(r.data), examples, self.task.stops]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
     def stage(self, name, options, upstream, work):
         """The folder `stages/name-key`; `work(partial_folder)` fills it, unless it is there already."""
         options = options if isinstance(options, dict) else dataclasses.asdict(options)
@@ -320,6 +343,7 @@ class Stages:
             "stage": name,
             "options": options,
             "upstream": [u.name for u in upstream],
+            "made_with": environment(),
             **(work(partial) or {}),
         }
         facts |= {"seconds": round(time.monotonic() - began, 2), "peak_memory_bytes": peak_memory()}
@@ -327,6 +351,7 @@ class Stages:
             facts["weights_sha256"] = weight_hash(partial / "model")
         replace_text(partial / "stage.json", json.dumps(facts, indent=1))
         shutil.rmtree(partial / "trainer", ignore_errors=True)
+        settle(partial)
         partial.rename(target)
         _collect_metrics(self.folder)
         return target
@@ -367,14 +392,14 @@ def _history(stage):
 def _collect_metrics(folder):
     lines = []
     for path in sorted(folder.glob("stages/*/metrics.jsonl"), key=lambda p: p.stat().st_mtime):
-        lines += [json.dumps({"stage": path.parent.name, **json.loads(row)}) for row in path.read_text().splitlines()]
+        lines += [json.dumps({"stage": path.parent.name, **row}) for row in read_lines(path)]
     replace_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
 
 
-def _manifest(recipe, parent, task):
+def _manifest(recipe, parent, result, task):
     encoded = json.dumps([[e.input_ids for e in split] for split in (task.train, task.validation, task.test)])
     return {
-        **environment(),
+        **_made_with(result),
         "seed": recipe.seed,
         "parent_weights_sha256": read_json(parent / "stage.json")["weights_sha256"],
         "data_sha256": hashlib.sha256(encoded.encode()).hexdigest(),
@@ -385,3 +410,15 @@ def _manifest(recipe, parent, task):
             **task.report,
         },
     }
+
+
+def _made_with(result):
+    """`environment()` of the stages that `result` came from; where they differ, each one's, joined by commas."""
+    made = [read_json(result.parent / stage["stage"] / "stage.json").get("made_with", {}) for stage in _history(result)]
+    names = {name: None for one in made for name in one.get("versions", {})}
+    versions = {name: _joined(one.get("versions", {}).get(name) for one in made) for name in names}
+    return {"versions": versions, **{key: _joined(one.get(key) for one in made) for key in ("python", "machine")}}
+
+
+def _joined(values):
+    return ", ".join(dict.fromkeys(value or "unknown" for value in values))

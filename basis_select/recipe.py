@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import math
+import string
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +17,15 @@ from pathlib import Path
 import yaml
 
 from .decompose import decompose
+from .evaluation.profile import parse_latency
 from .extend import INITS, extend
 from .heal import heal
 from .learn import learn
-from .linalg.budget import BYTES, keep_for
+from .linalg.budget import BYTES, parse_size
 from .linalg.metrics import METRICS
 from .linalg.scores import SCORES
 from .prune import BUDGETS, prune
+from .reading import parse_yaml, read_yaml, shown
 from .refine import refine
 from .tasks import SCORES as ANSWER_SCORES
 from .tasks import load_task
@@ -47,6 +51,33 @@ Data = _options(load_task)
 
 RESULT = "result"  # the name of the recipe's own row among those it compares
 TARGETS = ("keep", "size", "max_drop", "mass", "latency")  # of prune: how much stays
+COMMON = ("model", "task", "seed", "dtype", "sizes", "compare", "data", "tune")  # what all rows of a run share
+TINY = math.ulp(0)  # above 0
+FINITE = 3e38  # in float32
+MANY = 2**31 - 1
+LIMITS = {  # of every option that is a number, in any section: the least and the most
+    "seed": (0, 2**32 - 1),
+    "soft_labels": (0, MANY),
+    "steps": (0, MANY),
+    "batch_size": (1, MANY),
+    "examples": (1, MANY),
+    "train": (1, MANY),
+    "validation": (1, MANY),
+    "test": (1, MANY),
+    "max_length": (1, MANY),
+    "rounds": (0, MANY),
+    "rank": (0, MANY),
+    "new": (0, MANY),
+    "lora": (0, MANY),
+    "multiple_of": (1, MANY),
+    "lr": (TINY, FINITE),
+    "kl": (0, FINITE),
+    "max_drop": (TINY, FINITE),
+    "unpruned": (0, 1),
+    "keep": (TINY, 1),
+    "mass": (TINY, 1),
+    "keep_embedding": (TINY, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -92,31 +123,54 @@ SECTIONS = {f.name: f.type for f in dataclasses.fields(Recipe) if dataclasses.is
 def read(path, overrides=()):
     """A Recipe from a YAML file and `section.key=value` strings. Raises ValueError naming file and key."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe at {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a mapping of recipe keys")
+    content = read_yaml(path)
     for key in ("model", "task"):
         if key not in content:
             raise ValueError(f"{path} does not name a {key}")
-    recipe = override(Recipe(model=content.pop("model"), task=content.pop("task")), _flat(content, path), str(path))
+    recipe = override(Recipe(model="", task=""), _flat(content, path), str(path))
     changes = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"{text!r} should read key=value, for example prune.keep=0.25")
-        changes[key] = yaml.safe_load(value)
+            raise ValueError(f"{shown(text)} should read key=value, for example prune.keep=0.25")
+        changes[key] = parse_yaml(value, f"command line: {key}")
     recipe = override(recipe, changes, "command line")
+    _check_rows(recipe, path)
     for name, row in {"": recipe, **recipe.family(), **recipe.variants()}.items():  # mistakes show now, not after hours
         try:
             _check_values(row)
         except ValueError as error:
             raise ValueError(f"{path}{name and f', {name}'}: {error}") from None
     return recipe
+
+
+def _check_rows(recipe, path):
+    """Raise ValueError unless further sizes and rows of `compare` are other models under names of their own."""
+    own = recipe.prune.size if recipe.prune.keep is None else recipe.prune.keep
+    seen = {}
+    for size in [*([] if own is None else [own]), *recipe.sizes]:
+        if type(size) not in (int, float, str):
+            raise ValueError(f"{path}: sizes holds {shown(size)}, a size is a fraction to keep or text like 4x")
+        try:
+            amount = parse_size(size) if isinstance(size, str) else ("keep", size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if amount in seen:
+            raise ValueError(f"{path}: the size {size!r} is the same as {seen[amount]!r}: name every size once")
+        seen[amount] = size
+    for name, changes in recipe.compare.items():
+        where = f"{path}: compare.{shown(name)[1:-1]}"
+        if name.casefold() in ("parent", RESULT) or name.casefold().startswith(f"{RESULT} at "):
+            raise ValueError(f"{where} is the name of a row that every run has: choose another")
+        if not 0 < len(name) <= 60 or not name.isprintable() or name != name.strip():
+            raise ValueError(f"{where}: the name of a row is up to 60 printable characters, none a space at its ends")
+        if not isinstance(changes, dict) or not changes:
+            raise ValueError(
+                f"{where} is {shown(changes)}, it should hold what differs from the recipe, as heal.steps: 50"
+            )
+        for key in changes:
+            if key.partition(".")[0] in COMMON:
+                raise ValueError(f"{where}: {key} is what all rows share: a run of its own can have another")
 
 
 def _check_values(r):
@@ -131,17 +185,15 @@ def _check_values(r):
         ("data.score", r.data.score, (None, *ANSWER_SCORES)),
     ):
         if value not in known:
-            raise ValueError(f"{name} is {value!r}; known are {', '.join(map(str, known))}")
+            raise ValueError(f"{name} is {shown(value)}; known are {', '.join(map(str, known))}")
     targets = {k: getattr(r.prune, k) for k in TARGETS if getattr(r.prune, k) is not None}
     if len(targets) != 1:
         raise ValueError(f"prune names {' and '.join(targets) or 'no size'}: give exactly one of {', '.join(TARGETS)}")
-    for key, value in targets.items():
-        if key in ("keep", "mass") and not 0 < value <= 1:
-            raise ValueError(f"prune.{key} is {value}, it should be a fraction above 0 and up to 1")
-        if key == "size":
-            keep_for(2**80, 2**80, r.dtype, size=value)  # only its form: the model is not known yet
-    if r.soft_labels < 0:
-        raise ValueError(f"soft_labels is {r.soft_labels}, it should be a number of tokens, or 0 for the parent itself")
+    if r.prune.size is not None:
+        parse_size(r.prune.size)
+    if r.prune.latency is not None:
+        parse_latency(r.prune.latency)
+    _check_data(r)
     if r.prune.keep_embedding is not None and not r.decompose.embedding:
         raise ValueError("prune.keep_embedding is for an embedding written as bases: it goes with decompose.embedding")
     if r.decompose.embedding and r.prune.keep_embedding is None:
@@ -161,6 +213,21 @@ def _check_values(r):
         raise ValueError(f"learn.rounds={r.learn.rounds} prunings do not fit into {room} steps of learning")
 
 
+def _check_data(r):
+    for key in ("model", "task"):
+        if not getattr(r, key).strip() or not getattr(r, key).isprintable():
+            raise ValueError(f"{key} is {shown(getattr(r, key))}, it should be the name or path of a {key}")
+    folder = (r.data.options or {}).get("data_dir", "")
+    if not isinstance(folder, str):
+        raise ValueError(f"data.options.data_dir is {shown(folder)}, it should be the path of a folder")
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(r.data.prompt or "") if field is not None]
+    except ValueError as error:
+        raise ValueError(f"data.prompt is {shown(r.data.prompt)}: {error}") from None
+    if wrong := [field for field in fields if not field.isidentifier()]:
+        raise ValueError(f"data.prompt names {{{wrong[0]}}}: between braces should be a name alone, as {{question}}")
+
+
 def write(recipe):
     """The YAML text of a recipe with every default written out."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
@@ -171,7 +238,7 @@ def _flat(content, path):
     for key, value in content.items():
         if key in SECTIONS:
             if not isinstance(value, dict):
-                raise ValueError(f"{path}: {key} holds options, {value!r} is none")
+                raise ValueError(f"{path}: {key} holds options, {shown(value)} is none")
             flat |= {f"{key}.{name}": v for name, v in value.items()}
         else:
             flat[key] = value
@@ -181,7 +248,7 @@ def _flat(content, path):
 def override(recipe, changes, where):
     """`recipe` with `{"key" or "section.key": value}` changed; every key and type is checked."""
     if not isinstance(changes, dict):
-        raise ValueError(f"{where}: {changes!r} is not a mapping of recipe keys")
+        raise ValueError(f"{where}: {shown(changes)} is not a mapping of recipe keys")
     for key, value in changes.items():
         section, dot, name = key.partition(".")
         if dot and section in SECTIONS:
@@ -220,22 +287,19 @@ def _checked(options, name, value, where, prefix):
             value = float(value)
     if not any(type(value) is kind for kind in kinds):
         names = " or ".join("nothing" if k is types.NoneType else k.__name__ for k in kinds)
-        raise ValueError(f"{where} is {value!r}, it should be {names}")
-    if name in (
-        "steps",
-        "batch_size",
-        "examples",
-        "train",
-        "validation",
-        "test",
-        "max_length",
-        "rank",
-        "lora",
-        "multiple_of",
-    ):
-        least = 0 if name in ("steps", "rank", "lora") else 1
-        if value < least:
-            raise ValueError(f"{where} is {value}, it should be at least {least}")
-    if name == "lr" and value is not None and not value > 0:
-        raise ValueError(f"{where} is {value}, it should be above 0")
+        raise ValueError(f"{where} is {shown(value)}, it should be {names}")
+    if type(value) in (int, float):
+        least, most = LIMITS[name]
+        if not least <= value <= most:
+            raise ValueError(f"{where} is {shown(value)}, it should be {_range(least, most)}")
     return value
+
+
+def _range(least, most):
+    if (least, most) == (TINY, 1):
+        return "a fraction above 0 and up to 1"
+    if most == 1:
+        return "a fraction from 0 to 1"
+    if least == TINY:
+        return "above 0" + ("" if most != FINITE else " and finite")
+    return f"at least {least}" + (" and finite" if most == FINITE else f" and at most {most}")

@@ -3,32 +3,198 @@
 import contextlib
 import ctypes
 import errno
-import fcntl
+import functools
 import gc
-import json
 import os
 import platform
-import resource
+import re
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
+from filelock import FileLock, Timeout
+
+from .checkpoint.files import SIDECAR, check_hashes, sha256, stored, weight_hash
+from .reading import read_json, read_lines
+
+NAME = r"\.?[a-z_]+-[0-9a-f]{10}"  # of the folder of a stage; hidden until it is whole
+FINALS = ("final", "final-*")
+WRITTEN = ("recipe.yaml", "manifest.json", "metrics.jsonl", "results.json", "results.md", "report.html", "curve.*")
+STAGE = {"stage": str, "options": dict, "upstream": [str], "seconds": float, "peak_memory_bytes": int}
+BOUND = (float, type(None))
+INTERVAL = {"value": float, "low": BOUND, "high": BOUND}
+SIZES = {"bases": int, "targeted": int, "targeted_dense": int, "parameters": int, "parameters_dense": int, "bytes": int}
+FACTS = {  # what stages without a model leave
+    "evaluate": ("evaluation.json", {"accuracy": (dict, type(None)), "nll": INTERVAL, "n": int, "items": [dict]}),
+    "time": ("speed.json", {str: {"median": float, "low": float, "high": float}}),
+}
+EXCHANGE = 2  # of Linux' renameat2, both paths relative to the working folder
+HERE = -100
 
 
 def fingerprint(source):
-    """What tells one state of a local file or folder from another; empty for what is not on disk."""
+    """`[[name, sha256], ...]` of a local file, or of those in a folder and of the base of an adapter there.
+
+    Empty for what is not on disk.
+    """
     path = Path(source)
-    found = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in found]
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
+    found = [[p.name, _digest(p)] for p in files]
+    if (path / "adapter_config.json").is_file():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        if isinstance(base, str) and Path(base).resolve() != path.resolve():
+            found += fingerprint(base)
+    return found
+
+
+def _digest(path):
+    """The sha256 of a file, computed once in a process for a state of it: no edit leaves its ctime as it was."""
+    state = path.stat()
+    return _sha256(path.resolve(), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@functools.cache
+def _sha256(path, *state):
+    return sha256(path)
+
+
+def require_file(path):
+    """Raise ValueError unless a result can be written to the file `path`, before what it costs to get one."""
+    path = Path(path)
+    above = next(p for p in path.resolve().parents if p.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        why = "it is a folder" if path.is_dir() else f"{above} is no folder in which files can be written"
+        raise ValueError(f"the result cannot be written to {path}: {why}")
+
+
+def require_own(folder, model):
+    """Raise ValueError if a run in `folder` would replace anything that no run wrote."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: --out names the folder of a run")
+    if Path(model).is_dir() and Path(model).resolve() == folder.resolve():
+        raise ValueError(f"{folder} is the folder of the model: name another with --out")
+    there = sorted(p.name for pattern in (*WRITTEN, *FINALS, "stages") for p in folder.glob(pattern))
+    if there and not _is_run(folder / "stages"):
+        raise ValueError(f"{folder} holds {there[0]}, and is no run's folder: name another with --out, or move that")
+    for path in (p for pattern in WRITTEN for p in folder.glob(pattern)):
+        if not path.is_file():
+            raise ValueError(f"{path} is no file that a run wrote: move it")
+    for path in (p for pattern in FINALS for p in folder.glob(pattern)):
+        require_saved(path)
+
+
+def _is_run(stages):
+    """Whether a run made the folder `stages`: it makes that before all else, and only stages in it."""
+    return stages.is_dir() and all(p.name.startswith(".") or re.fullmatch(NAME, p.name) for p in stages.iterdir())
+
+
+def require_saved(folder):
+    """Raise ValueError unless every file of a published checkpoint is the one that was saved, and nothing is beside."""
+    if folder.is_symlink() or not folder.is_dir() or not (folder / SIDECAR).is_file():
+        raise ValueError(f"{folder} is no checkpoint that a run wrote: move it")
+    known = {SIDECAR, *read_json(folder / SIDECAR, {"sha256": {str: str}})["sha256"]}
+    for path in sorted(folder.iterdir()):
+        if path.name not in known or path.is_symlink() or not path.is_file():
+            raise ValueError(f"{path} was not written by a run, which would remove it with {folder}: move it")
+    try:
+        check_hashes(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; a run would remove it with {folder}: move that") from None
+
+
+def check_stages(folder):
+    """Raise ValueError, naming the file, unless every stage in the folder of a run is whole, as far as headers tell.
+
+    The hashes of weights are checked where they are loaded.
+    """
+    for path in sorted(folder.glob("stages/*")):
+        if not re.fullmatch(NAME, path.name):
+            continue
+        if path.is_symlink() or not path.is_dir():
+            raise ValueError(f"{path} is not the folder of a stage: remove it, and the stage is made again")
+        if not path.name.startswith("."):
+            try:
+                _check_stage(path, path.name.rpartition("-")[0])
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{error}; remove {path}, and the stage is made again") from None
+
+
+def _check_stage(path, name):
+    facts = read_json(path / "stage.json", STAGE)
+    if facts["stage"] != name:
+        raise ValueError(f"{path / 'stage.json'} is of another stage, {facts['stage']}")
+    if name in FACTS:
+        read_json(path / FACTS[name][0], FACTS[name][1])
+    if (path / "metrics.jsonl").exists():
+        read_lines(path / "metrics.jsonl", {"step": int, "loss": float})
+    if name == "derivatives":
+        stored(path)
+    if name in (*FACTS, "derivatives", "soft_labels"):
+        return
+    facts = read_json(path / "stage.json", {"sizes": SIZES, "weights_sha256": str})
+    stored(path / "model")
+    if weight_hash(path / "model") != facts["weights_sha256"]:
+        raise ValueError(f"{path / 'model'} holds other weights than {path / 'stage.json'} says")
+
+
+def sweep(folder):
+    """Finish or remove what killed runs left in the folder of a run; whoever calls it holds the lock."""
+    for old in folder.glob(".final*.old"):
+        target = old.with_name(old.name[1 : -len(".old")])
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+    for path in (*folder.glob(".final*.new"), *folder.glob("stages/.*/.model-*"), *folder.glob("stages/*/.model-*")):
+        shutil.rmtree(path)
+    for path in (*folder.glob(".*.partial"), *folder.glob("stages/.*/.*.partial")):
+        path.unlink()
 
 
 def publish(final, target):
-    partial = target.with_name(f".{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(final / "model", partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    """Copy the checkpoint of a stage to `target`, which holds the old one until the new one is whole and on disk."""
+    if target.exists():
+        require_saved(target)
+        if (target / SIDECAR).read_bytes() == (final / "model" / SIDECAR).read_bytes():
+            return
+    new = target.with_name(f".{target.name}.new")
+    shutil.copytree(final / "model", new)
+    check_hashes(new)
+    settle(new)
+    old = target.with_name(f".{target.name}.old")
+    if not target.exists():
+        new.rename(target)
+    elif _exchange(new, target):
+        shutil.rmtree(new)
+    else:  # `sweep` puts the old one back if the process dies between these two
+        target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old)
+    _sync(target.parent)
+
+
+def _exchange(one, other):
+    """Whether two folders have changed their names in one step, which Linux can on most file systems."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    return rename is not None and rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+
+
+def settle(folder):
+    """Return when all files of `folder`, and the folder, are on disk."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path):
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def require_disk(folder, upstream):
@@ -70,17 +236,25 @@ def process_memory(field):
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if field in line)
+    if os.name == "nt":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # only where there is such a thing
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 @contextlib.contextmanager
 def alone(folder):
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is using {folder}: wait for it or name another folder") from None
+    """Hold the lock of a run's folder. Raises ValueError if another process does."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another run is using {folder}: wait for it or name another folder") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def environment():
@@ -100,12 +274,14 @@ def _installed(name):
         return False
 
 
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def replace_text(path, text):
     """Replace a file in one step: readers see the old text or the new."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

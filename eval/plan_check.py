@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from basis_select import plan, rundir
+from basis_select import plan, reading, rundir
 from basis_select.checkpoint.files import save
 from basis_select.cost import Flops
 from basis_select.models import config_and_tokenizer, load
@@ -63,7 +63,7 @@ def child(model, task, folder, stage, counting):
     }
     with Flops() if counting else contextlib.nullcontext() as count:
         found = run[stage]()
-    facts = rundir.read_json(found / "stage.json")
+    facts = reading.read_json(found / "stage.json")
     print(json.dumps({"flops": count.flops if counting else None, **facts}))
 
 

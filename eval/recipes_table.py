@@ -21,7 +21,8 @@ from basis_select import plan as planning
 from basis_select import recipe as recipes
 from basis_select.evaluation.report import cells, markdown
 from basis_select.models import config_and_tokenizer
-from basis_select.rundir import read_json, replace_text
+from basis_select.reading import read_json
+from basis_select.rundir import replace_text
 from basis_select.tasks import SPLITS, read_rows
 
 REPO = Path(__file__).parents[1]

@@ -5,7 +5,6 @@ the same tensor, the seconds of the dense product and of the factored one at eac
 what `prune(latency=, costs=)` chooses by.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -16,10 +15,15 @@ from tqdm.auto import tqdm
 
 from ..bases import LowRankLinear
 from ..decompose import same_input, targets
+from ..reading import read_json
 from .speed import Generation, environment, take_turns
 
 COPIES = 4  # layers of a shape timed together, each with weights of its own: what was just read is still in a cache
 POOL = 2**28  # bytes of weights that are walked through, more than caches hold
+TABLE = {  # what the file that `profile` fills holds
+    "layers": [{"in": int, "out": [int], "dense": {str: float}, "ranks": {str: {str: float}}}],
+    "model": {str: float},
+}
 GRID = 32  # ranks of a shape at most, from one step to break-even
 
 
@@ -115,6 +119,16 @@ def _prepare(x, copies):
     return lambda: run
 
 
+def parse_latency(latency):
+    """`(number, "x" or "ms", tokens at once)` of text like "2x decode". Raises ValueError for other text."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)(x|ms) (?:decode|prefill (\d{1,9}))", latency)
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"latency={latency[:40]!r} should read like 2x decode, 20ms decode or 1.5x prefill 128")
+    if match[2] == "x" and float(match[1]) < 1:
+        raise ValueError(f"latency={latency!r} asks for a slower model: it should be 1x or more")
+    return float(match[1]), match[2], match[3] or "1"
+
+
 def prices(path, latency, shapes, reserve=0, more=()):
     """What `linalg.budget.allocate` needs to choose ranks by time: `([(rank, seconds), ..., (None, seconds)] per shape,
     seconds that all of them may take)`.
@@ -127,14 +141,14 @@ def prices(path, latency, shapes, reserve=0, more=()):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no table of costs at {path}: basis-select profile makes one")
-    costs = json.loads(path.read_text(encoding="utf-8"))
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(x|ms) (?:decode|prefill (\d+))", latency)
-    if not match or float(match[1]) == 0:
-        raise ValueError(f"latency={latency!r} should read like 2x decode, 20ms decode or 1.5x prefill 128")
-    tokens = match[3] or "1"
+    costs = read_json(path, TABLE)
+    number, unit, tokens = parse_latency(latency)
     if tokens not in costs["model"]:
         raise ValueError(f"{path} has no times of {tokens} tokens at once, only of {', '.join(costs['model'])}")
     measured = {(layer["in"], tuple(layer["out"])): layer for layer in costs["layers"]}
+    for layer in costs["layers"]:
+        if any(tokens not in times for times in (layer["dense"], *layer["ranks"].values())):
+            raise ValueError(f"{path} has no times of {tokens} tokens at once for {layer['in']} -> {layer['out']}")
     for reads, writes in (*shapes, *(shape for shape, _ in more)):
         if (reads, writes) not in measured:
             raise ValueError(
@@ -145,7 +159,7 @@ def prices(path, latency, shapes, reserve=0, more=()):
         ranks = [(int(r) - reserve, t[tokens]) for r, t in measured[shape]["ranks"].items() if int(r) > reserve]
         choices.append([*ranks, (None, measured[shape]["dense"][tokens])])
     now = costs["model"][tokens]
-    allowed = now / float(match[1]) if match[2] == "x" else float(match[1]) / 1e3
+    allowed = now / number if unit == "x" else number / 1e3
     free = allowed - now + sum(c[-1][1] for c in choices)
     for shape, rank in more:
         layer = measured[shape]

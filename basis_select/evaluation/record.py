@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 
 from ..models import config_and_tokenizer, load
-from ..rundir import environment, read_json, replace_text
+from ..reading import misfit, read_json
+from ..rundir import environment, replace_text, require_file
 from ..sizes import sizes
 from .accuracy import SEED, compare
 from .report import interval
 from .standard import SUITE, domains, evaluate_task, expand
+
+REPORT = {"model": {"dtype": str, "sizes": dict}, "tasks": {str: dict}, "settings": dict, "domains": dict}
+RESULT = {"n": int, "of": int, "items": [dict], "batch_size": int}  # of a task
 
 
 def measure(
@@ -37,7 +41,11 @@ def measure(
     same three for `against`, `paired` (`{name: compare}`), versions, seed, settings and the command. Raises
     ValueError if results cannot be paired. Rows that the model was tuned on are not tested, on the parent neither.
     """
+    if out:
+        require_file(out)
     names = expand(names, allow_code_execution)
+    if not names:
+        raise ValueError("no task is named: give at least one, or `suite`")
     how = {"limit": limit, "shots": shots, "samples": samples}
     batches = dict.fromkeys(names, batch_size)
     parent = None
@@ -92,12 +100,13 @@ def _measured(source, dtype, names, how, batches, known=None):
 def _recorded(path, names, how, dtype):
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no result file at {path}")
-    report = read_json(Path(path))
-    if not {"model", "tasks", "settings"} <= report.keys():
-        raise ValueError(f"{path} is not a result file of this command")
+    report = read_json(Path(path), REPORT)
     missing = [name for name in names if name not in report["tasks"]]
     if missing:
         raise ValueError(f"{path} has no result for {missing[0]}: it holds {', '.join(report['tasks'])}")
+    lost = next((name for name in names if misfit(report["tasks"][name], RESULT)), None)
+    if lost:
+        raise ValueError(f"{path} is damaged: {misfit(report['tasks'][lost], RESULT, f'tasks.{lost}')}")
     if report["settings"] != how:
         raise ValueError(f"{path} was measured with {report['settings']}, this is {how}: they cannot be paired")
     if dtype not in (None, report["model"]["dtype"]):

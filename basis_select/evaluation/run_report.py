@@ -4,17 +4,27 @@ Every section is a function of the run that returns `(explanation, HTML)`, or on
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import yaml
 
+from ..reading import misfit, read_json, read_lines, read_yaml
 from ..recipe import RESULT, SECTIONS, Recipe
-from ..rundir import read_json, replace_text
+from ..rundir import INTERVAL, SIZES, check_stages, replace_text
 from . import figures, html, spectra
 from .report import ALIGN, HEAD, cells, interval, peak
 
 TRAINED = ("tune", "learn", "refine", "heal")
+ROW = {
+    "accuracy": (dict, type(None)),
+    "nll": INTERVAL,
+    "n": int,
+    "sizes": SIZES,
+    "decode_tokens_per_second": {"median": float, "low": float, "high": float},
+    "paired": (dict, type(None)),
+    "stages": [{"stage": str, "seconds": float, "peak_memory_bytes": int}],
+    "weights_sha256": str,
+}
 SPECTRA = 6  # layers whose weights are drawn
 
 
@@ -47,8 +57,12 @@ def report(folder):
     if not (folder / "results.json").is_file():
         raise FileNotFoundError(f"{folder} holds no results.json: name the folder of a finished run")
     given = folder / "recipe.yaml"
-    given = yaml.safe_load(given.read_text(encoding="utf-8")) if given.is_file() else {}
-    run = Run(folder, read_json(folder / "results.json"), given)
+    given = read_yaml(given) if given.exists() else {}
+    results = read_json(folder / "results.json", {"parent": dict, RESULT: dict})
+    if wrong := misfit(results, {str: ROW}) or _unmeasured(results):
+        raise ValueError(f"{folder / 'results.json'} is damaged or was written by something else: {wrong}")
+    check_stages(folder)
+    run = Run(folder, results, given)
     shown, left_out = [], []
     for heading, section in SECTIONS_OF_A_RUN.items():
         found = section(run)
@@ -60,6 +74,18 @@ def report(folder):
     text = html.page(title, verdict(run), numbers(run.results), shown, left_out)
     replace_text(folder / "report.html", text)
     return folder / "report.html"
+
+
+def _unmeasured(results):
+    """What a row of results lacks beside the shape of ROW, as a phrase."""
+    paired, accuracy = dict.fromkeys(("both", "gained", "lost", "neither"), int) | {"p": float}, INTERVAL
+    for name, row in results.items():
+        for key, shape in (("accuracy", accuracy), ("paired", paired)):
+            if row[key] is not None and (wrong := misfit(row[key], shape, f"{name}.{key}")):
+                return wrong
+        if not row["stages"]:
+            return f"{name}.stages is empty"
+    return None
 
 
 def verdict(run):
@@ -246,7 +272,7 @@ def cost(run):
 
 def training(run):
     path = run.folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = read_lines(path, {"stage": str, "step": int, "loss": float}) if path.exists() else []
     drawn = []
     for kind in TRAINED:
         users = {}

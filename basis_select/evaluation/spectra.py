@@ -2,7 +2,7 @@
 
 from safetensors import safe_open
 
-from ..rundir import read_json
+from ..reading import read_json
 
 
 def bases_of(stage):

@@ -31,14 +31,11 @@ def keep_for(total, targeted, dtype, keep=None, size=None, saved=0):
         if not 0 < keep <= 1:
             raise ValueError(f"keep={keep} is not a fraction above 0 and up to 1 of the targeted parameters")
         return keep
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(x|[KMB]|[KMG]B)", str(size))
-    if not match or float(match[1]) == 0:
-        raise ValueError(f"size={size!r} should read like 4x, 90M or 120MB")
-    number, unit = float(match[1]), match[2]
-    if unit == "x":
-        allowed = total / number
-    else:
-        allowed = number * {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}[unit[0]] / (BYTES[dtype] if len(unit) == 2 else 1)
+    number, unit = parse_size(str(size))
+    allowed = total / number if unit == "x" else number / (BYTES[dtype] if unit == "bytes" else 1)
+    if allowed > total:
+        whole = f"{total / 1e6:.1f} M parameters, {total * BYTES[dtype] / 1e6:.0f} MB in {dtype}"
+        raise ValueError(f"size={size} is more than the model has: {whole}")
     rest = total - targeted - saved
     fraction = (allowed - rest) / targeted
     if fraction <= 0:
@@ -47,6 +44,19 @@ def keep_for(total, targeted, dtype, keep=None, size=None, saved=0):
             f"parameters, {rest * BYTES[dtype] / 1e6:.0f} MB in {dtype}"
         )
     return min(fraction, 1.0)
+
+
+def parse_size(size):
+    """`(number, "x" or "parameters" or "bytes")` of a size as `keep_for` takes it. Raises ValueError for other text."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*(x|[KMB]|[KMG]B)", size)
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"size={size[:40]!r} should read like 4x, 90M or 120MB")
+    number, unit = float(match[1]), match[2]
+    if unit == "x":
+        if number < 1:
+            raise ValueError(f"size={size} asks for more than the whole model: it should be 1x or more")
+        return number, "x"
+    return number * {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}[unit[0]], "bytes" if len(unit) == 2 else "parameters"
 
 
 def by_mass(s, keep):

@@ -4,6 +4,7 @@ checkpoints that hold only what trains, so that a killed stage continues bit for
 
 import functools
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,13 +22,18 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .. import ranks
 from ..bases import LowRankLinear, groups, take
+from ..checkpoint.files import sha256
+from ..reading import read_json, read_lines
+from ..rundir import replace_text, settle
 from ..tuned_on import remember
 from .collage import CollageAdamW
 from .data import Batches
 from .loss import task_loss
 from .precision import products
 
+log = logging.getLogger(__name__)
 LEARNED = ("kept", "last", "rounds")  # what `learn` keeps beside the weights, see there
+COMPLETE = "complete"  # in a training checkpoint: the sha256 of its files
 SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
 MEASURE_EVERY = 10  # steps between measurements of what bfloat16 has lost
 
@@ -111,7 +118,7 @@ def train(
         dataloader_pin_memory=model.device.type != "cpu",
     )
     args._n_gpu = min(args.n_gpu, 1)  # on the GPU where the model is, not split over all that are there
-    resume = ranks.agreed(lambda: _last_checkpoint(args.output_dir))
+    resume = ranks.agreed(lambda: _last_checkpoint(folder))
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     record = Record(folder / "metrics.jsonl", keep=done)
     trainer = _Trainer(
@@ -218,6 +225,19 @@ class _Trainer(Trainer):
         self.record.values = {**values, "tokens": inputs["tokens"]}
         return parts[0] * ranks.world()  # gradients are averaged over ranks
 
+    def _save_checkpoint(self, model, trial):
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer
+                raise
+            shutil.rmtree(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            folder, free = self.args.output_dir, shutil.disk_usage(self.args.output_dir).free
+            raise OSError(
+                f"the training checkpoint of step {self.state.global_step} could not be written, the one before it is "
+                f"kept: {free / 1e9:.1f} GB are free in {folder} ({str(error)[:100]})"
+            ) from error
+
     def _save(self, output_dir=None, state_dict=None):
         state = _state(self.model)
         if self.args.should_save:
@@ -273,15 +293,33 @@ def _restore(model, state):
         parameters[name].copy_(ranks.sharded_like(parameters[name], value))
 
 
-def _last_checkpoint(output_dir):
-    marked = [p.parent for p in Path(output_dir).glob("checkpoint-*/complete")]
-    for partial in set(Path(output_dir).glob("checkpoint-*")) - set(marked):
-        shutil.rmtree(partial)
-    return max(marked, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+def _last_checkpoint(folder):
+    """The newest training checkpoint in the folder of a stage that is whole; what is not is said, and removed."""
+    found = {int(p.name.rpartition("-")[2]): p for p in (folder / "trainer").glob("checkpoint-*")}
+    for step, path in sorted(found.items(), reverse=True):
+        if (path / COMPLETE).exists():
+            try:
+                _check(path, folder / "metrics.jsonl", step)
+            except (ValueError, OSError) as error:
+                log.warning("%s is damaged (%s): training goes on from an earlier state", path, error)
+            else:
+                return path
+        shutil.rmtree(path)
+    return None
+
+
+def _check(checkpoint, metrics, step):
+    """Raise ValueError or OSError unless the files of a training checkpoint are those written, and its metrics too."""
+    for name, digest in read_json(checkpoint / COMPLETE, {str: str}).items():
+        if sha256(checkpoint / name) != digest:
+            raise ValueError(f"{name} is not the file that was written")
+    lines = read_lines(metrics, {"step": int, "loss": float}, step)
+    if [line["step"] for line in lines] != list(range(1, step + 1)):
+        raise ValueError(f"{metrics} does not hold its {step} steps")
 
 
 class Clock(TrainerCallback):
-    """Asks for a checkpoint every SAVE_EVERY seconds and marks the ones that were written to the end."""
+    """Asks for a checkpoint every SAVE_EVERY seconds and marks, with hashes, those that are on disk to the end."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.last = time.monotonic()
@@ -293,7 +331,9 @@ class Clock(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         ranks.barrier()  # all have written the state of their random numbers
         if args.should_save:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            settle(checkpoint)
+            replace_text(checkpoint / COMPLETE, json.dumps({p.name: sha256(p) for p in checkpoint.iterdir()}))
         self.last = time.monotonic()
 
 
@@ -301,13 +341,12 @@ class Record(TrainerCallback):
     """Writes one line per step to metrics.jsonl; lines after the step that is resumed from are dropped."""
 
     def __init__(self, path, keep):
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows = [json.loads(line) for line in lines[:keep]]
+        self.rows = read_lines(path, stop=keep) if keep else []
         self.path, self.values, self.writes = path, {}, ranks.rank() == 0
         ranks.barrier()  # all have read the file
         if self.writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def on_step_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         self.began, self.rate = time.monotonic(), lr_scheduler.get_last_lr()[0]
