@@ -113,7 +113,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")])
 
 @_command
 def verify(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]):
-    """Check a checkpoint's hashes, load it in a fresh process and compare logits with a load in this one."""
+    """Check a checkpoint's hashes, if it has any, and compare logits of a fresh process with a load in this one."""
     from .checkpoint.files import verify as check
 
     if not folder.is_dir():
@@ -121,7 +121,8 @@ def verify(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]):
     found = check(folder)
     if not found["bit_equal"]:
         raise ValueError(f"{folder}: logits differ by {found['max_difference']:g} between two processes")
-    typer.echo(f"{folder}: hashes match, logits are bit-equal in a fresh process")
+    hashes = "hashes match" if found["hashes_match"] else "no hashes are recorded, so whose files these are is unknown"
+    typer.echo(f"{folder}: {hashes}; logits are bit-equal in a fresh process")
 
 
 @_command

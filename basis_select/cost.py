@@ -64,7 +64,7 @@ def _flops(function, args, kwargs, out):
 
 def _model(config, dtype=torch.float32, **bases):
     """A model of `config`, with factored layers if any are given; the weights of bases are fp32 as in training."""
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if bases:
         build(model, BasisSelectConfig(**bases))
     for module in model.modules():

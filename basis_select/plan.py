@@ -180,7 +180,7 @@ def _shapes(r, model, layers, task):
 
 def dense_on_meta(config):
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def keep_of(r, model, targeted):

@@ -1,11 +1,9 @@
 """Run an ONNX export: a model without PyTorch weights whose `generate` is transformers' own."""
 
-import json
-
 import torch
 from transformers import AutoTokenizer, DynamicCache, GenerationMixin, PreTrainedModel
 
-from .checkpoint.files import check_hashes
+from .checkpoint.reading import checked, read_json
 
 MANIFEST = "export.json"  # transformers' own, beside every graph that its exporters save
 
@@ -55,9 +53,9 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
 
 def load_export(folder, dtype=None):
     """`(model, tokenizer)` of what `export` wrote for ONNX; hashes are checked first."""
-    if json.loads((folder / MANIFEST).read_text())["export_format"] != "onnx":
-        raise ValueError(f"{folder} is an OpenVINO export: openvino_genai.LLMPipeline runs it")
-    if dtype not in (None, "float32"):
-        raise ValueError(f"{folder} is an ONNX export: it computes in float32, not in {dtype}")
-    check_hashes(folder)
-    return OnnxModel(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    with checked(folder, graphs=True):
+        if read_json(folder / MANIFEST).get("export_format") != "onnx":
+            raise ValueError(f"{folder} is an OpenVINO export: openvino_genai.LLMPipeline runs it")
+        if dtype not in (None, "float32"):
+            raise ValueError(f"{folder} is an ONNX export: it computes in float32, not in {dtype}")
+        return OnnxModel(folder).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

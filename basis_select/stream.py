@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from . import tuned_on
-from .checkpoint.files import DTYPES, is_compressed, whole
+from .checkpoint.files import whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards
+from .checkpoint.reading import DTYPES, is_compressed
 from .decompose import factored, reached, same_input, targets
 from .linalg.budget import BYTES
 from .linalg.metrics import METRICS
@@ -73,7 +74,7 @@ def decompose_checkpoint(
     files = _files(source)
     dtype = getattr(torch, dtype) if dtype else config.dtype or _read(files, next(iter(files))).dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if (source / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source)
     _check(source, files, _tensors(model))

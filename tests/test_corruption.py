@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import basis_select as bs
-from basis_select.checkpoint.files import INDEX, SIDECAR, sha256
 from basis_select.checkpoint.format import HINT
+from basis_select.checkpoint.reading import INDEX, SIDECAR, sha256
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -79,7 +79,8 @@ def other_vocabulary(folder):
 
 def sign(folder):
     """Record the hashes anew: damage by whoever writes checkpoints, which no hash can find."""
-    files = {p.name: sha256(p) for p in folder.iterdir() if p.name != SIDECAR}
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != SIDECAR]
+    files = {p.relative_to(folder).as_posix(): sha256(p) for p in paths}
     (folder / SIDECAR).write_text(json.dumps({"sha256": files}))
 
 
@@ -242,7 +243,7 @@ FOUND_BY_CONTENT = {
         lambda f: weights(f, lambda t: t["model.norm.weight"][3].fill_(float("-inf"))),
         "not finite in model.norm.weight",
     ),
-    "tokenizer of another model": ("whole", other_vocabulary, "has 500 tokens, the model knows 128"),
+    "tokenizer of another model": ("whole", other_vocabulary, "has .token 499. as token 499, the model knows 128"),
 }  # fmt: skip
 
 

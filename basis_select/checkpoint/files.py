@@ -1,7 +1,6 @@
-"""Save, load and check checkpoints. Nothing is half-written, nothing is loaded unchecked."""
+"""Save checkpoints, all or nothing, and verify that they load as they were saved."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -11,31 +10,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from .. import ranks, tuned_on
 from ..bases import groups
 from ..int8 import quantized
-from .format import METHOD, describe, guards, require_version
-
-SIDECAR = "basis_select.json"  # sha256 of every file that was saved
-INDEX = "model.safetensors.index.json"
-DTYPES = {  # by safetensors' names
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-AGAIN = "load it with transformers after `import basis_select` and save it with basis_select.save"
+from .format import describe, guards
+from .reading import SIDECAR, sha256
 
 
 def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
@@ -78,7 +60,7 @@ def whole(folder):
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield partial
-        files = {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.is_file()}
+        files = {p.relative_to(partial).as_posix(): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         (partial / SIDECAR).write_text(json.dumps({"sha256": files}, indent=1))
         if folder.exists():
             folder.rmdir()
@@ -119,129 +101,9 @@ def _rewrite(folder, dtype, without, more):
         path.write_text(json.dumps(index, indent=2))
 
 
-def check(folder):
-    """Raise ValueError, naming the file and the tensor, unless this is the checkpoint that was saved, whole.
-
-    Every file must have its recorded sha256, every tensor be where the index says, and no pickle be among them.
-    """
-    folder = Path(folder)
-    if is_compressed(folder):
-        require_version(read_json(folder / "config.json")["quantization_config"].get("format_version"))
-    recorded = _recorded(folder)
-    for path in sorted(folder.iterdir()):
-        if path.suffix in PICKLES:
-            raise ValueError(f"{path} may be a pickle, which is never loaded: remove it, safetensors hold the weights")
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in recorded:
-            raise ValueError(f"{path} was not part of this checkpoint when it was saved")
-    places = stored(folder)
-    _check_hashes(folder, recorded)
-    _check_index(folder, {name: path.name for name, (path, _) in places.items()})
-
-
-def check_hashes(folder):
-    """Raise ValueError, naming the file, unless every file that was saved is there and has its sha256."""
-    _check_hashes(folder, _recorded(folder))
-
-
-def _check_hashes(folder, recorded):
-    for name, digest in recorded.items():
-        path = folder / name
-        if sha256(path) != digest:
-            meant = "" if path.suffix == ".safetensors" else f"; if the change is meant, {AGAIN}"
-            raise ValueError(f"{path} is not the file that was saved: its sha256 differs{meant}")
-
-
-def stored(folder):
-    """`{name of a tensor: (file that holds it, safetensors' name of its dtype)}`, from the headers alone."""
-    weights = sorted(Path(folder).glob("*.safetensors"))
-    if not weights:
-        raise ValueError(f"{folder} holds no .safetensors file")
-    found = {}
-    for path in weights:
-        try:
-            with safe_open(path, "pt") as file:
-                here = {name: (path, file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-        if twice := sorted(found.keys() & here.keys()):
-            raise ValueError(f"{twice[0]} is in both {found[twice[0]][0]} and {path.name}")
-        found |= here
-    return found
-
-
-def _recorded(folder):
-    """`{file name: sha256}` of what was saved, and is there."""
-    path = folder / SIDECAR
-    if not path.exists():
-        raise ValueError(f"{folder} has no {SIDECAR}, so its weights cannot be checked: {AGAIN}")
-    recorded = read_json(path).get("sha256")
-    if not isinstance(recorded, dict) or not recorded:
-        raise ValueError(f"{path} lists no hashes")
-    for name in recorded:
-        if Path(name).name != name:
-            raise ValueError(f"{path} names {name!r}, which is no file of this folder")
-        if not (folder / name).exists():
-            raise ValueError(f"{folder / name} is missing")
-    return recorded
-
-
-def _check_index(folder, places):
-    path = folder / INDEX
-    if not path.exists():
-        if set(places.values()) != {"model.safetensors"}:
-            raise ValueError(f"{path} is missing: the weights are in several files")
-        return
-    index = read_json(path).get("weight_map")
-    if not isinstance(index, dict):
-        raise ValueError(f"{path} has no weight_map")
-    for name in sorted(index.keys() | places.keys()):
-        if index.get(name) != places.get(name):
-            said, found = index.get(name, "no file"), places.get(name, "no file")
-            raise ValueError(f"{path} says that {name} is in {said}, it is in {found}")
-
-
-def read_json(path):
-    """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, it should hold an object")
-    return content
-
-
-def _once(pairs):
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"it names {next(key for key in keys if keys.count(key) > 1)} twice")
-    return dict(pairs)
-
-
-def is_compressed(folder):
-    """Whether this folder's config.json says that it is one of ours."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        return False
-    return (read_json(path).get("quantization_config") or {}).get("quant_method") == METHOD
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def weight_hash(folder):
-    """One digest for all weight files of a checkpoint, from the recorded hash of each."""
-    recorded = _recorded(Path(folder))
-    digests = [f"{name} {recorded[name]}" for name in sorted(recorded) if name.endswith(".safetensors")]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
 def probe_logits(model):
     """Logits (2, 16, vocabulary) on fixed token ids: what `verify` compares."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size  # an export has no module of its embedding
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return model.eval()(input_ids=ids.to(model.device)).logits.cpu()
@@ -250,8 +112,9 @@ def probe_logits(model):
 def verify(folder, model=None):
     """Reload `folder` in a fresh process and compare logits with `model` (default: loaded here).
 
-    Returns `{"bit_equal": bool, "max_difference": float}`. Raises ValueError if the checkpoint is damaged or
-    gives non-finite logits. A model in memory must have the dtype that was saved for equality to be meant.
+    Returns `{"bit_equal": bool, "max_difference": float, "hashes_match": bool}`; the last is false for a folder without
+    recorded hashes, whose files nothing can be compared with. Raises ValueError if the checkpoint is damaged or gives
+    non-finite logits. A model in memory must have the dtype that was saved for equality to be meant.
     """
     from ..models import load
 
@@ -270,6 +133,7 @@ def verify(folder, model=None):
     return {
         "bit_equal": torch.equal(here, there),
         "max_difference": (here.double() - there.double()).abs().max().item(),
+        "hashes_match": (Path(folder) / SIDECAR).exists(),  # both loads checked them
     }
 
 

@@ -24,9 +24,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..bases import LowRankLinear, add_new, groups, to_dense
 from ..embedding import install, module_name, table_of, table_to_dense
 from ..int8 import Int8Linear, quantized
+from .schema import VERSION, require_description
 
 METHOD = "basis_select"
-VERSION = 1
 HINT = "import_basis_select_before_loading"  # an empty tensor too: transformers' report of what does not fit shows it
 
 
@@ -35,23 +35,15 @@ class BasisSelectConfig(QuantizationConfigMixin):
     def __init__(
         self, ranks=None, groups=None, weighted=0, new=0, embedding=None, int8=None, format_version=VERSION, **kwargs
     ):
-        require_version(format_version)
         self.quant_method = METHOD
         self.format_version = format_version
-        self.ranks = dict(ranks or {})
-        self.groups = [list(g) for g in groups or []]
-        self.weighted = int(weighted)
+        self.ranks = {} if ranks is None else ranks
+        self.groups = [] if groups is None else groups
+        self.weighted = weighted
         self.new = new
         self.embedding = embedding
-        self.int8 = list(int8 or [])
-
-
-def require_version(version):
-    if version != VERSION:
-        raise ValueError(
-            f"this checkpoint has format version {version}; this basis_select reads version {VERSION}: "
-            "install the one that wrote it, or a newer one"
-        )
+        self.int8 = [] if int8 is None else int8
+        require_description({**self.__dict__, **kwargs})
 
 
 def describe(model):
@@ -81,12 +73,12 @@ def _describe_embedding(model):
 def guards(model):
     """`{name: empty tensor}` of what a checkpoint of `model` holds beside its state: nothing if no layer is bases."""
     config, state = getattr(model.config, "quantization_config", None), model.state_dict()
-    names = _guard_names(config) if isinstance(config, BasisSelectConfig) else []
+    names = guard_names(config) if isinstance(config, BasisSelectConfig) else []
     # The `weight` of weighted bases can have the name: its shape is not the dense one either.
     return {name: torch.empty(0, dtype=model.dtype) for name in names if name not in state}
 
 
-def _guard_names(config):
+def guard_names(config):
     factored = config.ranks or ([config.embedding["name"]] if config.embedding else [])
     return [f"{min(factored)}.weight", HINT] if factored else []
 
@@ -99,7 +91,7 @@ def build(model, config):
     leaders = _leaders(config)
     built = {}
     for name, rank in sorted(config.ranks.items(), key=lambda item: item[0] in leaders):
-        linear = _listed(model, name, rank, nn.Linear)
+        linear = _listed(model, name, nn.Linear)
         leader = built.get(leaders.get(name))
         built[name] = LowRankLinear.like(linear, rank, weighted=bool(config.weighted), leader=leader)
         model.set_submodule(name, built[name])
@@ -109,33 +101,19 @@ def build(model, config):
         if config.new:
             add_new(members, config.new)
     if config.embedding:
-        _listed(model, config.embedding["name"], config.embedding["rank"], nn.Embedding)
+        _listed(model, config.embedding["name"], nn.Embedding)
         install(model, **config.embedding, weighted=bool(config.weighted))
     for name in config.int8:
-        model.set_submodule(name, Int8Linear.like(model.get_submodule(name)))
+        model.set_submodule(name, Int8Linear.like(_listed(model, name, nn.Linear)))
 
 
 def _leaders(config):
     """`{follower: leader}` of all groups."""
-    leaders, seen = {}, set()
-    for group in config.groups:
-        for name in group:
-            if name not in config.ranks:
-                raise ValueError(f"config.json lists {name} in a group but gives it no rank")
-            if name in seen:
-                raise ValueError(f"config.json lists {name} in a group twice")
-            if config.ranks[name] != config.ranks[group[0]]:
-                ranks = f"{config.ranks[name]} and {config.ranks[group[0]]}"
-                raise ValueError(f"config.json gives {name} and {group[0]}, which share a basis, the ranks {ranks}")
-            seen.add(name)
-        leaders |= dict.fromkeys(group[1:], group[0])
-    return leaders
+    return {name: leader for leader, *followers in config.groups for name in followers}
 
 
-def _listed(model, name, rank, kind):
+def _listed(model, name, kind):
     """The module that config.json calls `name`."""
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"config.json gives {name} the rank {rank!r}, which is not a number of bases")
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -151,7 +129,7 @@ class BasisSelectQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         build(model, self.quantization_config)
-        known = {rf"^(.+\.)?{re.escape(name)}$" for name in _guard_names(self.quantization_config)}
+        known = {rf"^(.+\.)?{re.escape(name)}$" for name in guard_names(self.quantization_config)}
         model._keys_to_ignore_on_load_unexpected = known | set(model._keys_to_ignore_on_load_unexpected or ())
 
     def _process_model_after_weight_loading(self, model, **kwargs):

@@ -17,11 +17,11 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
 
-from . import files
+from . import reading
 from .card import card, evaluation
 
 ABOUT = ("recipe.yaml", "results.json", "manifest.json")  # of a run: how its checkpoints were made, what they reach
-STALE = ("*.safetensors", files.INDEX)  # of an earlier push: a shard that is not part of this one
+STALE = ("*.safetensors", reading.INDEX)  # of an earlier push: a shard that is not part of this one
 
 
 def snapshot(source):
@@ -32,7 +32,7 @@ def snapshot(source):
         config = Path(hf_hub_download(str(source), "config.json"))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError):  # whoever loads it then says what is wrong
         return None
-    if not files.is_compressed(config.parent):
+    if not reading.is_compressed(config.parent):
         return None
     return Path(snapshot_download(str(source), revision=config.parent.name))
 
@@ -86,11 +86,11 @@ def contents(folder, repo_id, *, base=None, metadata=None):
     model, _ = load(checkpoint)
     recipe, row, parent, versions = _recipe(run), None, None, {}
     if run is not None:
-        results, digest = files.read_json(run / "results.json"), files.weight_hash(checkpoint)
+        results, digest = reading.read_json(run / "results.json"), reading.weight_hash(checkpoint)
         row = next((row for row in results.values() if row["weights_sha256"] == digest), None)
         if row is None:
             raise ValueError(f"{run / 'results.json'} has no results of {checkpoint}: its weights are others")
-        parent, versions = results["parent"], files.read_json(run / "manifest.json")["versions"]
+        parent, versions = results["parent"], reading.read_json(run / "manifest.json")["versions"]
     text = card(
         repo_id,
         base=base or recipe.get("model"),
@@ -127,7 +127,7 @@ def _find(folder):
         if not (folder / "final").is_dir():
             raise FileNotFoundError(f"the run in {folder} has no final/ yet: finish it with the command that began it")
         folder = folder / "final"
-    if not files.is_compressed(folder):
+    if not reading.is_compressed(folder):
         raise ValueError(f"{folder} is not a checkpoint of basis_select: its config.json does not say so")
     run = folder.resolve().parent
     return folder, run if all((run / name).exists() for name in ABOUT) else None

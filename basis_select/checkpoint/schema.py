@@ -1,0 +1,108 @@
+"""What `quantization_config` of a checkpoint may hold: the one place that says so, before anything is built from it."""
+
+import difflib
+import math
+
+VERSION = 1
+LARGEST = 2**31  # above every rank that a tensor in memory can have
+
+
+def require_version(version):
+    if version != VERSION or type(version) is not int:
+        raise ValueError(
+            f"this checkpoint has format version {version}; this basis_select reads version {VERSION}: "
+            "install the one that wrote it, or a newer one"
+        )
+
+
+def require_description(description):
+    """Raise ValueError, naming the field, unless this is a `quantization_config` that format.py can build from."""
+    if not isinstance(description, dict):
+        raise ValueError(f"quantization_config is {_said(description)}, it should be an object")
+    require_version(description.get("format_version"))
+    for field, value in description.items():
+        if field not in FIELDS:
+            near = difflib.get_close_matches(str(field), FIELDS, 1)
+            hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(FIELDS)}"
+            raise ValueError(f"quantization_config has no field {_said(field)}{hint}")
+        fits, meant = FIELDS[field]
+        if not fits(value):
+            raise ValueError(f"quantization_config.{field} is {_said(value)}, it should be {meant}")
+    ranks = description.get("ranks", {})
+    for name, rank in ranks.items():
+        _require_rank(f"quantization_config.ranks gives {_said(name)}", rank)
+    if description.get("embedding") is not None:
+        _require_embedding(description["embedding"])
+    _require_groups(description.get("groups", []), ranks)
+
+
+def _require_rank(where, rank):
+    if not _counts(rank) or rank < 1:
+        raise ValueError(f"{where} the rank {_said(rank)}, which is not a number of bases")
+
+
+def _require_embedding(embedding):
+    embedding = {"scale": 1.0, **embedding}
+    if embedding.keys() != EMBEDDING.keys():
+        raise ValueError(f"quantization_config.embedding has {_said(sorted(embedding))}, it needs {sorted(EMBEDDING)}")
+    for field, (fits, meant) in EMBEDDING.items():
+        if not fits(embedding[field]):
+            said = _said(embedding[field])
+            raise ValueError(f"quantization_config.embedding.{field} is {said}, it should be {meant}")
+    _require_rank(f"quantization_config.embedding gives {embedding['name']}", embedding["rank"])
+
+
+def _require_groups(groups, ranks):
+    """Every group names layers that have one rank, each layer once in all."""
+    seen = set()
+    for group in groups:
+        for name in group:
+            if name not in ranks:
+                raise ValueError(f"quantization_config.groups lists {name} in a group, ranks gives it none")
+            if name in seen:
+                raise ValueError(f"quantization_config.groups lists {name} in a group twice")
+            if ranks[name] != ranks[group[0]]:
+                both = f"{ranks[name]} and {ranks[group[0]]}"
+                raise ValueError(
+                    f"quantization_config gives {name} and {group[0]}, which share a basis, the ranks {both}"
+                )
+            seen.add(name)
+
+
+def _said(value):
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _counts(value):
+    return type(value) is int and 0 <= value < LARGEST
+
+
+def _is_name(value):
+    return isinstance(value, str) and all(value.split("."))
+
+
+def _is_names(value):
+    return isinstance(value, list) and all(map(_is_name, value)) and len(set(value)) == len(value)
+
+
+NAMES = "a list of names of modules, each once"
+FIELDS = {  # field -> (what it must satisfy, in words)
+    "quant_method": (lambda x: isinstance(x, str), "a name"),
+    "format_version": (_counts, "a number"),
+    "ranks": (lambda x: isinstance(x, dict) and all(map(_is_name, x)), "an object, {name of a module: rank}"),
+    "groups": (
+        lambda x: isinstance(x, list) and all(g and isinstance(g, list) and all(map(_is_name, g)) for g in x),
+        "a list of lists of names of modules",
+    ),
+    "weighted": (lambda x: type(x) is int and x in (0, 1, 2), "0, 1 or 2"),
+    "new": (_counts, "a number of bases"),
+    "embedding": (lambda x: x is None or isinstance(x, dict), "an object or null"),
+    "int8": (_is_names, NAMES),
+}
+EMBEDDING = {
+    "name": (_is_name, "the name of a module"),
+    "rank": (lambda x: True, "a number of bases"),
+    "tied": (lambda x: isinstance(x, bool), "true or false"),
+    "scale": (lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above zero"),
+}
