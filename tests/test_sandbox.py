@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from sandbox_attacks import Host, check, held, run
-from sandbox_programs import ATTACKS
+from sandbox_programs import ASKED, ATTACKS
 
 from basis_select.evaluation import sandbox
 from basis_select.evaluation.tasks import utils
@@ -58,9 +58,8 @@ def test_every_attack_fails_and_leaves_nothing(host):
         ("open({secret!r}, 'w')", "files outside were changed"),
         ("import socket\nsocket.create_connection(('127.0.0.1', {port}))", "the server saw a connection"),
         ("import os\nos.kill({pid}, 10)", "a process outside got a signal"),
-        ("import os\nos.chmod({decoys!r} + '/file', 0)", "what files outside are was changed"),
-        ("import os\nos.utime({decoys!r} + '/file')", "what files outside are was changed"),
-        ("import os\nos.removexattr({decoys!r} + '/file', 'user.kept')", "what files outside are was changed"),
+        ("import os\nos.chmod({decoys!r} + '/file', 0)", "files outside got other modes, owners, times or attributes"),
+        ("import os\nos.utime({decoys!r} + '/file')", "files outside got other modes, owners, times or attributes"),
         ("import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(100)", "processes are still there"),
     ],
 )
@@ -207,18 +206,24 @@ def test_reference_solutions_pass_and_their_absence_fails(monkeypatch):
     assert not any(o["passes"] for o in empty)
 
 
-WRONG = {
-    "HumanEval/32": "    return 0.0\n\ndef poly(xs, x):\n    return 0.0\n",
-    "HumanEval/38": "    return s\n\ndef encode_cyclic(s):\n    return s\n",
-    "HumanEval/50": "    return s\n\ndef encode_shift(s):\n    return s\n",
-}
+@isolated
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs HumanEval in ../shared/data/code")
+@pytest.mark.parametrize(
+    ("task", "helper", "function"),
+    [
+        ("HumanEval/32", "def poly(xs, x):\n    return 0.0\n", "    return 0.0\n"),
+        ("HumanEval/38", "def encode_cyclic(s):\n    return s\n", "    return s\n"),
+        ("HumanEval/50", "def encode_shift(s):\n    return s\n", "    return s\n"),
+    ],
+)
+def test_the_tests_use_the_helpers_of_the_prompt(task, helper, function):
+    (row,) = [row for row in rows("humaneval") if row["task_id"] == task]
+    found = utils.humaneval(row, [[function + "\n" + helper, row["canonical_solution"]]])
+    assert [reason == "passed" for reason in found["reasons"]] == [False, True], found
 
 
 @isolated
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs HumanEval in ../shared/data/code")
-@pytest.mark.parametrize("task", WRONG)
-def test_the_tests_use_the_helpers_of_the_prompt(task):
-    (row,) = [row for row in rows("humaneval") if row["task_id"] == task]
-    right = row["canonical_solution"] + WRONG[task].partition("\n\n")[2]  # by itself, or its own helper's inverse
-    found = utils.humaneval(row, [[WRONG[task], row["canonical_solution"], right]])
-    assert [reason == "passed" for reason in found["reasons"]][:2] == [False, True], found
+def test_a_right_function_passes_whatever_it_makes_of_a_helper():
+    doc = {**ASKED, "test": "def check(candidate):\n    assert double(candidate(3)) == 3"}
+    right = ["  return x / 2", "  return x / 2\ndef double(x): return x", "  return x / 2\ndel double"]
+    assert utils.humaneval(doc, [right])["passes"] == len(right)
