@@ -197,8 +197,8 @@ def rows(name):
 def test_reference_solutions_pass_and_their_absence_fails(monkeypatch):
     monkeypatch.setattr(sandbox, "check", functools.partial(sandbox.check, seconds=60))  # one computes for seconds
     problems = [(utils.humaneval, row, row["canonical_solution"]) for row in rows("humaneval")]
-    problems += [(utils.mbpp, row, row["code"]) for row in rows("mbpp")]
-    assert len(problems) == 164 + 500
+    problems += [(utils.mbpp, row, row["code"]) for row in rows("mbpp")[::4]]
+    assert len(problems) == 164 + 125
     with ThreadPoolExecutor(2) as pool:
         right = list(pool.map(lambda p: p[0](p[1], [[p[2]]]), problems))
         empty = list(pool.map(lambda p: p[0](p[1], [["    pass"]]), problems[::20]))
