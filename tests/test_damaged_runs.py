@@ -53,6 +53,7 @@ def copy(made, tmp_path, monkeypatch):
         raise AssertionError("a stage began")
 
     monkeypatch.setattr(pipeline, "forget_peak_memory", works)
+    monkeypatch.setattr(pipeline, "report", lambda folder: None)
     monkeypatch.setattr(pipeline, "verify", lambda folder: {"bit_equal": True, "max_difference": 0.0})
     return made[0], tmp_path / "run"
 
@@ -90,8 +91,8 @@ def into_file(path):
 
 
 def into_link(path):
-    path.rename(path.with_name("elsewhere"))
-    path.symlink_to(path.with_name("elsewhere"))
+    path.rename(path.parents[1] / "elsewhere")
+    path.symlink_to(path.parents[1] / "elsewhere")
 
 
 def into_folder(path):
@@ -352,7 +353,7 @@ def kinds(run):
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("dies", ["copytree", "check_hashes", "settle", "rename 1", "rename 2", "rmtree 1"])
 def test_a_kill_while_publishing_leaves_a_whole_final(dies, exchange, made, tmp_path, monkeypatch):
-    """Whatever the moment, and whether or not the system can exchange folders: at the next start there is one, whole."""
+    """Whatever the moment, and whether or not the system can exchange folders."""
     (tmp_path / "stages").mkdir()
     save = [p for p in (made[1] / "stages").iterdir() if p.name.startswith("save-")]
     rundir.publish(save[0], tmp_path / "final")
