@@ -147,9 +147,9 @@ def sweep(folder):
             shutil.rmtree(old)
         else:
             old.rename(target)
-    for path in (*folder.glob(".final*.new"), *folder.glob("stages/.*/.model-*"), *folder.glob("stages/*/.model-*")):
+    for path in (*folder.glob(".final*.new"), *folder.glob("stages/*/.model-*")):
         shutil.rmtree(path)
-    for path in (*folder.glob(".*.partial"), *folder.glob("stages/.*/.*.partial")):
+    for path in (*folder.glob(".*.partial"), *folder.glob("stages/*/.*.partial")):
         path.unlink()
 
 

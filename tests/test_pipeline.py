@@ -2,8 +2,6 @@ import csv
 import json
 import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -166,18 +164,6 @@ def test_inspect_verify_and_plan(recipe, tmp_path):
     )
     assert f"{(out / 'final' / 'model.safetensors').stat().st_size:,}" in text
     assert "bit-equal" in runner.invoke(app, ["verify", str(out / "final")]).output
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_it_ends_with_the_same_weights(recipe, tmp_path):
-    script = [sys.executable, str(REPO / "eval" / "kill_resume.py"), str(recipe)]
-    done = subprocess.run(
-        [*script, "--kills", "5", "--save-every", "0", "--out", str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout)
-    assert result["identical"]
-    assert result["kills"]
 
 
 class Killed(BaseException):

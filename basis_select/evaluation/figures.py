@@ -78,7 +78,8 @@ def quality(ax, series, label, strong=None):
     """
     values = [value for points in series.values() for _, value, _, _ in points]
     for i, (name, points) in enumerate(series.items()):
-        x, y, low, high = zip(*sorted(points), strict=True)
+        bounded = [(x, y, y if low is None else low, y if high is None else high) for x, y, low, high in points]
+        x, y, low, high = zip(*sorted(bounded), strict=True)
         error = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
         ax.errorbar(
             [b / 1e6 for b in x],

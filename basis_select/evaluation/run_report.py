@@ -62,6 +62,9 @@ def report(folder):
     if wrong := misfit(results, {str: ROW}) or _unmeasured(results):
         raise ValueError(f"{folder / 'results.json'} is damaged or was written by something else: {wrong}")
     check_stages(folder)
+    if (folder / "manifest.json").exists():
+        read_json(folder / "manifest.json")
+    _steps(folder)
     run = Run(folder, results, given)
     shown, left_out = [], []
     for heading, section in SECTIONS_OF_A_RUN.items():
@@ -74,6 +77,12 @@ def report(folder):
     text = html.page(title, verdict(run), numbers(run.results), shown, left_out)
     replace_text(folder / "report.html", text)
     return folder / "report.html"
+
+
+def _steps(folder):
+    """The lines of metrics.jsonl, none without it."""
+    path = folder / "metrics.jsonl"
+    return read_lines(path, {"stage": str, "step": int, "loss": float}) if path.exists() else []
 
 
 def _unmeasured(results):
@@ -271,8 +280,7 @@ def cost(run):
 
 
 def training(run):
-    path = run.folder / "metrics.jsonl"
-    lines = read_lines(path, {"stage": str, "step": int, "loss": float}) if path.exists() else []
+    lines = _steps(run.folder)
     drawn = []
     for kind in TRAINED:
         users = {}
