@@ -112,7 +112,7 @@ def _reading(source):
         raise OSError(masked(error)) from None
     except Exception as error:
         text = " ".join(str(error).split())[:300]
-        if "trust_remote_code" in text:
+        if "trust_remote_code" in str(error):
             text = "it needs code of its own (auto_map), which is never run"
         elif isinstance(error, ValueError) and str(source) in text:
             raise
