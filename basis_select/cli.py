@@ -35,13 +35,15 @@ def _command(function):
         from safetensors import SafetensorError
         from transformers.utils.logging import disable_progress_bar
 
+        from .checkpoint.cleaning import masked
+
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning)
         disable_progress_bar()  # of loading and saving; stages keep theirs
         try:
             function(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError, SafetensorError, ImportError) as error:
-            _fail(" ".join(str(error).split()))
+            _fail(masked(" ".join(str(error).split())))
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not re.search("out of memory|allocate.* memory", str(error)):
                 raise  # a fault of this package, whose place matters
@@ -140,15 +142,17 @@ def push(
     private: Annotated[bool, typer.Option("--private/--public", help="who may see the repository")] = True,
     base: Annotated[str | None, typer.Option(help="hub id of the base model, if the recipe does not name it")] = None,
     license: Annotated[str | None, typer.Option(help="of the base model, if its card cannot be read")] = None,
+    replace_card: Annotated[bool, typer.Option("--replace-card", help="also a card written by hand")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print files and card, contact nobody")] = False,
 ):
     """Publish a checkpoint on the hub with a model card; the same command continues after a lost connection."""
     from .checkpoint import hub
 
     if not dry_run:
-        typer.echo(hub.push(folder, repo_id, private=private, base=base, license=license))
+        typer.echo(hub.push(folder, repo_id, private=private, base=base, license=license, replace_card=replace_card))
         return
-    made = hub.contents(folder, repo_id, base=base, metadata={"license": license} if license else None)
+    metadata = {"license": license} if license else None
+    made = hub.contents(folder, repo_id, base=base, metadata=metadata, replace_card=replace_card)
     for name, what in made.items():
         size = what.stat().st_size if isinstance(what, Path) else len(what.encode())
         typer.echo(f"{size:>14,}  {name}", err=True)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from . import ranks, tuned_on
 from .checkpoint import hub, reading
 from .checkpoint.bounds import require_bounds
+from .checkpoint.cleaning import masked
 from .int8 import quantized
 from .runtime import MANIFEST, load_export
 
@@ -103,11 +104,15 @@ def _reading(source):
     """Whatever libraries raise over files that are damaged becomes one ValueError that names their folder."""
     try:
         yield
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
+    except OSError as error:  # of the hub it names the address, which may hold a password
+        if masked(error) == str(error):
+            raise
+        raise OSError(masked(error)) from None
     except Exception as error:
         text = " ".join(str(error).split())[:300]
-        if "trust_remote_code" in text:
+        if "trust_remote_code" in str(error):
             text = "it needs code of its own (auto_map), which is never run"
         elif isinstance(error, ValueError) and str(source) in text:
             raise

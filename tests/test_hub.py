@@ -134,13 +134,13 @@ def test_a_lost_connection_is_continued(online, run):
 
 def test_a_later_push_leaves_nothing_of_an_earlier_one(online, run, made, tmp_path):
     push(run, "me/small")
-    online.files("me/small")["notes.txt"] = b"of the user"
+    online.files("me/small").update({"notes.txt": b"x", "chat_template.jinja": b"x", ".gitattributes": b"x"})
     model, tokenizer = bs.load(run / "final")
     bs.save(model, tokenizer, tmp_path / "other")
     assert push(tmp_path / "other", "me/small", "--base", "org/base").exit_code == 0
     files = online.files("me/small")
-    assert [name for name in files if "safetensors" in name] == ["model.safetensors"]
-    assert files["notes.txt"] == b"of the user"
+    recorded = json.loads((tmp_path / "other" / SIDECAR).read_text())["sha256"]
+    assert set(files) == {*recorded, SIDECAR, "README.md", ".gitattributes"}
     assert "No evaluation is recorded" in files["README.md"].decode()
     assert torch.equal(logits(bs.load("me/small")[0]), logits(model))
 
@@ -151,7 +151,7 @@ FAILURES = {
     "no rights": ("hf_stranger", "me/small", "does not let this access token write to me/small"),
     "no rights to what exists": (
         "hf_stranger",
-        "org/base --public",
+        "org/base --public --replace-card",
         "does not let this access token write to org/base",
     ),
     "no owner": ("hf_owner", "small", "'small' is not the name of a repository.*USER/NAME"),
@@ -201,6 +201,90 @@ def test_a_hub_that_is_not_there(online, run):
     online.server_close()
     result = push(run, "me/small", "--license", "mit")
     assert re.fullmatch(r"error: the connection to \S+ failed .*\n", result.output)
+
+
+def test_only_what_was_saved_is_published(online, run):
+    final = run / "final"
+    (final / ".env").write_text("PASSWORD=x")
+    (final / ".state").mkdir()
+    (final / ".state" / "optimizer.pt").write_text("x")
+    (final / "notes.md").symlink_to(run / "recipe.yaml")
+    assert push(run, "me/small").exit_code == 0
+    assert not {".env", ".state/optimizer.pt", "notes.md"} & set(online.files("me/small"))
+    (final / "optimizer.pt").write_text("x")
+    assert "optimizer.pt may be a pickle" in push(run, "me/small").output
+
+
+def test_no_folder_and_no_secret_of_this_machine_is_published(online, run, caplog):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["task"] = "/home/jane/clients/rows.jsonl"
+    recipe["data"] |= {"options": {"data_dir": "private/clients", "token": "s3cret", "note": "hf_s3crets3cret"}}
+    recipe["prune"] = {"costs": "C:\\\\Users\\\\jane\\\\costs.json"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    manifest = {"versions": {}, "data": {"source": "read from /home/jane/clients/rows.jsonl"}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert push(run, "me/small").exit_code == 0
+    published = online.files("me/small")
+    for name, content in published.items():
+        assert not re.search(rb"jane|s3cret|private/clients", content), name
+    said = yaml.safe_load(published["recipe.yaml"])
+    assert (said["model"], said["task"]) == ("org/base", "rows.jsonl")
+    assert said["data"]["options"] == {"data_dir": "clients", "token": "***", "note": "***"}
+    assert (
+        "recipe.yaml is published without secrets and folders of this machine in data.options.data_dir" in caplog.text
+    )
+
+
+def test_a_model_folder_that_is_gone_is_nobodys_hub_id(online, run):
+    """Its name may be that of somebody's repository, whose licence is not its own."""
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("org/base", "models/base"))
+    online.repositories["models/base"] = {"private": False, "commits": [{"README.md": BASE_CARD}]}
+    stage = run / "stages" / "load-1"
+    stage.mkdir(parents=True)
+    (stage / "stage.json").write_text(
+        json.dumps({"options": {"model": "models/base", "files": [["config.json", 1, 1]]}})
+    )
+    assert "names the model models/base, a folder that is not here" in push(run, "me/small").output
+    assert push(run, "me/small", "--base", "org/base").exit_code == 0
+    shutil.rmtree(run / "stages")
+    online.files("models/base")["config.json"] = b'{"model_type": "llama", "hidden_size": 8}'
+    assert "models/base on the hub is not what this model was made from" in push(run, "me/small").output
+    recipe.write_text(recipe.read_text().replace("models/base", "../models/base"))
+    assert "a folder that is not here" in push(run, "me/small", "--license", "mit").output
+
+
+def test_a_card_that_was_written_by_hand_stays(online, run):
+    hand = b"---\nlicense: mit\n---\nby hand\n"
+    online.repositories["me/small"] = {"private": True, "commits": [{"README.md": hand}]}
+    assert "README.md of me/small was not written by basis_select" in push(run, "me/small").output
+    assert online.files("me/small") == {"README.md": hand}
+    (run / "final" / "README.md").write_bytes(hand)
+    assert push(run, "me/small").exit_code == 0
+    assert online.files("me/small")["README.md"] == hand
+    assert push(run, "me/small", "--replace-card").exit_code == 0
+    assert b"# small" in online.files("me/small")["README.md"]
+    (run / "final" / "README.md").unlink()
+    (run / "final" / "README.md").write_bytes(online.files("me/small")["README.md"])  # ours, as a clone has it
+    assert push(run, "me/small").exit_code == 0
+    online.files("me/small")["README.md"] += b"and by hand\n"
+    assert "was not written by basis_select, or changed since" in push(run, "me/small").output
+
+
+@pytest.mark.parametrize("there", ["there", "not there", "refusing"])
+def test_a_password_in_the_address_is_never_printed(there, online, run, monkeypatch, caplog):
+    monkeypatch.setattr(constants, "ENDPOINT", online.url.replace("://", "://jane:s3cret@"))
+    if there == "not there":
+        online.shutdown()
+        online.server_close()
+    if there == "refusing":
+        monkeypatch.setenv("HF_TOKEN", "hf_stranger")
+    result = push(run, "me/small", "--license", "mit")
+    assert "s3cret" not in result.output + caplog.text + str(result.exception)
+    assert online.url in result.output
+    with pytest.raises(OSError, match=r"me/nothing|connect") as caught:
+        bs.load("me/nothing")
+    assert "s3cret" not in str(caught.value)
 
 
 def test_dry_run_contacts_nobody(online, run):

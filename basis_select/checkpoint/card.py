@@ -1,11 +1,14 @@
 """The model card of a published checkpoint, and its evaluation results as the hub reads them."""
 
+import hashlib
+import re
 from pathlib import Path
 
 from huggingface_hub import EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from ..evaluation.report import interval
 
+MARK = "written by basis_select, sha256 of the text above:"
 TEXT = """---
 {metadata}
 ---
@@ -53,17 +56,34 @@ def card(repo_id, base, metadata, sizes, recipe, row, parent, versions):
     """
     task = _task(recipe)
     what = f"{_name(base)}, compressed with basis_select for {f'one task, {task}' if task else 'one task'}."
-    return TEXT.format(
-        metadata=_metadata(base, metadata).to_yaml(),
-        name=repo_id.partition("/")[2],
-        repo_id=repo_id,
-        what=what,
-        prompt=_prompt(recipe),
-        sizes=_sizes(sizes, parent),
-        quality=_quality(row, parent, recipe),
-        made=_made(recipe, versions),
-        limits=_limits(row, task),
+    return signed(
+        TEXT.format(
+            metadata=_metadata(base, metadata).to_yaml(),
+            name=repo_id.partition("/")[2],
+            repo_id=repo_id,
+            what=what,
+            prompt=_prompt(recipe),
+            sizes=_sizes(sizes, parent),
+            quality=_quality(row, parent, recipe),
+            made=_made(recipe, versions),
+            limits=_limits(row, task),
+        )
     )
+
+
+def signed(text):
+    """A card with a last line by which `is_ours` knows it again."""
+    return f"{text.rstrip()}\n\n<!-- {MARK} {_digest(text)} -->\n"
+
+
+def is_ours(text):
+    """Whether `signed` wrote this card, and nobody changed it since."""
+    match = re.fullmatch(rf"(.*)<!-- {MARK} ([0-9a-f]{{64}}) -->\s*", text.replace("\r\n", "\n"), re.DOTALL)
+    return match is not None and _digest(match[1]) == match[2]
+
+
+def _digest(text):
+    return hashlib.sha256(text.strip().encode()).hexdigest()
 
 
 def evaluation(repo_id, recipe, row):
@@ -156,8 +176,9 @@ def _made(recipe, versions):
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         "```\nbasis-select run recipe.yaml\n```\n\n"
-        "with the `recipe.yaml` in this repository, which has every default written out. Seeds, versions and hashes of "
-        f"data and parent are in `manifest.json`, all results in `results.json`. Made with {packages}."
+        "with the `recipe.yaml` in this repository, which has every default written out and of paths the last part. "
+        "Seeds, versions and hashes of data and parent are in `manifest.json`, all results in `results.json`. "
+        f"Made with {packages}."
     )
 
 

@@ -1,8 +1,9 @@
 """Checkpoints on a hub: push one with its card, find one that was pushed."""
 
 import contextlib
+import json
+import logging
 import re
-from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
@@ -18,16 +19,20 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
 
 from . import reading
-from .card import card, evaluation
+from .card import card, evaluation, is_hub_id, is_ours
+from .cleaning import cleaned, masked
+
+log = logging.getLogger(__name__)
 
 ABOUT = ("recipe.yaml", "results.json", "manifest.json")  # of a run: how its checkpoints were made, what they reach
-STALE = ("*.safetensors", reading.INDEX)  # of an earlier push: a shard that is not part of this one
+KEPT = (".gitattributes",)  # the hub's own
 
 
 def snapshot(source):
     """The local folder with all files of the hub repository `source`, or None if it holds no checkpoint of ours."""
     if Path(source).is_dir():
         return None
+    _mask_logs()
     try:
         config = Path(hf_hub_download(str(source), "config.json"))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError):  # whoever loads it then says what is wrong
@@ -37,46 +42,57 @@ def snapshot(source):
     return Path(snapshot_download(str(source), revision=config.parent.name))
 
 
-def push(folder, repo_id, *, private=True, base=None, license=None):
+def push(folder, repo_id, *, private=True, base=None, license=None, replace_card=False):
     """Publish a checkpoint with its model card as the hub repository `repo_id`, in one commit; returns its address.
 
-    folder, base: as in `contents`. license: of the base model, if its card cannot be read. Nothing is
-    created unless the checkpoint loads and passes its checks. Files that the hub has already are not sent again: the
-    same call continues after a lost connection. Raises ValueError or FileNotFoundError with what is wrong.
+    folder, base, replace_card: as in `contents`. license: of the base model, if its card cannot be read. Nothing is
+    created unless the checkpoint loads and passes its checks. Afterwards the repository holds what was pushed and
+    nothing else; a card there that was written by hand is replaced only with `replace_card`. Files that the hub has
+    already are not sent again: the same call continues after a lost connection. Raises ValueError or FileNotFoundError
+    with what is wrong.
     """
     _require_name(repo_id)
     checkpoint, run = _find(folder)
+    _mask_logs()
     api = HfApi()
+    address = masked(api.endpoint)
     if get_token() is None:
-        raise ValueError(f"not logged in to {api.endpoint}: run `hf auth login` or set HF_TOKEN")
-    with _hub_errors(repo_id, api.endpoint):
+        raise ValueError(f"not logged in to {address}: run `hf auth login` or set HF_TOKEN")
+    with _hub_errors(repo_id, address):
         api.whoami()  # before the work: the first to say that the token is wrong or nobody answers
-    known = _base_card(base or _recipe(run).get("model"))
+    base = base or _base(run)
+    _require_same(base, checkpoint)
+    known = _base_card(base)
     if license is not None:
         known = {"license": license} | {k: v for k, v in known.items() if k == "language"}
     if "license" not in known:
         raise ValueError("the licence of the base model could not be read from its card: name it with --license")
-    made = contents(folder, repo_id, base=base, metadata=known)
-    with _hub_errors(repo_id, api.endpoint):
+    made = contents(folder, repo_id, base=base, metadata=known, replace_card=replace_card)
+    with _hub_errors(repo_id, address):
         api.create_repo(repo_id, private=private, exist_ok=True)
         there = api.model_info(repo_id)
         if there.private != private:
             now, option = ("private", "without") if there.private else ("public", "with")
             raise ValueError(f"{repo_id} exists and is {now}: push {option} --public or change it on the hub first")
-        old = [file.rfilename for file in there.siblings if file.rfilename not in made]
-        operations = [CommitOperationDelete(name) for name in old if any(fnmatch(name, p) for p in STALE)]
+        old = {file.rfilename for file in there.siblings}
+        if "README.md" in old and not replace_card:
+            _require_card(Path(hf_hub_download(repo_id, "README.md", revision=there.sha)), repo_id, made["README.md"])
+        operations = [CommitOperationDelete(name) for name in sorted(old.difference(made, KEPT))]
         for name, what in made.items():
             operations.append(CommitOperationAdd(name, what if isinstance(what, Path) else what.encode()))
-        api.create_commit(repo_id, operations, commit_message=f"basis_select checkpoint {checkpoint.name}")
-    return f"{api.endpoint}/{repo_id}"
+        message = f"basis_select checkpoint {checkpoint.name}"
+        api.create_commit(repo_id, operations, commit_message=message, parent_commit=there.sha)
+    return f"{address}/{repo_id}"
 
 
-def contents(folder, repo_id, *, base=None, metadata=None):
+def contents(folder, repo_id, *, base=None, metadata=None, replace_card=False):
     """`{path in the repository: file or text}` of what `push` would publish; contacts nobody.
 
-    folder: a checkpoint, or a run directory, whose final/ it then is. Recipe, results and manifest are those of the
-    run that made it. base: hub id of the base model, if the recipe does not name it; metadata: what the card of the
-    base says of licence and language. Raises ValueError if the checkpoint fails its checks.
+    folder: a checkpoint, or a run directory, whose final/ it then is. Only files that were saved with the checkpoint
+    are published. Recipe, results and manifest are those of the run that made it, without paths of this machine and
+    without secrets, which is logged. base: hub id of the base model, if the recipe does not name it; metadata: what the
+    card of the base says of licence and language. A README.md in the checkpoint that was written by hand is its card,
+    unless `replace_card`. Raises ValueError if the checkpoint fails its checks.
     """
     from ..models import load
     from ..sizes import sizes
@@ -84,16 +100,17 @@ def contents(folder, repo_id, *, base=None, metadata=None):
     _require_name(repo_id)
     checkpoint, run = _find(folder)
     model, _ = load(checkpoint)
-    recipe, row, parent, versions = _recipe(run), None, None, {}
+    facts, row, parent, versions = _about(run), None, None, {}
+    recipe = facts.get("recipe.yaml", {})
     if run is not None:
-        results, digest = reading.read_json(run / "results.json"), reading.weight_hash(checkpoint)
+        results, digest = facts["results.json"], reading.weight_hash(checkpoint)
         row = next((row for row in results.values() if row["weights_sha256"] == digest), None)
         if row is None:
             raise ValueError(f"{run / 'results.json'} has no results of {checkpoint}: its weights are others")
-        parent, versions = results["parent"], reading.read_json(run / "manifest.json")["versions"]
+        parent, versions = results["parent"], facts["manifest.json"]["versions"]
     text = card(
         repo_id,
-        base=base or recipe.get("model"),
+        base=base or _base(run),
         metadata=metadata or {},
         sizes=row["sizes"] if row else sizes(model, checkpoint),
         recipe=recipe,
@@ -101,13 +118,50 @@ def contents(folder, repo_id, *, base=None, metadata=None):
         parent=parent,
         versions=versions,
     )
-    paths = [p for p in sorted(checkpoint.rglob("*")) if p.is_file() and p.name != "README.md"]
-    made = {p.relative_to(checkpoint).as_posix(): p for p in paths}
-    made |= {name: run / name for name in ABOUT} if run is not None else {}
+    own = checkpoint / "README.md"
+    if not replace_card and own.exists() and not is_ours(own.read_text(encoding="utf-8")):
+        text = own.read_text(encoding="utf-8")
+        log.warning("%s, written by hand, is published as the card: --replace-card writes one", own)
+    made = {name: checkpoint / name for name in sorted(reading.recorded_files(checkpoint)) if name != own.name}
+    for name, fact in facts.items():
+        made[name] = yaml.safe_dump(fact, sort_keys=False) if name == "recipe.yaml" else json.dumps(fact, indent=1)
     entries = evaluation(repo_id, recipe, row)
     if entries:
         made[f".eval_results/{recipe['task']}.yaml"] = yaml.safe_dump(entries, sort_keys=False)
     return {**made, "README.md": text}
+
+
+def _mask_logs():
+    """What the hub's client logs names addresses, which may hold a password."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] in ("huggingface_hub", "httpx", "transformers"):
+            logging.getLogger(name).addFilter(_mask_record)
+
+
+def _mask_record(record):
+    record.msg, record.args = masked(record.getMessage()), ()
+    return True
+
+
+def _about(run):
+    """`{file name: content}` of the files beside a checkpoint that say how it was made, cleaned."""
+    facts = {}
+    for name in ABOUT if run is not None else ():
+        content = _recipe(run) if name == "recipe.yaml" else reading.read_json(run / name)
+        facts[name], changed = cleaned(content)
+        if changed:
+            log.warning("%s is published without secrets and folders of this machine in %s", name, ", ".join(changed))
+    return facts
+
+
+def _require_card(there, repo_id, text):
+    """Raise ValueError if the hub has a card that was written by hand and is another than `text`."""
+    theirs = there.read_text(encoding="utf-8")
+    if theirs != text and not is_ours(theirs):
+        raise ValueError(
+            f"README.md of {repo_id} was not written by basis_select, or changed since: push with --replace-card to "
+            "replace it, or put it beside the weights as README.md to keep it"
+        )
 
 
 def _require_name(repo_id):
@@ -137,9 +191,42 @@ def _recipe(run):
     return yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")) if run is not None else {}
 
 
+def _base(run):
+    """The model that a run compressed, as its recipe names it. Raises ValueError for a folder that is gone."""
+    base = _recipe(run).get("model")
+    if base is None or base.startswith("wheel:") or Path(base).is_absolute() or Path(base).exists():
+        return base
+    facts = [reading.read_json(path) for path in sorted(run.glob("stages/load-*/stage.json"))]
+    loaded = [fact.get("options") or {} for fact in facts]
+    was_local = any(options.get("model") == base and options.get("files") for options in loaded)
+    if was_local or base.startswith((".", "~")) or base.count("/") > 1 or "\\" in base:
+        raise ValueError(
+            f"{run / 'recipe.yaml'} names the model {base}, a folder that is not here: name its hub id with --base, or "
+            "push where the folder is"
+        )
+    return base
+
+
+def _require_same(base, checkpoint):
+    """Raise ValueError if the hub's `base` has another shape: the recipe may have meant a folder of that name."""
+    if not is_hub_id(base):
+        return
+    try:
+        theirs = reading.read_json(Path(hf_hub_download(base, "config.json")))
+    except (OSError, HTTPError, HFValidationError):  # gated, gone or never there
+        return
+    ours = reading.read_json(checkpoint / "config.json")
+    for key in ("model_type", "hidden_size", "num_hidden_layers"):
+        if theirs.get(key) != ours.get(key):
+            raise ValueError(
+                f"{base} on the hub is not what this model was made from, its {key} is {theirs.get(key)} and not "
+                f"{ours.get(key)}: name the base model with --base"
+            )
+
+
 def _base_card(base):
     """Licence and language from the card of a base model, a hub id or a folder; empty where it cannot be read."""
-    if base is None or base.startswith("wheel:"):
+    if base is None or base.startswith("wheel:") or (Path(base).exists() and not (Path(base) / "README.md").is_file()):
         return {}
     path = Path(base) / "README.md"
     try:
@@ -164,10 +251,10 @@ def _hub_errors(repo_id, endpoint):
             raise ValueError(
                 f"{endpoint} does not let this access token write to {repo_id}: use one with write access there"
             ) from None
-        reason = str(error.server_message or error).strip().splitlines()[0]
+        reason = masked(error.server_message or error).strip().splitlines()[0]
         raise ValueError(f"{endpoint} refused {repo_id}: {reason}") from None
     except (HTTPError, RuntimeError) as error:
-        reason = error.__cause__ or error
+        reason = masked(error.__cause__ or error)
         raise ValueError(
             f"the connection to {endpoint} failed ({reason}): nothing was published in part, the same command continues"
         ) from None

@@ -136,10 +136,12 @@ def _require_listed(folder, recorded, graphs):
         name = path.relative_to(folder).as_posix()
         if path.is_dir() and not path.is_symlink() and name not in recorded:
             continue
+        top = name.partition("/")[0]
+        if name == SIDECAR or top.startswith("."):
+            continue
         if path.suffix in PICKLES and not graphs:
             raise ValueError(f"{path} may be a pickle, which is never loaded: remove it, safetensors hold the weights")
-        top = name.partition("/")[0]
-        if name in recorded or name == SIDECAR or top.startswith("."):
+        if name in recorded:
             continue
         if top != name or not any(fnmatch(name, pattern) for pattern in HARMLESS):
             raise ValueError(f"{path} was not part of this checkpoint when it was saved: remove it")
