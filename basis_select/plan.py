@@ -25,7 +25,7 @@ from .recipe import RESULT
 from .rundir import resident_memory
 from .stage_work import examples_to_label
 from .tasks import load_task
-from .training.data import Batches
+from .training.data import Batches, require_fit
 from .tune import trainable
 
 LIBRARIES = 2**28  # bytes more that libraries and the kernels they generate take in a run than when its plan starts
@@ -84,6 +84,7 @@ def forecast(recipe, ranks=1, rates=None):
     config, tokenizer = config_and_tokenizer(recipe.model)
     model, rates = dense_on_meta(config), rates or measuring.machine_rates()
     task = load_task(recipe.task, tokenizer, recipe.seed, **dataclasses.asdict(recipe.data))
+    require_fit(model, task)
     layers, rows, stages, known = targets(model), {}, {}, {}
     targeted = sum(m.weight.numel() for m in layers.values())
     finals = {"parent": _final(recipe, model, targeted)}
@@ -109,8 +110,9 @@ def _final(r, model, shared, keep=1.0, saved=0):
 
 
 def check_budget(recipe, source, task):
-    """Raise ValueError if no choice of ranks for the model at `source` meets the recipe's size."""
+    """Raise ValueError if the model at `source` cannot take the task, or no choice of ranks meets the recipe's size."""
     model = dense_on_meta(config_and_tokenizer(source)[0])
+    require_fit(model, task)
     shapes = _shapes(recipe, model, targets(model), task)
     _fraction(recipe, model, shapes)
 

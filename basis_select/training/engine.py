@@ -22,7 +22,7 @@ from .. import ranks
 from ..bases import LowRankLinear, groups, take
 from ..tuned_on import remember
 from .collage import CollageAdamW
-from .data import Batches
+from .data import Batches, require_fit
 from .loss import task_loss
 from .precision import products
 
@@ -80,6 +80,7 @@ def train(
                 checkpointing=checkpointing,
                 callbacks=callbacks,
             )
+    require_fit(model, task)
     ranks.join()
     folder = Path(folder)
     optimizer, own, buffers = None, model.dtype, _buffers(model)
