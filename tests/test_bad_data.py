@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import basis_select as bs
+from basis_select import tuned_on
 from basis_select.encoding import Encoder
-from basis_select.tasks import load_task, number
+from basis_select.tasks import Example, load_task, number
 from basis_select.training.data import require_fit
 
 TURNS = (
@@ -417,8 +418,8 @@ NUMBERS = [
     ("5x10^3", "5000", True), ("4 \u00d7 10^3", "5 \u00d7 10^3", False), ("5 * 10", "10", True),
     ("1e999", "1e999", True), ("1e999", "1e998", False), ("1e-999", "1e-999", True),
     # signs
-    ("\u22127", "-7", True), ("\u20137", "-7", True), ("\uff0d7", "-7", True), ("\u22127", "7", False),
-    ("+7", "7", True), ("- 7", "-7", True), ("5-7", "7", True), ("5\u20137", "7", True), ("5 - 7", "7", True),
+    ("\u22127", "-7", True), ("\u20137", "-7", True), ("so \u2013 7", "7", True), ("\uff0d7", "-7", True),
+    ("\u22127", "7", False),     ("+7", "7", True), ("- 7", "-7", True), ("5-7", "7", True), ("5\u20137", "7", True), ("5 - 7", "7", True),
     # several numbers
     ("2 + 3 = 5", "5", True), ("2 + 3 = #### 5", "5", True), ("#### 5 of 9", "9", True), ("7 or 8", "7", False),
     ("#### 5\n#### 6", "6", True), ("<<3+4=7>>7", "7", True), ("3 and 4", "4", True),
@@ -566,3 +567,17 @@ def test_no_row_that_was_trained_is_tested_from_whatever_file(copy, trained, tmp
     assert tested
     assert not tested & {e.prompt.lower() for e in (*task.train, *task.validation)}
     assert result["trained"] > 0
+
+
+def test_own_rows_that_are_near_trained_ones_are_counted(trained, tmp_path):
+    model, _ = trained
+    story = (
+        "On a cold morning in {} the old baker of the village counted {} loaves of bread before he opened his shop. {}"
+    )
+    tuned_on.remember(model, [Example(story.format("May", 40, "How many?"), "a", "a", (5,), 0)])
+    rows = [row(prompt=story.format("June", 7, "Say it.")), *(row(prompt=f"fresh {i}") for i in range(9))]
+    (tmp_path / "train.jsonl").write_text(numbered("z", 9))
+    (tmp_path / "test.jsonl").write_text(lines(*rows, good=0))
+    (result,) = bs.evaluate_on(model, make_tokenizer(), [str(tmp_path)]).values()
+    assert (result["n"], result["trained"], result["near"]) == (10, 0, 1)
+    assert result["without_near"]["nll"]["value"] != result["nll"]["value"]

@@ -54,9 +54,16 @@ def evaluate(model, tokenizer, task, limit=None, batch_size=None):
     return {
         "task": task.name,
         "n": len(items),
-        "accuracy": wilson([item["correct"] for item in items]) if task.score else None,
-        "nll": pooled([item["nll"] for item in items], [item["tokens"] for item in items]),
+        **summary(items),
         "items": items,
+    }
+
+
+def summary(items):
+    """`accuracy` and `nll` of some items of `evaluate`."""
+    return {
+        "accuracy": wilson([item["correct"] for item in items]) if "correct" in items[0] else None,
+        "nll": pooled([item["nll"] for item in items], [item["tokens"] for item in items]),
     }
 
 
