@@ -24,7 +24,8 @@ def number(generated, answer):
     return found == right if whole else abs(found - right) <= max(abs(found), abs(right)) / 1_000_000
 
 
-_TYPED = str.maketrans({**dict.fromkeys("\u2212\u2013\ufe63\uff0d", "-"), "\u2044": "/", "\u2019": "'"})
+_TYPED = str.maketrans({**dict.fromkeys("\u2212\ufe63\uff0d", "-"), "\u2044": "/", "\u2019": "'"})
+_DASH = re.compile(r"\u2013(?=\S)")  # with a space after it a dash of the text
 _RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+")
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")  # fractions that are one character
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d))")
@@ -79,7 +80,8 @@ def _boxed(text):
 
 def _plain(text):
     """A text with numbers as `_NUMBER` reads them: without typography, LaTeX, currencies."""
-    text = _THOUSANDS.sub(lambda m: m[0].replace(" ", "") if m[0][0].isdigit() else "", text.translate(_TYPED))
+    text = _DASH.sub("-", text.translate(_TYPED))
+    text = _THOUSANDS.sub(lambda m: m[0].replace(" ", "") if m[0][0].isdigit() else "", text)
     text = _COMMA.sub(lambda m: m[0].replace(".", "").replace(",", "."), text)
     text = _POWER.sub(lambda m: "e" + (m[1] or m[2]).translate(_RAISED), text)
     text = _FRACTION.sub(lambda m: f" {m[1] or m[3]}/{(m[2] or m[4]).replace(',', '')}", text)

@@ -15,7 +15,7 @@ from .int8 import Int8Linear
 from .linalg import metrics
 from .linalg.metrics import METRICS
 from .moments import layer_input, moment_bytes, moment_room, passes, second_moments, trace
-from .training.data import Batches
+from .training.data import Batches, require_fit
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,8 @@ def decompose(
     measured = moments is None and bool(uses.inputs or uses.outputs)
     if task is None and (measured or embedding):
         raise ValueError(f"metric {metric!r} with embedding={embedding} looks at task data: pass a task")
+    if task is not None:
+        require_fit(model, task)
     members, shapes = _shapes(model, task, share)
     owners = deal(shapes, dist.get_world_size(group) if group else 1)
     rank, parts, made = dist.get_rank(group) if group else 0, [range(len(members))], {}

@@ -3,7 +3,7 @@
 import torch
 
 from .bases import groups
-from .training.data import Batches
+from .training.data import Batches, require_fit
 from .training.loss import frozen, task_loss
 
 PROBES = 16
@@ -27,6 +27,7 @@ def derivatives(model, task, seed=0, *, probes: int = PROBES, batch_size: int = 
     for members, leader in zip(found, leaders, strict=True):
         if not torch.isfinite(leader.s).all():
             raise ValueError(f"{names(members)}: the weights of bases are not all finite")
+    require_fit(model, task)
     generator = torch.Generator().manual_seed(seed)
     weights, scales = [leader.weight for leader in leaders], [leader.scale for leader in leaders]
     # t_i stands for s_i (1 + t_i): its derivatives are s dL/ds and s^2 d2L/ds2, finite whatever scale and sign of s.

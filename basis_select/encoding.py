@@ -1,8 +1,11 @@
 """How text becomes tokens: one way for training, for likelihoods and for where generation starts."""
 
+import string
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+PROBES = string.ascii_letters + string.digits + string.punctuation  # to see what a tokenizer adds to a text
 
 
 def _shared(a, b):
@@ -23,7 +26,10 @@ class Encoder:
     @cached_property
     def before(self):
         """Tokens that the tokenizer puts before a text. Raises ValueError where it changes the text's own."""
-        bare, whole = (self.tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+        text = next((t for t in PROBES if self.tokenizer.encode(t, add_special_tokens=False)), None)
+        if text is None:
+            raise ValueError(f"this tokenizer has no token for any of {PROBES!r}")
+        bare, whole = (self.tokenizer.encode(text, add_special_tokens=special) for special in (False, True))
         for at in range(len(whole) - len(bare) + 1):
             if whole[at : at + len(bare)] == bare:
                 return whole[:at]

@@ -4,7 +4,7 @@ import torch
 
 from .bases import groups, resize
 from .checkpoint.format import describe
-from .training.data import Batches
+from .training.data import Batches, require_fit
 from .training.loss import activation_gradients, task_loss
 
 INITS = ("random", "residual", "gradient")
@@ -64,6 +64,7 @@ def _leading(m, rank):
 
 def _gradients(model, task, examples, seed):
     """dL/dW of every group's stacked product W, (sum out, in) in fp32."""
+    require_fit(model, task)
     found = groups(model)
     total = [torch.zeros(sum(m.out_features for _, m in g), g[0][1].in_features) for g in found]
     handles = []

@@ -9,7 +9,7 @@ from torch import nn
 from . import ranks
 from .bases import groups
 from .embedding import table_of
-from .training.data import Batches
+from .training.data import Batches, require_fit
 from .training.engine import train
 from .training.loss import task_loss
 from .tune import trainable
@@ -44,6 +44,7 @@ def heal(
     changes, and gradients and states are those of the adapters alone. Raises ValueError on bases that are still
     weighted, and without both `lr` and `teacher`.
     """
+    require_fit(model, task)
     ranks.join()
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")

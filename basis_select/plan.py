@@ -26,7 +26,7 @@ from .recipe import RESULT
 from .rundir import resident_memory
 from .stage_work import examples_to_label
 from .tasks import load_task
-from .training.data import Batches
+from .training.data import Batches, require_fit
 from .tune import trainable
 
 LIBRARIES = 2**28  # bytes more that libraries and the kernels they generate take in a run than when its plan starts
@@ -86,7 +86,7 @@ def forecast(recipe, ranks=1, rates=None):
     require_decoder(config, recipe.model)
     model, rates = dense_on_meta(config), rates or measuring.machine_rates()
     task = load_task(recipe.task, tokenizer, recipe.seed, **dataclasses.asdict(recipe.data))
-    _require_positions(model, task)
+    require_fit(model, task)
     layers, rows, stages, known = targets(model), {}, {}, {}
     targeted = sum(m.weight.numel() for m in layers.values())
     finals = {"parent": _final(recipe, model, targeted)}
@@ -112,9 +112,9 @@ def _final(r, model, shared, keep=1.0, saved=0):
 
 
 def check_budget(recipe, source, task):
-    """Raise ValueError if no choice of ranks for the model at `source` meets the recipe's size."""
+    """Raise ValueError if the model at `source` cannot take the task, or no choice of ranks meets the recipe's size."""
     model = dense_on_meta(config_and_tokenizer(source)[0])
-    _require_positions(model, task)
+    require_fit(model, task)
     shapes = _shapes(recipe, model, targets(model), task)
     _fraction(recipe, model, shapes)
 
@@ -124,18 +124,6 @@ def require_decoder(config, source):
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if masked or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{source} is a {config.model_type} model, which is no decoder: name a causal language model")
-
-
-def _require_positions(model, task):
-    """Raise ValueError if an example is longer than the model's table of learned positions."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
-    longest = max(len(e.input_ids) for split in (task.train, task.validation, task.test) for e in split)
-    if most and longest > most and any(table.num_embeddings >= most for table in tables):
-        raise ValueError(
-            f"the longest example of {task.name} has {longest} tokens, the model has learned {most} positions: "
-            f"set data.max_length={most} or less"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

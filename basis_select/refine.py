@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from .bases import LowRankLinear, groups
-from .training.data import Batches
+from .training.data import Batches, require_fit
 from .training.precision import autocast
 
 
@@ -27,6 +27,7 @@ def refine(model, task, parent, seed=0, *, steps: int = 0, batch_size: int = 16,
         return model
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before refine")
+    require_fit(model, task)
     batches = list(Batches(task.train, batch_size, steps, seed, task.pad_id))
     found, dense = list(blocks(model)), list(blocks(parent))
     model.requires_grad_(False)

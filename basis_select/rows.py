@@ -3,15 +3,25 @@
 import json
 from pathlib import Path
 
-from jinja2 import TemplateError
-
 
 def file_rows(path, tokenizer):
     """The rows of a file as `{prompt, response, answer, where}`, those of messages with `turn_end` and `rendered`.
 
     Raises ValueError naming the file and the row.
     """
-    return [_file_row(row, f"{path}, row {i + 1}", tokenizer) for i, row in enumerate(read_rows(path))]
+    rows = [_file_row(row, f"{path}, row {i + 1}", tokenizer) for i, row in enumerate(read_rows(path))]
+    one_kind(rows)
+    return rows
+
+
+def one_kind(rows):
+    """Raise ValueError, naming the first row of the other kind, where rows of messages stand beside rows of prompts."""
+    for row in rows:
+        if row.get("rendered") != rows[0].get("rendered"):
+            kinds = ("messages", "a prompt") if row.get("rendered") else ("a prompt", "messages")
+            raise ValueError(
+                f"{row['where']} holds {kinds[0]} and {rows[0]['where']} {kinds[1]}: a task's rows are of one kind"
+            )
 
 
 def _file_row(row, where, tokenizer):
@@ -21,13 +31,15 @@ def _file_row(row, where, tokenizer):
         return _chat_row(row, where, tokenizer)
     if not {"prompt", "response"} <= row.keys():
         raise ValueError(f"{where} has {sorted(row)}; a row is {{prompt, response}} or {{messages}}")
+    if unknown := sorted(row.keys() - {"prompt", "response", "answer"}):
+        raise ValueError(f"{where} has {', '.join(unknown)} beside `prompt` and `response`; known there is answer")
     row = {"answer": row["response"], **row}
     for key in ("prompt", "response", "answer"):
         if not isinstance(row[key], str):
             raise ValueError(f"{where}: `{key}` is {_kind(row[key])}, it should be text")
     if not row["response"].strip():
         raise ValueError(f"{where}: the response is empty")
-    return {key: row[key] for key in ("prompt", "response", "answer")} | {"where": where}
+    return {**row, "where": where}
 
 
 _MARK = "0f6b2d"  # stands for an answer where a template's turn end is looked for
@@ -39,26 +51,28 @@ def _chat_row(row, where, tokenizer):
     if unknown := sorted(row.keys() - {"messages", "tools", "answer"}):
         raise ValueError(f"{where} has {', '.join(unknown)} beside `messages`; known there are tools, answer")
     _check_messages(messages, where)
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"{where}: `tools` is {_kind(tools)}, it should be a list of objects")
+    _check_objects(tools, "tools", where)
     if not tokenizer.chat_template:
         raise ValueError(f"{where}: `messages` need a chat template, which this model's tokenizer lacks")
     content = messages[-1].get("content")
     answer = row.get("answer", content or None)
     if not isinstance(answer, str | None) or ("answer" in row and answer is None):
         raise ValueError(f"{where}: `answer` is {_kind(answer)}, it should be text")
-    try:
-        how = {"tokenize": False, "tools": tools}
-        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **how)
-        whole = tokenizer.apply_chat_template(messages, **how)
-        marked = tokenizer.apply_chat_template([*messages[:-1], {"role": "assistant", "content": _MARK}], **how)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: the chat template refuses these messages: {error}") from None
+
+    def written(messages, tools=tools, **how):
+        try:
+            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how)
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise ValueError(f"{where}: the chat template refuses these messages: {error}") from None
+
+    prompt, whole = written(messages[:-1], add_generation_prompt=True), written(messages)
+    marked = written([*messages[:-1], {"role": "assistant", "content": _MARK}])
     if not whole.startswith(prompt) or _MARK not in marked:
         raise ValueError(
             f"{where}: the chat template does not continue its own prompt when the answer is there "
             f"({prompt[-40:]!r}), so what is trained would not be what generation is given"
         )
+    _check_written(whole, messages, tools, where)
     response, end = whole[len(prompt) :], marked.rpartition(_MARK)[2]
     end = end if response.endswith(end) else ""
     if not response.removesuffix(end).strip():
@@ -73,10 +87,22 @@ def _chat_row(row, where, tokenizer):
     }
 
 
+def _check_written(text, messages, tools, where):
+    """Raise ValueError if a template's text lacks the name of a tool or of one that is called."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    for key, functions in (("tools", tools or ()), ("tool_calls", calls)):
+        for function in functions:
+            inner = function.get("function")
+            name = (inner if isinstance(inner, dict) else function).get("name")
+            if isinstance(name, str) and name not in text:
+                raise ValueError(f"{where}: the chat template leaves out `{key}`: it does not write {name!r}")
+
+
 def _check_messages(messages, where):
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{where}: `messages` is {_kind(messages)}, it should be a list of objects")
     for message in messages:
+        _check_objects(message.get("tool_calls"), "tool_calls", where)
         content = message.get("content")
         calls = content is None and message.get("tool_calls")
         if not isinstance(message.get("role"), str) or not (calls or isinstance(content, str)):
@@ -84,6 +110,11 @@ def _check_messages(messages, where):
             raise ValueError(f"{where}: a message has a role and a content, both text, not {seen}")
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError(f"{where}: the last of `messages` must have the role assistant")
+
+
+def _check_objects(value, name, where):
+    if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+        raise ValueError(f"{where}: `{name}` is {_kind(value)}, it should be a list of objects")
 
 
 def _kind(value):
@@ -99,10 +130,12 @@ def read_rows(path):
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if path.suffix == ".json":
+    if "\0" in text:  # as in UTF-16, and after a crash
+        raise ValueError(f"{path} is not UTF-8 text: it holds NUL bytes")
+    if path.suffix.lower() == ".json":
         rows = _parsed(text, path)
         if not isinstance(rows, list):
-            raise ValueError(f"{path} is not a JSON list of rows")
+            raise ValueError(f"{path} is {_kind(rows)}, it should be a list of rows")
         return rows
     lines = enumerate(text.split("\n"), 1)  # JSON strings hold other line ends
     return [_parsed(line, f"{path}, line {i},") for i, line in lines if line.strip()]
@@ -110,6 +143,24 @@ def read_rows(path):
 
 def _parsed(text, where):
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds half of a character, \\ud800 to \\udfff, which is no text") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply") from None
+    except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from None
+    return value
+
+
+def _object(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object names {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return found
+
+
+def _constant(name):
+    raise ValueError(f"{name} is no number there")

@@ -27,6 +27,7 @@ from .linalg.budget import BYTES
 from .linalg.metrics import METRICS
 from .models import config_and_tokenizer, load
 from .moments import moment_bytes, moment_room, passes, second_moments
+from .training.data import require_fit
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors'
 
@@ -83,6 +84,7 @@ def decompose_checkpoint(
     members = [names for names in members if reached(names, moments, uses)]
     parts = [members]
     if measured:
+        require_fit(model, task)
         parent = load(source, str(dtype).removeprefix("torch."))[0]
         sizes = [moment_bytes(layers[g[0]].in_features, [layers[n].out_features for n in g], uses) for g in members]
         parts = passes(members, sizes, moment_room(parent.device, 0))

@@ -1,8 +1,8 @@
 """A task is data, a prompt and response template, and how an answer is scored."""
 
-import json
 import logging
 import random
+import string
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from .answers import SCORES, exact, number
 from .encoding import Encoder
-from .rows import file_rows, read_rows
+from .rows import file_rows, one_kind, read_rows
+from .tuned_on import prompt_key
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
@@ -114,26 +115,31 @@ def load_task(
     `train.jsonl`, `test.jsonl` and perhaps `validation.jsonl` of such rows, or
     `reasoning_gym:FAMILY` with `options` for the family and `prompt` a template over its metadata. `score`,
     "exact" or "number", replaces the source's own way. `train`, `validation` and `test` cap the splits; what a split
-    has more is left out as `seed` draws. No prompt occurs in two splits, and in training alone more than once.
+    has more is left out as `seed` draws. No prompt, letter case and white space aside, occurs in two splits, and in
+    training alone more than once.
     Examples longer than `max_length` tokens are cut at their end. What was dropped or cut is counted in `report`, never
     silently. Raises ValueError or FileNotFoundError naming the source, and for a row of a file the file and the row;
     also if the task's own responses do not score as right.
     """
+    source, options = str(source), options or {}
     sizes = {"train": train, "validation": validation, "test": test}
-    options = options or {}
+    _check_whole(sizes | {"max_length": max_length, "seed": seed})
     encoder = Encoder(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token, so no response could end: set its eos_token")
     if score is not None and score not in SCORES:
         raise ValueError(f"unknown score {score!r}; known are {', '.join(SCORES)}")
-    if made := source.startswith("reasoning_gym:"):
+    made = source.startswith("reasoning_gym:")
+    _check_used(source, options, prompt, made)
+    if made:
         rows, default = _reasoning_gym(source.partition(":")[2], options, prompt, sizes, seed)
     elif source in HUB:
         rows, default = _hub(source, options, sizes, seed)
-    elif Path(source).is_dir():
+    elif source and Path(source).is_dir():
         rows, default = _folder(Path(source), tokenizer, sizes, seed), None
     else:
         rows, default = _file(source, tokenizer, sizes, seed), None
+    read = {split: len(rows[split]) for split in SPLITS}
     rows, report = _disjoint(rows, sizes, seed, made)
     report |= {"truncated": 0, "dropped_too_long": 0}
     splits = {}
@@ -143,13 +149,35 @@ def load_task(
     told = _told(report, max_length)
     for split, examples in splits.items():
         if not examples:
-            raise ValueError(f"the {split} split of {source} is empty{told and f': {told}'}")
+            found = ", ".join(f"{n:,} for {s}" for s, n in read.items())
+            raise ValueError(
+                f"the {split} split of {source} is empty: {told and told + '; '}of rows there were {found}"
+            )
     if told:
         log.warning("%s: %s", source, told)
     log.info("%s: %s left out by the draw", source, report["not_drawn"])
     every = [row for split in SPLITS for row in rows[split]]
     scored = _scoring(source, every, SCORES.get(score, default))
     return Task(source, **splits, score=scored, pad_id=_pad(tokenizer), report=report, stops=_stops(every, tokenizer))
+
+
+def _check_whole(values):
+    for name, value in values.items():
+        least = None if name == "seed" else 1
+        if type(value) is not int or (least and value < least):
+            raise ValueError(f"{name}={value!r} should be a whole number{f' of at least {least}' if least else ''}")
+
+
+def _check_used(source, options, prompt, made):
+    """Raise ValueError for what the source would not look at."""
+    known = ["data_dir"] if source in HUB else []
+    if prompt is not None and not made:
+        raise ValueError(f"prompt is a template of reasoning_gym's tasks, {source!r} is none")
+    if unknown := [] if made else sorted(map(str, options.keys() - set(known))):
+        what = f"known there is {known[0]}" if known else "a file or folder has none"
+        raise ValueError(f"{source} has no options {', '.join(unknown)}; {what}")
+    if not isinstance(folder := options.get("data_dir", ""), str | Path):
+        raise ValueError(f"data_dir is {folder!r}, it should be the path of a folder")
 
 
 def _pad(tokenizer):
@@ -223,18 +251,18 @@ def _disjoint(rows, sizes, seed=0, made=False):
     for split in reversed(SPLITS):
         own, left = set(), []
         for row in rows[split]:
-            repeated = row["prompt"] in own
-            if row["prompt"] in seen:
+            key = prompt_key(row["prompt"])
+            if key in seen:
                 report["overlaps_dropped"] += 1
-            elif repeated and (made or split != "train"):
+            elif key in own and (made or split != "train"):
                 report["repeats_dropped"] += 1
             else:
                 left.append(row)
-                own.add(row["prompt"])
+                own.add(key)
         kept[split] = left[: sizes[split]] if made else _draw(left, sizes[split], seed)[1]
         report["not_drawn"][split] = 0 if made else len(left) - len(kept[split])
-        seen |= {row["prompt"] for row in kept[split]}
-    prompts = Counter(row["prompt"] for row in kept["train"])
+        seen |= {prompt_key(row["prompt"]) for row in kept[split]}
+    prompts = Counter(prompt_key(row["prompt"]) for row in kept["train"])
     report["repeats_in_train"] = prompts.total() - len(prompts)
     return kept, report
 
@@ -276,6 +304,10 @@ def _gym_row(item, template, family):
             f"the prompt template names {error}, which reasoning_gym:{family} does not have; it has question, "
             + ", ".join(sorted(metadata))
         ) from None
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"the prompt template {template!r} cannot be filled for reasoning_gym:{family}: {error}"
+        ) from None
     row = {"prompt": prompt, "response": " " + response, "answer": answer, "rationale": bool(rationale)}
     return row if template else {**row, "next": _NEXT}
 
@@ -302,16 +334,28 @@ def _hub(name, options, sizes, seed):
 
 def _hub_row(spec, row, where):
     try:
-        return {**fill(spec, row), "where": where}
+        filled = {**fill(spec, row), "where": where}
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError(f"{where} is no row of {spec.path}: {json.dumps(row)[:200]}") from None
+        raise ValueError(f"{where} is no row of {spec.path}: {str(row)[:200]}") from None
+    if not filled["response"].strip():
+        raise ValueError(f"{where}: the response is empty")
+    return filled
+
+
+class _Filler(string.Formatter):
+    """str.format, but only of texts and numbers."""
+
+    def format_field(self, value, format_spec):
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise TypeError(f"{value!r} is no text")
+        return super().format_field(value, format_spec)
 
 
 def fill(spec, row):
     """A row of a data set in HUB as `{prompt, response, answer}`; `next` where a text ends the response."""
     filled = {
-        "prompt": spec.prompt.format(**row),
-        "response": spec.response.format(**row),
+        "prompt": _Filler().format(spec.prompt, **row),
+        "response": _Filler().format(spec.response, **row),
         "answer": spec.answer and spec.answer(row),
     }
     return {**filled, "next": _NEXT} if spec.prompt.startswith(_NEXT.strip()) else filled
@@ -319,7 +363,7 @@ def fill(spec, row):
 
 def _hold_out(rows, sizes, seed):
     if "validation" not in rows:
-        count = min(sizes["validation"], len(rows["train"]) - 1)
+        count = min(sizes["validation"], max(len(rows["train"]) // 3, len(rows["train"]) > 1))
         rows["train"], rows["validation"] = _draw(rows["train"], count, seed)
     return rows
 
@@ -330,12 +374,15 @@ def _folder(path, tokenizer, sizes, seed):
     if missing:
         raise FileNotFoundError(f"{path} has no {' and no '.join(f'{m}.jsonl' for m in missing)}")
     rows = {split: file_rows(file, tokenizer) for split, file in files.items() if file.is_file()}
+    one_kind([row for split in rows.values() for row in split])
     return _hold_out(rows, sizes, seed)
 
 
 def _file(source, tokenizer, sizes, seed):
     path = Path(source)
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix.lower() not in (".json", ".jsonl"):
+        if path.is_file():
+            raise ValueError(f"{path} is neither .jsonl nor .json: a file of rows is one of these")
         raise ValueError(
             f"unknown task {source!r}: none of {', '.join(HUB)}, no reasoning_gym:FAMILY and no JSON or JSONL file"
         )

@@ -35,7 +35,7 @@ class TunedOn:
 
     def trained(self, prompts):
         """Whether each of these texts is the prompt of a row that was trained on."""
-        return np.isin(np.array([_prompt(text) for text in prompts], np.uint64), self.prompts).tolist()
+        return np.isin(np.array([prompt_key(text) for text in prompts], np.uint64), self.prompts).tolist()
 
     def near(self, texts):
         """Whether each of these texts, all of one test, shares SHARE of its passages with rows trained on."""
@@ -50,12 +50,13 @@ def remember(model, *splits):
     """Add the examples of `splits` to what `model` was tuned on."""
     texts = [example.prompt for split in splits for example in split]
     marks = {mark for text in texts for mark in passages(text)}
-    new = TunedOn(np.unique(np.array([_prompt(t) for t in texts], np.uint64)), np.array(sorted(marks), np.uint32))
+    new = TunedOn(np.unique(np.array([prompt_key(t) for t in texts], np.uint64)), np.array(sorted(marks), np.uint32))
     known = getattr(model, "tuned_on", None)
     model.tuned_on = new if known is None else known | new
 
 
-def _prompt(text):
+def prompt_key(text):
+    """What two prompts share that count as one."""
     return _hash(" ".join(text.lower().split()), 8)
 
 

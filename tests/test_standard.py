@@ -366,7 +366,9 @@ def test_a_row_that_was_tuned_on_is_never_tested(how, tmp_path):
         tested = {item["prompt"].strip() for item in result["items"]}
         assert tested == {e.prompt for e in task.test}  # the run's own test split
         assert result["trained"] > 0
-    (tmp_path / "all.jsonl").write_text("".join(json.dumps(vars(e) | {"input_ids": 0}) + "\n" for e in task.train))
+    (tmp_path / "all.jsonl").write_text(
+        "".join(json.dumps({"prompt": e.prompt, "response": e.response}) + "\n" for e in task.train)
+    )
     with pytest.raises(ValueError, match=r"tuned on every row of .*all.jsonl: nothing is left to test"):
         bs.evaluate_on(model, tokenizer, [str(tmp_path / "all.jsonl")])
 

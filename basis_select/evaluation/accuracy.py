@@ -10,6 +10,7 @@ from scipy import stats
 from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
 
 from ..encoding import Encoder
+from ..training.data import require_fit
 from ..training.precision import products
 
 SEED = 1234  # what lm-eval's own command draws shots with
@@ -29,6 +30,9 @@ def evaluate(model, tokenizer, task, limit=None, batch_size=None):
     and `items`, one dict per example, in test order, so that two results can be paired. Raises ValueError on a
     non-finite logit; items are never skipped.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} should be at least 1, or None for all test rows")
+    require_fit(model, task)
     examples = task.test[:limit]
     longest = max(len(e.input_ids) for e in examples)
     fit = max(1, LOGITS // (longest * model.config.get_text_config().vocab_size))
@@ -50,9 +54,16 @@ def evaluate(model, tokenizer, task, limit=None, batch_size=None):
     return {
         "task": task.name,
         "n": len(items),
-        "accuracy": wilson([item["correct"] for item in items]) if task.score else None,
-        "nll": pooled([item["nll"] for item in items], [item["tokens"] for item in items]),
+        **summary(items),
         "items": items,
+    }
+
+
+def summary(items):
+    """`accuracy` and `nll` of some items of `evaluate`."""
+    return {
+        "accuracy": wilson([item["correct"] for item in items]) if "correct" in items[0] else None,
+        "nll": pooled([item["nll"] for item in items], [item["tokens"] for item in items]),
     }
 
 

@@ -19,7 +19,7 @@ import torch
 
 from ..checkpoint.reading import sha256
 from ..tasks import HUB, load_task
-from .accuracy import bootstrap, evaluate, likelihood, lm_eval, pooled, run, wilson
+from .accuracy import bootstrap, evaluate, likelihood, lm_eval, pooled, run, summary, wilson
 
 FOLDER = Path(__file__).parent / "tasks"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("[!_]*.yaml")))
@@ -95,7 +95,7 @@ def evaluate_on(
     `perplexity`, the share of generations that are `empty` or end in a loop (`repetition`), and `data`, `shots`,
     `batch_size`, `generation`, `prompts_sha256` and how many prompts were `cut` at their start because the model takes
     no more than `longest` tokens: what they were measured on. Rows that the model was tuned on are left out and counted
-    as `trained`; benchmark rows that share passages with such rows are counted as `near`, and `without_near` is the
+    as `trained`; rows that share passages with such rows are counted as `near`, and `without_near` is the
     summary of all others (tuned_on.py). Raises ValueError on an unknown name, on code that was not allowed to run,
     where nothing is left to test, and on a non-finite logit.
     """
@@ -110,8 +110,18 @@ def evaluate_task(model, tokenizer, name, limit=None, shots=None, samples=1, bat
         task, trained = _untrained(load_task(name, tokenizer), name, known)
         rows = batch_size or rows_that_fit(model, generates=False)
         result = evaluate(model, tokenizer, task, limit, rows)
-        prompts = _digest(e.prompt for e in task.test[:limit])
-        return {**result, "of": len(task.test), "batch_size": rows, "prompts_sha256": prompts, "trained": trained}
+        prompts = [e.prompt for e in task.test[:limit]]
+        near = known.near(prompts) if known else [False] * len(prompts)
+        others = [item for item, is_near in zip(result["items"], near, strict=True) if not is_near]
+        return {
+            **result,
+            "of": len(task.test),
+            "batch_size": rows,
+            "prompts_sha256": _digest(prompts),
+            "trained": trained,
+            "near": sum(near),
+            "without_near": summary(others) if 0 < len(others) < len(near) else None,
+        }
     package = lm_eval()
     metadata = {} if shots is None else {"shots": shots}
     manager = package.tasks.TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)

@@ -6,11 +6,36 @@ import dataclasses
 import random
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 LENGTH_MULTIPLE = 16  # tokens; on CPUs every new matmul shape costs the library a freshly generated kernel
 RESPONSE_MULTIPLE = 64
 WINDOW = 16  # batches that are sorted by length together
+
+
+def require_fit(model, task):
+    """Raise ValueError if a row of `task` holds tokens or positions that `model` has no row for in its tables.
+
+    A learned table of positions is told by its length: an embedding of `max_position_embeddings` rows, or a few more.
+    """
+    examples = [*task.train, *task.validation, *task.test]
+    table = model.get_input_embeddings()
+    highest, rows = max((max(e.input_ids) for e in examples), default=0), table.num_embeddings
+    for what, token in (("a row has the token", highest), ("padding is the token", task.pad_id)):
+        if token >= rows:
+            raise ValueError(
+                f"{task.name}: {what} {token} and the model's last token is {rows - 1}: "
+                "take the model's own tokenizer or resize its embedding"
+            )
+    longest = max((len(e.input_ids) for e in examples), default=0)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    others = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not table]
+    if longest > most and any(most <= n < most + 8 for n in others):
+        raise ValueError(
+            f"{task.name}: a row has {longest} tokens and the model has learned {most} positions: "
+            f"cut rows with max_length={most}"
+        )
 
 
 class Batches(Dataset):

@@ -27,7 +27,7 @@ from ..reading import read_json, read_lines
 from ..rundir import replace_text, settle
 from ..tuned_on import remember
 from .collage import CollageAdamW
-from .data import Batches
+from .data import Batches, require_fit
 from .loss import task_loss
 from .precision import products
 
@@ -87,6 +87,7 @@ def train(
                 checkpointing=checkpointing,
                 callbacks=callbacks,
             )
+    require_fit(model, task)
     ranks.join()
     folder = Path(folder)
     optimizer, own, buffers = None, model.dtype, _buffers(model)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .. import ranks
-from .data import Batches
+from .data import Batches, require_fit
 from .loss import log_probabilities
 
 EXAMPLES_TOGETHER = 16  # a batch of the parent's forward pass
@@ -88,6 +88,7 @@ def soft_labels(teacher, task, top=64):
     model learns from them. The rest of the vocabulary counts as one more token, of the probability that is left. On
     several ranks each returns those of its part of the examples: `save` them in one folder, and `load` all.
     """
+    require_fit(teacher, task)
     size = EXAMPLES_TOGETHER
     teacher.eval().requires_grad_(False)
     top = min(top, teacher.get_input_embeddings().num_embeddings - 1)

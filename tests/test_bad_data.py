@@ -1,0 +1,584 @@
+"""Data, tokenizers and answers as people have them: each is read as it is meant, or refused in one sentence."""
+
+import codecs
+import gzip
+import json
+import logging
+
+import pytest
+from conftest import make_tokenizer, tiny
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import basis_select as bs
+from basis_select import tuned_on
+from basis_select.encoding import Encoder
+from basis_select.tasks import Example, load_task, number
+from basis_select.training.data import require_fit
+
+TURNS = (
+    "{% if tools %}{{ tools|tojson }}{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}END\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CALLS = TURNS.replace("{{ m.content }}", "{{ m.content or '' }}{{ (m.tool_calls or '')|string }}")
+
+
+def lines(*rows, good=4):
+    """JSONL of these rows after `good` ones."""
+    rows = [*({"prompt": f"{i} is", "response": f" {i}"} for i in range(good)), *rows]
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+def chats(*rows, good=4):
+    return lines(*[{"messages": talk(f"q{i}")} for i in range(good)], *rows, good=0)
+
+
+def talk(question, answer="a", **more):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]
+
+
+def row(**fields):
+    return {"prompt": "p", "response": "r"} | fields
+
+
+def chatting(template=TURNS):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+SPLIT = ("train", "validation", "test")
+HERE = r"^\S*a\.jsonl"  # the sentence begins with the file
+FIVE = lines(good=5)
+CALL = {"type": "function", "function": {"name": "lookup", "arguments": {}}}
+
+# what the file a.jsonl holds: the rows that are read, or the sentence
+CONTENTS = [
+    # encodings
+    (codecs.BOM_UTF8 + FIVE.encode(), 5),
+    (FIVE.replace("\n", "\r\n"), 5),
+    (FIVE.replace("\n", "\r"), 5),
+    (FIVE.replace("\n", "\n\n \n"), 5),
+    (lines({"prompt": "a\u2028b", "response": "c"}).replace("\\u2028", "\u2028"), 5),
+    (FIVE.encode("utf-16"), f"{HERE} is not UTF-8 text: invalid start byte at byte 0"),
+    (FIVE.encode("utf-16-le"), f"{HERE} is not UTF-8 text: it holds NUL bytes"),
+    (FIVE.encode("utf-32-be"), f"{HERE} is not UTF-8 text: it holds NUL bytes"),
+    (FIVE.encode() + b"\0" * 64, f"{HERE} is not UTF-8 text: it holds NUL bytes"),
+    (FIVE.replace("is", "\u00e9").encode("latin-1"), f"{HERE} is not UTF-8 text: invalid"),
+    (FIVE.replace("is", "\u201cis\u201d").encode("cp1252"), f"{HERE} is not UTF-8 text: invalid start byte"),
+    (gzip.compress(FIVE.encode()), f"{HERE} is not UTF-8 text"),
+    (b"PAR1\x15\x04\xff", f"{HERE} is not UTF-8 text"),
+    # nothing, little, no JSON
+    ("", f"{HERE} holds 0 rows"),
+    ("\n \n", f"{HERE} holds 0 rows"),
+    (lines(good=2), f"{HERE} holds 2 rows: at least one each to train, validate and test"),
+    (lines(good=3), 3),
+    ("prompt,response\na,b\n", f"{HERE}, line 1, is not valid JSON"),
+    ("prompt: a\nresponse: b\n", f"{HERE}, line 1, is not valid JSON"),
+    ("<html>not found</html>", f"{HERE}, line 1, is not valid JSON"),
+    ("version https://git-lfs.github.com/spec/v1\n", f"{HERE}, line 1, is not valid JSON"),
+    (lines("{'prompt': 'a', 'response': 'b'}"), f"{HERE}, line 5, is not valid JSON"),
+    (lines('{"prompt": "a", "response": "b",}'), f"{HERE}, line 5, is not valid JSON"),
+    (lines('{"prompt": "a", "response": "b"'), f"{HERE}, line 5, is not valid JSON"),
+    (lines('{"prompt": "a\tb", "response": "b"}'), f"{HERE}, line 5, is not valid JSON: Invalid control character"),
+    (lines('{"prompt": "a", "response": "b"} {"prompt": "c"}'), f"{HERE}, line 5, is not valid JSON: Extra data"),
+    (json.dumps([row()] * 5, indent=1), f"{HERE}, line 1, is not valid JSON"),
+    (json.dumps([row()] * 5), f"{HERE}, row 1 is a list; a row is"),
+    # numbers, depth, keys, text that is none
+    (lines('{"prompt": "a", "response": NaN}'), f"{HERE}, line 5, is not valid JSON: NaN"),
+    (lines('{"prompt": "a", "response": -Infinity}'), f"{HERE}, line 5, is not valid JSON: -Infinity"),
+    (lines('{"prompt": "a", "response": 1e999}'), f"{HERE}, row 5: `response` is the number inf"),
+    (lines('{"prompt": "a", "response": 1' + "0" * 30 + "}"), f"{HERE}, row 5: `response` is the number 10{{30}}, it"),
+    (lines('{"prompt": "a", "response": ' + "9" * 5000 + "}"), f"{HERE}, line 5, is not valid JSON: .*digits"),
+    (lines("[" * 100_000), f"{HERE}, line 5, is nested too deeply"),
+    (lines('{"a": ' * 50_000), f"{HERE}, line 5, is nested too deeply"),
+    (lines('{"prompt": "a", "prompt": "b", "response": "c"}'), f"{HERE}, line 5, .* 'prompt' twice"),
+    (lines('{"prompt": "a", "response": "b\\ud83d"}'), f"{HERE}, line 5, holds half of a character"),
+    (lines('{"prompt": "\\uDC00", "response": "b"}'), f"{HERE}, line 5, holds half of a character"),
+    (lines('{"prompt": "\\ud83d\\ude00", "response": "b"}'), 5),
+    # rows
+    (lines({}), rf"{HERE}, row 5 has \[\]; a row is"),
+    (lines("null"), f"{HERE}, row 5 is null; a row is"),
+    (lines("[]"), f"{HERE}, row 5 is a list"),
+    (lines("5"), f"{HERE}, row 5 is the number 5"),
+    (lines("true"), f"{HERE}, row 5 is true or false"),
+    (lines('"text"'), f"{HERE}, row 5 is text"),
+    (lines({"question": "a", "answer": "b"}), rf"{HERE}, row 5 has \['answer', 'question'\]; a row is"),
+    (lines({"instruction": "a", "output": "b"}), rf"{HERE}, row 5 has \['instruction', 'output'\]"),
+    (lines({"text": "a"}), rf"{HERE}, row 5 has \['text'\]"),
+    (lines({"Prompt": "a", "Response": "b"}), rf"{HERE}, row 5 has \['Prompt', 'Response'\]"),
+    (lines({"prompt": "a", "completion": "b"}), rf"{HERE}, row 5 has \['completion', 'prompt'\]"),
+    (lines({"prompt": "a"}), rf"{HERE}, row 5 has \['prompt'\]"),
+    (lines(row(system="s")), f"{HERE}, row 5 has system beside `prompt` and `response`; known there is answer"),
+    (lines(row(tools=[])), f"{HERE}, row 5 has tools beside"),
+    (lines(row(id=1, source="x")), f"{HERE}, row 5 has id, source beside"),
+    (lines(row(prompt=5)), f"{HERE}, row 5: `prompt` is the number 5, it should be text"),
+    (lines(row(prompt=None)), f"{HERE}, row 5: `prompt` is null"),
+    (lines(row(prompt=talk("a"))), f"{HERE}, row 5: `prompt` is a list"),
+    (lines(row(response=True)), f"{HERE}, row 5: `response` is true or false"),
+    (lines(row(response={"a": 1})), f"{HERE}, row 5: `response` is an object"),
+    (lines(row(response=["a"])), f"{HERE}, row 5: `response` is a list"),
+    (lines(row(response="")), f"{HERE}, row 5: the response is empty"),
+    (lines(row(response=" \u00a0\n")), f"{HERE}, row 5: the response is empty"),
+    (lines(row(response="\u200b")), f"{HERE}, row 5: the tokenizer has no token for the response"),
+    (lines(row(answer=5)), f"{HERE}, row 5: `answer` is the number 5"),
+    (lines(row(answer=None)), f"{HERE}, row 5: `answer` is null"),
+    (lines(row(answer=["r", "s"])), f"{HERE}, row 5: `answer` is a list"),
+    (lines(row(answer="")), "1 of the 5 responses .*, row 5 has the answer '' and the response 'r'"),
+    (lines(row(answer="q")), "1 of the 5 responses .*, row 5 has the answer 'q' and the response 'r'"),
+    (lines({"prompt": "", "response": "b"}), 5),
+    (lines(*[{"prompt": "", "response": "b"}] * 9, good=0), r"the train split of \S*a.jsonl is empty: 8 were dropped"),
+    (lines(*[row()] * 9, good=0), r"the train split of \S*a.jsonl is empty: 8 .* since their prompt is in another"),
+    # conversations
+    (lines({"messages": talk("a")}), rf"{HERE}, row 5 holds messages and \S+ row 1 a prompt: .* one kind"),
+    (chats(row()), rf"{HERE}, row 5 holds a prompt and \S+ row 1 messages: .* one kind"),
+    (chats({"messages": talk("a"), "prompt": "p"}), f"{HERE}, row 5 has prompt beside `messages`"),
+    (chats({"messages": talk("a"), "id": 1}), f"{HERE}, row 5 has id beside `messages`; known there are tools, answer"),
+    (chats({"conversations": talk("a")}), rf"{HERE}, row 5 has \['conversations'\]"),
+    (chats({"messages": None}), f"{HERE}, row 5: `messages` is null"),
+    (chats({"messages": "[]"}), f"{HERE}, row 5: `messages` is text"),
+    (chats({"messages": {}}), f"{HERE}, row 5: `messages` is an object"),
+    (chats({"messages": []}), f"{HERE}, row 5: the last of `messages` must have the role assistant"),
+    (chats({"messages": talk("a")[:1]}), f"{HERE}, row 5: the last of `messages` must have the role assistant"),
+    (chats({"messages": [None, *talk("a")]}), f"{HERE}, row 5: `messages` .* a list of objects"),
+    (chats({"messages": [{}, *talk("a")]}), f"{HERE}, row 5: a message has a role and a content, both text, not"),
+    (chats({"messages": [{"from": "human", "value": "a"}]}), f"{HERE}, row 5: a message has a role and a content"),
+    (chats({"messages": [{"role": 1, "content": "a"}, *talk("a")]}), f"{HERE}, row 5: a message has a role"),
+    (chats({"messages": [{"role": "user", "content": [{"type": "text"}]}, *talk("a")]}), f"{HERE}, row 5: a message"),
+    (chats({"messages": talk("a", None)}), f"{HERE}, row 5: a message has a role and a content"),
+    (chats({"messages": talk("a", 5)}), f"{HERE}, row 5: a message has a role and a content"),
+    (chats({"messages": talk("a", "")}), f"{HERE}, row 5: the response is empty"),
+    (chats({"messages": talk("a", " ")}), f"{HERE}, row 5: the response is empty"),
+    (chats({"messages": talk("a", None, tool_calls="f()")}), f"{HERE}, row 5: `tool_calls` is text, .* of objects"),
+    (chats({"messages": talk("a", None, tool_calls=["f"])}), f"{HERE}, row 5: `tool_calls` is a list, .* of objects"),
+    (chats({"messages": talk("a", None, tool_calls=[CALL])}), f"{HERE}, row 5: .* leaves out `tool_calls`: .*lookup"),
+    (chats({"messages": talk("a", "b", tool_calls=[CALL])}), f"{HERE}, row 5: .* leaves out `tool_calls`: .*lookup"),
+    (chats({"messages": talk("a"), "tools": "[]"}), f"{HERE}, row 5: `tools` is text, it should be a list of objects"),
+    (chats({"messages": talk("a"), "tools": {}}), f"{HERE}, row 5: `tools` is an object"),
+    (chats({"messages": talk("a"), "tools": ["f"]}), f"{HERE}, row 5: `tools` is a list, it should be a list of obj"),
+    (chats({"messages": talk("a"), "tools": None}), 5),
+    (chats({"messages": talk("a"), "tools": []}), 5),
+    (chats({"messages": talk("a"), "tools": [{"name": "f"}]}), 5),
+    (chats({"messages": talk("a"), "answer": 1}), f"{HERE}, row 5: `answer` is the number 1"),
+    (chats({"messages": [{"role": "system", "content": "s"}, *talk("a")]}), 5),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chatting()
+
+
+def loaded(source, tokenizer, **how):
+    task = load_task(str(source), tokenizer, **how)
+    return sum(len(getattr(task, split)) for split in SPLIT)
+
+
+@pytest.mark.parametrize(("content", "expected"), CONTENTS)
+def test_a_file_is_read_or_named_with_its_row(content, expected, tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(expected, int):
+        assert loaded(tmp_path / "a.jsonl", tokenizer) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        loaded(tmp_path / "a.jsonl", tokenizer)
+
+
+ROWS = [row(prompt=f"p{i}") for i in range(5)]
+NAMED = [
+    ("a.json", json.dumps(ROWS), 5),
+    ("a.JSON", json.dumps(ROWS), 5),
+    ("a.JSONL", FIVE, 5),
+    ("a.json", "\ufeff" + json.dumps(ROWS, indent=1), 5),
+    ("a.json", FIVE, r"a.json is not valid JSON: Extra data: line 2"),
+    ("a.json", "", r"a.json is not valid JSON"),
+    ("a.json", "[]", r"a.json holds 0 rows"),
+    ("a.json", json.dumps({"train": ROWS}), r"a.json is an object, it should be a list of rows"),
+    ("a.json", "null", r"a.json is null, it should be a list of rows"),
+    ("a.json", json.dumps([*ROWS, 5]), r"a.json, row 6 is the number 5"),
+    ("a.json", "[" * 100_000, r"a.json is nested too deeply"),
+    ("a.csv", "prompt,response\na,b\n", r"\S*a.csv is neither .jsonl nor .json"),
+    ("a.tsv", "prompt\tresponse\na\tb\n", r"\S*a.tsv is neither .jsonl nor .json"),
+    ("a.txt", FIVE, r"\S*a.txt is neither .jsonl nor .json"),
+    ("a.jsonl.gz", FIVE, r"\S*a.jsonl.gz is neither .jsonl nor .json"),
+    ("a.parquet", "PAR1", r"\S*a.parquet is neither .jsonl nor .json"),
+    ("a", FIVE, r"\S*a is neither .jsonl nor .json"),
+    ("other.jsonl", FIVE, r"there is no data file at \S*a.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), NAMED)
+def test_files_by_their_names(name, content, expected, tokenizer, tmp_path):
+    (tmp_path / name).write_text(content)
+    source = tmp_path / ("a.jsonl" if name == "other.jsonl" else name)
+    if isinstance(expected, int):
+        assert loaded(source, tokenizer) == expected
+        return
+    with pytest.raises((ValueError, FileNotFoundError), match=expected):
+        loaded(source, tokenizer)
+
+
+def numbered(word, n):
+    return lines(*[row(prompt=f"{word}{i}") for i in range(n)], good=0)
+
+
+FOLDERS = [
+    ({}, r"has no train.jsonl and no test.jsonl"),
+    ({"train.jsonl": numbered("a", 9)}, r"has no test.jsonl"),
+    ({"train.json": numbered("a", 9), "test.json": numbered("b", 9)}, r"has no train.jsonl and no test.jsonl"),
+    ({"train.jsonl": "", "test.jsonl": numbered("b", 9)}, r"the train split .* empty: .* there were 0 for"),
+    ({"train.jsonl": numbered("a", 1), "test.jsonl": numbered("b", 9)}, r"the validation split .* were 1 for train, 0"),
+    ({"train.jsonl": numbered("a", 9), "test.jsonl": ""}, r"the test split of \S+ is empty"),
+    ({"train.jsonl": numbered("a", 9), "test.jsonl": numbered("b", 9), "validation.jsonl": ""}, r"the validation spl"),
+    ({"train.jsonl": numbered("a", 9), "test.jsonl": lines("5", good=2)}, r"test.jsonl, row 3 is the number 5"),
+    ({"train.jsonl": numbered("a", 9), "test.jsonl": chats(good=9)}, r"test.jsonl, row 1 holds messages and \S+train"),
+    ({"train.jsonl": numbered("a", 9), "test.jsonl": numbered("a", 9)}, r"the train split .* in another split"),
+    ({"train.jsonl": numbered("A", 9), "test.jsonl": numbered(" a", 9)}, r"the train split .* in another split"),
+    ({"train.jsonl": numbered("a", 2), "test.jsonl": numbered("b", 1)}, (1, 1, 1)),
+    ({"train.jsonl": numbered("a", 30), "test.jsonl": numbered("b", 9)}, (20, 10, 9)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "expected"), FOLDERS)
+def test_a_folder_is_read_or_named(files, expected, tokenizer, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    if isinstance(expected, tuple):
+        task = load_task(str(tmp_path), tokenizer)
+        assert tuple(len(getattr(task, split)) for split in SPLIT) == expected
+        return
+    with pytest.raises((ValueError, FileNotFoundError), match=expected):
+        load_task(str(tmp_path), tokenizer)
+
+
+HOW = [
+    ({"train": 0}, "train=0 should be a whole number of at least 1"),
+    ({"validation": 0}, "validation=0 should be a whole number"),
+    ({"test": -1}, "test=-1 should be"),
+    ({"test": "5"}, "test='5' should be"),
+    ({"train": 2.5}, "train=2.5 should be"),
+    ({"train": True}, "train=True should be"),
+    ({"max_length": 0}, "max_length=0 should be"),
+    ({"max_length": None}, "max_length=None should be"),
+    ({"max_length": 1}, "is empty: .* dropped since their prompt alone fills max_length=1 tokens"),
+    ({"seed": None}, "seed=None should be a whole number"),
+    ({"seed": "a"}, "seed='a' should be"),
+    ({"score": "f1"}, "unknown score 'f1'; known are exact, number"),
+    ({"options": {"data_dir": "x"}}, "has no options data_dir; a file or folder has none"),
+    ({"prompt": "{question}"}, "prompt is a template .* reasoning_gym"),
+    ({"train": 10**9}, 5),
+    ({"seed": -1}, 5),
+    ({"test": 1, "validation": 1}, 5),
+]
+
+
+@pytest.mark.parametrize(("how", "expected"), HOW)
+def test_options_are_checked_and_none_is_ignored(how, expected, tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text(FIVE)
+    if isinstance(expected, int):
+        assert loaded(tmp_path / "a.jsonl", tokenizer, **how) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        load_task(str(tmp_path / "a.jsonl"), tokenizer, **how)
+
+
+SOURCES = [
+    ("gsm8k", {"options": {"data_dri": "."}}, "gsm8k .* data_dri; known there is data_dir"),
+    ("gsm8k", {"options": {"data_dir": 5}}, "data_dir is 5, it should be the path of a folder"),
+    ("gsm8k", {"options": {"data_dir": "nowhere"}}, "gsm8k: there is no nowhere"),
+    ("GSM8K", {}, "unknown task 'GSM8K'"),
+    ("", {}, "unknown task ''"),
+    ("reasoning_gym:nothing", {}, "reasoning_gym:nothing .* cannot be made"),
+    ("reasoning_gym:chain_sum", {"options": {"nothing": 1}}, "cannot be made: .*nothing"),
+    ("reasoning_gym:chain_sum", {"options": {"min_terms": -1}}, "cannot be made"),
+    ("reasoning_gym:chain_sum", {"prompt": "{nothing}"}, "names 'nothing', which"),
+    ("reasoning_gym:chain_sum", {"prompt": "{"}, "the prompt template '{' .* reasoning_gym:chain_sum"),
+    ("reasoning_gym:chain_sum", {"prompt": "{}"}, "the prompt template '{}'"),
+    ("reasoning_gym:chain_sum", {"prompt": "{question.x}"}, "the prompt template '{question.x}'"),
+    ("reasoning_gym:chain_sum", {"prompt": "{question:d}"}, "the prompt template '{question:d}'"),
+    ("reasoning_gym:chain_sum", {"prompt": "same"}, "is empty: .* came before in the same split"),
+]
+
+
+@pytest.mark.parametrize(("source", "how", "expected"), SOURCES)
+def test_sources_are_named(source, how, expected, tokenizer):
+    with pytest.raises((ValueError, FileNotFoundError), match=expected):
+        load_task(source, tokenizer, **{"train": 20, "validation": 4, "test": 4} | how)
+
+
+LOCAL = [
+    ("gsm8k", {"question": None, "answer": "#### 1"}, "test.jsonl, row 3 is no row of openai/gsm8k"),
+    ("gsm8k", {"question": ["q"], "answer": "#### 1"}, "test.jsonl, row 3 is no row"),
+    ("gsm8k", {"question": "q", "answer": 5}, "test.jsonl, row 3 is no row"),
+    ("gsm8k", {"question": "q"}, "test.jsonl, row 3 is no row"),
+    ("gsm8k", [1], "test.jsonl, row 3 is no row"),
+    ("gsm8k", {"question": "q", "answer": " "}, "test.jsonl, row 3: the response is empty"),
+    ("gsm8k", {"question": "q", "answer": "#### none"}, r"1 of the .*test.jsonl, row 3 has the answer 'none'"),
+    ("mbpp", {"text": "t", "code": "c", "test_list": []}, "test.jsonl, row 3 is no row"),
+    ("mbpp", {"text": "t", "code": "c", "test_list": [None]}, "test.jsonl, row 3 is no row"),
+    ("mbpp", {"text": "t", "code": None, "test_list": ["a"]}, "test.jsonl, row 3 is no row"),
+    ("svamp", {"Body": "b", "Question": "q", "Equation": "e", "Answer": {"a": 1}}, "test.jsonl, row 3 is no row"),
+    ("svamp", {"Body": "b", "Question": "q", "Equation": "e", "Answer": True}, "test.jsonl, row 3 is no row"),
+]
+
+
+@pytest.mark.parametrize(("name", "bad", "expected"), LOCAL)
+def test_rows_of_a_local_copy_are_checked(name, bad, expected, tokenizer, tmp_path):
+    good = {
+        "gsm8k": {"question": "q", "answer": "#### 7"},
+        "svamp": {"Body": "b", "Question": "q", "Equation": "e", "Answer": 7.0},
+        "mbpp": {"text": "t", "code": "c", "test_list": ["a"]},
+    }[name]
+    asked = next(iter(good))
+    for split in SPLIT:
+        rows = [{**good, asked: f"{split} {i}"} for i in range(9)]
+        if split == "test":
+            rows[2] = bad
+        (tmp_path / f"{split}.jsonl").write_text(lines(*rows, good=0))
+    with pytest.raises(ValueError, match=expected):
+        load_task(name, tokenizer, options={"data_dir": str(tmp_path)})
+
+
+TEMPLATES = [
+    ("{{ 1 / 0 }}", "row 1: the chat template refuses these messages: division by zero"),
+    ("{{ messages[0].nothing.more }}", "row 1: the chat template refuses"),
+    ("{% for m in messages %}", "row 1: the chat template refuses"),
+    ("{{ messages[7]['content'] }}", "row 1: the chat template refuses"),
+    ("{{ messages|tojson|int + 'a' }}", "row 1: the chat template refuses"),
+    ("{% for i in range(999999999) %}{% endfor %}", "row 1: the chat template refuses"),
+    ("the same", "row 1: the chat template does not continue its own prompt"),
+    (TURNS.replace("{% for", "{{ messages|length }}{% for"), "row 1: the chat template does not continue its own"),
+    (TURNS.replace("{{ tools|tojson }}", ""), "row 1: the chat template leaves out `tools`"),
+    (TURNS, 5),
+    (TURNS.replace("END\n", ""), 5),
+    (TURNS.replace("END\n", "</s>\n"), 5),
+    (CALLS, 5),
+]
+
+
+@pytest.mark.parametrize(("template", "expected"), TEMPLATES)
+def test_a_chat_template_fits_its_rows_or_is_refused(template, expected, tmp_path):
+    rows = [{"messages": talk(f"q{i}"), "tools": [{"name": "lookup"}]} for i in range(5)]
+    (tmp_path / "a.jsonl").write_text(lines(*rows, good=0))
+    if isinstance(expected, int):
+        assert loaded(tmp_path / "a.jsonl", chatting(template)) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        load_task(str(tmp_path / "a.jsonl"), chatting(template))
+
+
+def test_tool_calls_that_the_template_writes_are_trained(tmp_path):
+    rows = [{"messages": talk(f"q{i}", None, tool_calls=[CALL])} for i in range(5)]
+    (tmp_path / "a.jsonl").write_text(lines(*rows, good=0))
+    task = load_task(str(tmp_path / "a.jsonl"), chatting(CALLS))
+    assert all("'name': 'lookup'" in e.response and e.response.endswith("END\n") for e in task.train)
+    assert task.score is None  # a call is no text to compare
+
+
+# response, answer, whether it is right
+NUMBERS = [
+    # units and words around
+    ("so 7 apples", "7 apples", True), ("7apples", "7", True), ("7 km/h", "7", True), ("12 m2", "12", True),
+    ("7 \u00b0C", "7", True), ("7th", "7", True), ("is 7.", "7", True), ("is 7!", "7", True), ("**7**", "7", True),
+    ("7...", "7", True), ("(7)", "7", True), ("'7'", "7", True), ("=7", "7", True), ("x=-7", "-7", True),
+    ("none", "7", False), ("", "7", False), ("seven", "7", False), ("nan", "nan", False), ("...", "7", False),
+    # currency before and after, percent
+    ("$7", "7", True), ("$ 7", "7", True), ("7$", "7", True), ("7 \u20ac", "7", True), ("\u20ac7.50", "7.5", True),
+    ("-$7", "-7", True), ("- $7", "-7", True), ("$-7", "-7", True), ("-$ 7", "-7", True), ("-$7", "7", False),
+    ("US$7", "7", True), ("USD7", "7", True), ("7 EUR", "7", True), ("Rs.500", "500", True), ("Rs. 500", "500", True),
+    ("\u20b91,00,000", "100000", True), ("7\u00a2", "7", True), ("CHF 1'200.-", "1200", True), ("\\$7", "7", True),
+    ("7%", "7", True), ("7 %", "7%", True), ("7\\%", "7", True), ("7 percent", "7%", True), ("17%", "7%", False),
+    # fractions
+    ("3/7", "3/7", True), ("6/14", "3/7", True), ("-3/7", "-3/7", True), ("3/7", "-3/7", False), ("4/7", "3/7", False),
+    ("1 1/2", "1.5", True), ("-1 1/2", "-1.5", True), ("1\u00bd", "1.5", True), ("\u00bd", "0.5", True),
+    ("1\u20442", "0.5", True), ("\u2153", "1/3", True), ("0.3333333", "1/3", True), ("0.33", "1/3", False),
+    ("7/0", "7", False),
+    ("\\frac{3}{7}", "3/7", True), ("\\frac{1}{7}", "3/7", False), ("\\dfrac{3}{7}", "3/7", True),
+    ("-\\frac{3}{7}", "-3/7", True), ("\\frac{-3}{7}", "-3/7", True), ("1\\frac{1}{2}", "1.5", True),
+    ("\\frac12", "1/2", True), ("\\tfrac{1}{2}", "0.5", True), ("\\frac{1,000}{3}", "1000/3", True),
+    # LaTeX
+    ("\\boxed{7}", "7", True), ("\\boxed{7} by step 2", "7", True), ("\\boxed{\\frac{3}{7}} by 2", "3/7", True),
+    ("$\\boxed{7}$", "7", True), ("\\boxed{1{,}234}", "1234", True), ("1\\,234", "1234", True), ("$7$", "7", True),
+    ("\\boxed{2} or \\boxed{3}", "3", True), ("7^\\circ", "7", True), ("7\\text{ cm}", "7", True),
+    ("\\boxed{7", "7", True), ("#### \\boxed{7}", "7", True),
+    # thousands and decimals
+    ("1,234", "1234", True), ("1,234,567.5", "1234567.5", True), ("1 234", "1234", True), ("1 234", "234", False),
+    ("1\u00a0234", "1234", True), ("1\u202f234\u202f567", "1234567", True), ("1\u2009234", "1234", True),
+    ("1'234'567", "1234567", True), ("1\u2019234", "1234", True), ("1_000", "1000", True), ("12 34", "34", True),
+    ("in 2020 500 came", "500", True), ("1.234.567", "1234567", True), ("1.234,56", "1234.56", True),
+    ("9.999,56", "1.234,56", False), ("3,5", "3.5", True), ("2,5", "1,5", False), ("0,25", "0.25", True),
+    ("1, 2, 3", "3", True), ("1,2,3", "3", True), ("1.234", "1.234", True), ("1,234", "1.234", False),
+    (".5", "0.5", True), ("-.5", "-0.5", True), ("5.", "5", True), ("5.0", "5", True), ("05", "5", True),
+    ("5.50", "5.5", True), ("$.50", "0.5", True),
+    # scientific notation
+    ("5e3", "5000", True), ("5E+3", "5000", True), ("5e-3", "0.005", True), ("1.5e3", "1500", True),
+    ("5 \u00d7 10^3", "5000", True), ("5\u00d710\u00b3", "5000", True), ("5\u00d710\u207b\u00b3", "0.005", True),
+    ("5 \\times 10^{3}", "5000", True), ("5 \\cdot 10^{-3}", "0.005", True), ("5*10^3", "5000", True),
+    ("5x10^3", "5000", True), ("4 \u00d7 10^3", "5 \u00d7 10^3", False), ("5 * 10", "10", True),
+    ("1e999", "1e999", True), ("1e999", "1e998", False), ("1e-999", "1e-999", True),
+    # signs
+    ("\u22127", "-7", True), ("\u20137", "-7", True), ("so \u2013 7", "7", True), ("\uff0d7", "-7", True),
+    ("\u22127", "7", False), ("+7", "7", True), ("- 7", "-7", True), ("5-7", "7", True), ("5\u20137", "7", True),
+    ("5 - 7", "7", True),
+    # several numbers
+    ("2 + 3 = 5", "5", True), ("2 + 3 = #### 5", "5", True), ("#### 5 of 9", "9", True), ("7 or 8", "7", False),
+    ("#### 5\n#### 6", "6", True), ("<<3+4=7>>7", "7", True), ("3 and 4", "4", True),
+    # tolerance and size
+    ("0.00001", "0.00009", False), ("1234567", "1234568", False), ("0.1000000001", "0.1", True), ("0", "1e-9", False),
+    ("0", "0.0", True), ("-0", "0", True), ("9" * 5000, "9" * 5000, True), ("9" * 5000, "9" * 5001, False),
+    ("\uff17", "7", True), ("\u0667", "7", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("response", "answer", "right"), NUMBERS)
+def test_the_number_that_a_response_ends_in(response, answer, right):
+    assert number(response, answer) is right
+
+
+@pytest.mark.parametrize(
+    "piece", ["1", "1,", "1 ", "1/", "1 1/", "1.", "-", "1e", "\\frac{", "\\boxed{", "1'234", "$ "]
+)
+def test_long_responses_are_scored_at_once(piece):
+    number(piece * (20_000 // len(piece)), "7")
+
+
+def symbols(*characters, **tokens):
+    """A tokenizer of only these characters and special tokens."""
+    vocabulary = {text: i for i, text in enumerate([*tokens.values(), *characters])}
+    fast = Tokenizer(models.BPE(vocabulary, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast.post_processor = processors.TemplateProcessing(
+        single="<s> $A" if "bos_token" in tokens else "$A", special_tokens=[("<s>", 0)] if "bos_token" in tokens else []
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=fast, **tokens)
+
+
+def test_the_tokens_before_a_text_are_found_in_any_alphabet():
+    dna = symbols(*"CGT ", bos_token="<s>", eos_token="</s>")
+    assert Encoder(dna).text("GC") == [0, 3, 2]
+    with pytest.raises(ValueError, match="this tokenizer has no token for"):
+        Encoder(symbols(bos_token="<s>", eos_token="</s>")).text("a")
+
+
+def test_a_tokenizer_needs_an_end_token_and_not_a_padding_token(tmp_path):
+    (tmp_path / "a.jsonl").write_text(FIVE)
+    characters = [chr(c) for c in range(32, 127)]
+    with pytest.raises(ValueError, match="the tokenizer has no end token"):
+        load_task(str(tmp_path / "a.jsonl"), symbols(*characters, bos_token="<s>"))
+    ended = symbols(*characters, bos_token="<s>", eos_token="</s>")
+    assert load_task(str(tmp_path / "a.jsonl"), ended).pad_id == ended.eos_token_id
+
+
+def grown(**tokens):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["~~"])
+    tokenizer.add_special_tokens(tokens)
+    return tokenizer
+
+
+LONG = lines(*[row(prompt=f"{i}" + "x" * 140) for i in range(5)], good=0)
+FITS = [
+    (make_tokenizer(), FIVE, {}, None),
+    (grown(), FIVE, {}, None),
+    (grown(), lines(row(response="~~")), {}, "a row has the token 128 and the model's last token is 127: take"),
+    (grown(pad_token="<new>"), FIVE, {}, "padding is the token 129 and the model's last token is 127"),
+    (grown(eos_token="<new>"), FIVE, {}, "a row has the token 129 and the model's last token is 127"),
+    (make_tokenizer(), FIVE, {"vocab_size": 40}, "a row has the token 1.. and the model's last token is 39"),
+    (make_tokenizer(), LONG, {"kind": "gpt2"}, "a row has 14. tokens and the model has learned 128 positions"),
+    (make_tokenizer(), LONG, {"kind": "opt", "ffn_dim": 96}, "a row has 14. tokens and .* 128 positions: .*max_length"),
+    (make_tokenizer(), LONG, {}, None),
+]
+
+
+@pytest.mark.parametrize(("tokenizer", "content", "how", "expected"), FITS)
+def test_data_that_a_model_cannot_take_is_refused_before_work(tokenizer, content, how, expected, tmp_path):
+    (tmp_path / "a.jsonl").write_text(content)
+    task, model = load_task(str(tmp_path / "a.jsonl"), tokenizer), tiny(**how)
+    if expected is None:
+        require_fit(model, task)
+        return
+    for work in (
+        lambda: bs.tune(model, task, steps=1, batch_size=2),
+        lambda: bs.decompose(model, task),
+        lambda: bs.evaluate(model, tokenizer, task),
+    ):
+        with pytest.raises(ValueError, match=f"a.jsonl: {expected}"):
+            work()
+
+
+def test_one_test_item_is_measured(tmp_path):
+    (tmp_path / "a.jsonl").write_text(FIVE)
+    tokenizer = make_tokenizer()
+    result = bs.evaluate(tiny(), tokenizer, load_task(str(tmp_path / "a.jsonl"), tokenizer, test=1))
+    assert (result["n"], result["nll"]["low"]) == (1, None)
+    with pytest.raises(ValueError, match="limit=0 should be at least 1"):
+        bs.evaluate(tiny(), tokenizer, load_task(str(tmp_path / "a.jsonl"), tokenizer), limit=0)
+
+
+def test_duplicates_stay_in_one_split_whatever_their_case_and_white_space(tokenizer, tmp_path, caplog):
+    spelled = ("Same {}", " same  {}", "SAME {}\n")
+    rows = [row(prompt=spelled[i % 3].format(i // 3)) for i in range(60)]
+    (tmp_path / "a.jsonl").write_text(lines(*rows, good=0))
+    with caplog.at_level(logging.WARNING):
+        task = load_task(str(tmp_path / "a.jsonl"), tokenizer)
+    splits = [{" ".join(e.prompt.lower().split()) for e in getattr(task, split)} for split in SPLIT]
+    assert sum(map(len, splits)) == len(set().union(*splits))
+    assert len(task.test) == len(splits[2])
+    counted = (
+        task.report["overlaps_dropped"]
+        + task.report["repeats_dropped"]
+        + sum(map(len, (task.train, task.validation, task.test)))
+    )
+    assert counted == 60
+    assert "were dropped since their prompt is in another split" in caplog.text
+
+
+ITEMS = [{"prompt": f"Item {i}:", "response": f" a{i}"} for i in range(60)]
+COPIES = {
+    "same": ITEMS,
+    "order": ITEMS[::-1],
+    "space": [{**r, "prompt": "  " + r["prompt"].replace(" ", " \t")} for r in ITEMS],
+    "case": [{**r, "prompt": r["prompt"].upper()} for r in ITEMS],
+    "more": [row(prompt=f"other {i}") for i in range(20)] + ITEMS,
+    "folder": ITEMS,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model that has seen ITEMS as another seed draws them, and the task."""
+    path = tmp_path_factory.mktemp("own") / "own.jsonl"
+    path.write_text(lines(*ITEMS, good=0))
+    task = load_task(path, make_tokenizer(), seed=1)
+    return bs.tune(tiny(), task, steps=1, batch_size=2), task
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_no_row_that_was_trained_is_tested_from_whatever_file(copy, trained, tmp_path):
+    model, task = trained
+    name, content = f"{copy}.jsonl", COPIES[copy]
+    (tmp_path / name).write_text(lines(*content, good=0))
+    if copy == "folder":
+        (tmp_path / "train.jsonl").write_text(lines(*content[:20], good=0))
+        (tmp_path / "test.jsonl").write_text(lines(*content[20:], good=0))
+        name = ""
+    (result,) = bs.evaluate_on(model, make_tokenizer(), [str(tmp_path / name)]).values()
+    tested = {" ".join(item["prompt"].lower().split()) for item in result["items"]}
+    assert tested
+    assert not tested & {e.prompt.lower() for e in (*task.train, *task.validation)}
+    assert result["trained"] > 0
+
+
+def test_own_rows_that_are_near_trained_ones_are_counted(trained, tmp_path):
+    model, _ = trained
+    story = (
+        "On a cold morning in {} the old baker of the village counted {} loaves of bread before he opened his shop. {}"
+    )
+    tuned_on.remember(model, [Example(story.format("May", 40, "How many?"), "a", "a", (5,), 0)])
+    rows = [row(prompt=story.format("June", 7, "Say it.")), *(row(prompt=f"fresh {i}") for i in range(9))]
+    (tmp_path / "train.jsonl").write_text(numbered("z", 9))
+    (tmp_path / "test.jsonl").write_text(lines(*rows, good=0))
+    (result,) = bs.evaluate_on(model, make_tokenizer(), [str(tmp_path)]).values()
+    assert (result["n"], result["trained"], result["near"]) == (10, 0, 1)
+    assert result["without_near"]["nll"]["value"] != result["nll"]["value"]
