@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import torch
-from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
 
 from . import plan_measuring as measuring

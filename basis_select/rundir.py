@@ -16,7 +16,7 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
-from .checkpoint.files import SIDECAR, check_hashes, sha256, stored, weight_hash
+from .checkpoint.reading import SIDECAR, check, sha256, stored, weight_hash
 from .reading import read_json, read_lines
 
 NAME = r"\.?[a-z_]+-[0-9a-f]{10}"  # of the folder of a stage; hidden until it is whole
@@ -99,7 +99,7 @@ def require_saved(folder):
         if path.name not in known or path.is_symlink() or not path.is_file():
             raise ValueError(f"{path} was not written by a run, which would remove it with {folder}: move it")
     try:
-        check_hashes(folder)
+        check(folder)
     except ValueError as error:
         raise ValueError(f"{error}; a run would remove it with {folder}: move that") from None
 
@@ -161,7 +161,7 @@ def publish(final, target):
             return
     new = target.with_name(f".{target.name}.new")
     shutil.copytree(final / "model", new)
-    check_hashes(new)
+    check(new)
     settle(new)
     old = target.with_name(f".{target.name}.old")
     if not target.exists():

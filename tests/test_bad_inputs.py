@@ -361,7 +361,7 @@ def test_an_encoder_is_not_taken_for_a_decoder(model):
 
 def test_data_longer_than_learned_positions_is_said():
     said = refused("plan", "good.yaml", "model=./opt")
-    assert "has 43 tokens, the model has learned 42 positions: set data.max_length=42 or less" in said
+    assert "has 43 tokens and the model has learned 42 positions: cut rows with max_length=42" in said
 
 
 def test_a_size_above_that_of_the_model_is_said():

@@ -351,7 +351,7 @@ def kinds(run):
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-@pytest.mark.parametrize("dies", ["copytree", "check_hashes", "settle", "rename 1", "rename 2", "rmtree 1"])
+@pytest.mark.parametrize("dies", ["copytree", "check", "settle", "rename 1", "rename 2", "rmtree 1"])
 def test_a_kill_while_publishing_leaves_a_whole_final(dies, exchange, made, tmp_path, monkeypatch):
     """Whatever the moment, and whether or not the system can exchange folders."""
     (tmp_path / "stages").mkdir()
@@ -371,7 +371,7 @@ def test_a_kill_while_publishing_leaves_a_whole_final(dies, exchange, made, tmp_
     with monkeypatch.context() as patch:
         if not exchange:
             patch.setattr(rundir, "_exchange", lambda one, other: False)
-        patch.setattr(rundir, "check_hashes", killed("check_hashes", rundir.check_hashes))
+        patch.setattr(rundir, "check", killed("check", rundir.check))
         patch.setattr(rundir, "settle", killed("settle", rundir.settle))
         patch.setattr(rundir.Path, "rename", killed("rename", Path.rename))
         patch.setattr(shutil, "copytree", killed("copytree", shutil.copytree))
@@ -381,7 +381,7 @@ def test_a_kill_while_publishing_leaves_a_whole_final(dies, exchange, made, tmp_
         except KeyboardInterrupt:
             assert exchange is False or (tmp_path / "final").exists()
     rundir.sweep(tmp_path)
-    files.check_hashes(tmp_path / "final")
+    files.check(tmp_path / "final")
     rundir.publish(save[1], tmp_path / "final")
     assert kinds(tmp_path) == {"final"}
     assert files.weight_hash(tmp_path / "final") == files.weight_hash(save[1] / "model")

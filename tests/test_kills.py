@@ -11,7 +11,7 @@ from conftest import make_tokenizer, tiny
 from kill_resume import hashes
 
 import basis_select as bs
-from basis_select.checkpoint.files import check_hashes
+from basis_select.checkpoint.files import check
 
 KILLS, SEED = 4, 0
 
@@ -79,7 +79,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(recipe, tmp_path
         process.kill()
         process.join()
         moments.append(sorted(p.name for p in (killed / "stages").iterdir())[:1])
-        check_hashes(killed / "final")
+        check(killed / "final")
     print(f"seed {SEED}, killed at {moments}")
     assert process.exitcode == 0
     assert moments
