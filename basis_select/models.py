@@ -162,6 +162,8 @@ def _check_tokens(model, tokenizer, source):
     rows = model.get_input_embeddings().num_embeddings
     # Gemma 3's tokenizer has one token for an image, which its models for text alone have no row for.
     other = {t for name, t in tokenizer.special_tokens_map.items() if name.startswith(("image", "audio", "video"))}
+    # Qwen's class adds its unknown token to every vocabulary; no text becomes it unless tokenizer.json says so.
+    other.add(tokenizer.unk_token)
     ids = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and token not in other}
     if ids:
         token = max(ids, key=ids.get)
