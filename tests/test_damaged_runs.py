@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import basis_select as bs
 from basis_select import pipeline, rundir
 from basis_select import recipe as recipes
-from basis_select.checkpoint import files
+from basis_select.checkpoint import files, reading
 from basis_select.cli import app
 from basis_select.training import engine
 
@@ -153,8 +153,11 @@ DAMAGES = {  # what happens to the folder of a run, and words of the sentence
     "the model is gone": (lambda r: shutil.rmtree(stage(r, "save") / "model"), "holds no .safetensors file"),
     "the model is a file": (lambda r: into_file(stage(r, "save") / "model"), "holds no .safetensors file"),
     "the config is gone": (lambda r: (stage(r, "load") / "model" / "config.json").unlink(), "config.json is missing"),
-    "the sidecar is gone": (lambda r: (stage(r, "load") / "model" / files.SIDECAR).unlink(), f"has no {files.SIDECAR}"),
-    "the sidecar is cut": (lambda r: cut(stage(r, "load") / "model" / files.SIDECAR), "is not valid JSON"),
+    "the sidecar is gone": (
+        lambda r: (stage(r, "load") / "model" / reading.SIDECAR).unlink(),
+        f"has no {reading.SIDECAR}",
+    ),
+    "the sidecar is cut": (lambda r: cut(stage(r, "load") / "model" / reading.SIDECAR), "is not valid JSON"),
     "the evaluation is cut": (lambda r: cut(stage(r, "evaluate") / "evaluation.json"), "evaluation.json is not valid"),
     "the evaluation is gone": (
         lambda r: (stage(r, "evaluate") / "evaluation.json").unlink(),
@@ -381,10 +384,10 @@ def test_a_kill_while_publishing_leaves_a_whole_final(dies, exchange, made, tmp_
         except KeyboardInterrupt:
             assert exchange is False or (tmp_path / "final").exists()
     rundir.sweep(tmp_path)
-    files.check(tmp_path / "final")
+    reading.check(tmp_path / "final")
     rundir.publish(save[1], tmp_path / "final")
     assert kinds(tmp_path) == {"final"}
-    assert files.weight_hash(tmp_path / "final") == files.weight_hash(save[1] / "model")
+    assert reading.weight_hash(tmp_path / "final") == reading.weight_hash(save[1] / "model")
 
 
 class Killed(BaseException):
