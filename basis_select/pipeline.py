@@ -120,9 +120,6 @@ class Stages:
 
     def __init__(self, recipe, folder, shard=False):
         self.recipe, self.folder, self.shard = recipe, folder, shard and ranks.world() > 1
-        local = (recipe.data.options or {}).get("data_dir", recipe.task)
-        data = [recipe.task, recipe.seed, dataclasses.asdict(recipe.data), fingerprint(local)]
-        self.data_key = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def source(self):
