@@ -89,7 +89,6 @@ def run(recipe, folder, shard=False):
         check_stages(folder)
         stages = Stages(recipe, folder, shard)
         rows = {recipes.RESULT: recipe, **recipe.family(), **recipe.variants()}
-        require_decoder(config_and_tokenizer(recipe.model)[0], recipe.model)
         loaded = stages.loaded()
         for row in rows.values():  # what cannot be met is said before hours are spent on tuning
             check_budget(row, loaded / "model", stages.task)
@@ -122,23 +121,28 @@ class Stages:
 
     def __init__(self, recipe, folder, shard=False):
         self.recipe, self.folder, self.shard = recipe, folder, shard and ranks.world() > 1
-        local = (recipe.data.options or {}).get("data_dir", recipe.task)
-        data = [recipe.task, recipe.seed, dataclasses.asdict(recipe.data), fingerprint(local)]
-        self.data_key = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def source(self):
+        """What tells one state of the model from another: contents of local files, the revision of one on the hub.
+
+        Raises ValueError if it is an encoder.
+        """
+        model = self.recipe.model
+        config, _ = config_and_tokenizer(model)
+        require_decoder(config, model)
+        return {"model": model, "revision": getattr(config, "_commit_hash", None), "files": fingerprint(model)}
 
     def loaded(self):
         """The model as it came, in fp32."""
         source = self.recipe.model
-        config, _ = config_and_tokenizer(source)
-        revision = getattr(config, "_commit_hash", None)  # of a model on the hub
 
         def work(out):
             model, tokenizer = load(source, "float32")
             save(model, tokenizer, out / "model")
             return {"sizes": sizes(model, out / "model")}
 
-        given = {"model": source, "revision": revision, "files": fingerprint(source)}
-        return self.stage("load", given, [], work)
+        return self.stage("load", self.source, [], work)
 
     def parent(self):
         """The dense model that the task runs well on, in fp32."""
