@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from .bases import LowRankLinear, groups
 from .checkpoint.files import save, whole
-from .checkpoint.format import plain_config
+from .checkpoint.format import plain_config, stock
 from .decompose import targets
 from .embedding import LowRankEmbedding, is_tied, table_of
 from .int8 import Int8Linear, quantized
@@ -68,14 +68,13 @@ def dense(model):
             if module.u.bias is not None:
                 state[f"{name}.bias"] = module.u.bias
     config.tie_word_embeddings = is_tied(model) if table_of(model) is None else model.get_input_embeddings().tied
-    with torch.device("meta"):
-        stock = type(model)(config)
-    names = stock.state_dict().keys()
+    made = stock(model, config)
+    names = made.state_dict().keys()
     state = {name: tensor for name, tensor in {**model.state_dict(), **state}.items() if name in names}
-    stock.load_state_dict(state, assign=True)
-    stock.tie_weights()
-    stock.generation_config = model.generation_config
-    return stock
+    made.load_state_dict(state, assign=True)
+    made.tie_weights()
+    made.generation_config = model.generation_config
+    return made
 
 
 def _onnx(model, tokenizer, out):

@@ -29,6 +29,12 @@ from ..int8 import Int8Linear, quantized
 
 METHOD = "basis_select"
 VERSION = 1
+REMEDIES = {  # by what the names of tensors hold
+    "lora_": "merge the adapters first (merge_and_unload)",
+    ".base_layer.": "merge the adapters first (merge_and_unload)",
+    ".modules_to_save.": "merge the adapters first (merge_and_unload)",
+    "_orig_mod.": "compile the whole model, or its layers in place (layer.compile())",
+}
 HINT = "import_basis_select_before_loading"  # an empty tensor too: transformers' report of what does not fit shows it
 
 
@@ -111,26 +117,27 @@ def _describe_embedding(model):
 
 
 def _require_described(model, found):
-    with torch.device("meta"):
-        made = type(model)(plain_config(model))
-        if found is not None:
-            build(made, found)
-    here, there = model.state_dict(), made.state_dict()
+    here = model.state_dict()
+    for part, remedy in REMEDIES.items():
+        if wrong := next((name for name in here if part in name), None):
+            raise ValueError(f"{wrong} is no tensor of a {type(model).__name__}: {remedy}")
+    made = stock(model, plain_config(model))
+    if found is not None:
+        build(made, found)
+    there = made.state_dict()
     for name in [*there, *here]:
         shapes = ["absent" if name not in state else str(list(state[name].shape)) for state in (here, there)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"{name} is {shapes[0]} in this {type(model).__name__} and {shapes[1]} in one made from its config, "
-                f"so nothing could load what is saved: {_remedy(name)}"
+                f"{name} is {shapes[0]} in this {type(model).__name__} and {shapes[1]} in one made from its config, so "
+                "nothing could load what is saved: change the config with the module, or put the module back"
             )
 
 
-def _remedy(name):
-    if "lora_" in name or ".base_layer." in name or "modules_to_save" in name:
-        return "merge the adapters first (merge_and_unload)"
-    if "_orig_mod." in name:
-        return "compile the whole model, or its layers in place (layer.compile())"
-    return "change the config with the module, or put the module back"
+def stock(model, config):
+    """A dense model of `config`, of the class and the dtype of `model`, on the meta device."""
+    with torch.device("meta"):
+        return type(model)._from_config(config, dtype=model.dtype)
 
 
 def plain_config(model):
