@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .bases import LowRankLinear
-from .checkpoint.format import register
+from .checkpoint.format import register, require_loadable
 from .embedding import TABLE, decompose_embedding, is_tied
 from .int8 import Int8Linear
 from .linalg import metrics
@@ -137,6 +137,7 @@ def decompose(
         raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
     if any(isinstance(m, LowRankLinear) for m in model.modules()):
         raise ValueError("this model is decomposed already")
+    require_loadable(model)
     uses, table = METRICS[metric], None
     measured = moments is None and bool(uses.inputs or uses.outputs)
     if task is None and (measured or embedding):

@@ -16,10 +16,13 @@ holds an empty tensor by the name of a dense weight: from_pretrained then raises
 
 import contextlib
 import copy
+import itertools
 import re
 
 import torch
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -59,6 +62,16 @@ def require_version(version):
         raise ValueError(
             f"this checkpoint has format version {version}; this basis_select reads version {VERSION}: "
             "install the one that wrote it, or a newer one"
+        )
+
+
+def require_loadable(model):
+    """Raise ValueError if AutoModelForCausalLM, which reads checkpoints, does not know this kind of model."""
+    config = model.config
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        raise ValueError(
+            f"a checkpoint of {type(model).__name__} could not be loaded again: AutoModelForCausalLM does not know its "
+            f"{type(config).__name__}"
         )
 
 
@@ -152,13 +165,16 @@ def guards(model):
     """`{name: empty tensor}` of what a checkpoint of `model` holds beside its state: nothing if no layer is bases."""
     found, state = description(model), model.state_dict()
     # The `weight` of weighted bases can have the name: its shape is not the dense one either.
-    names = _guard_names(found) if found else []
+    names = _guard_names(model, found) if found else []
     return {name: torch.empty(0, dtype=model.dtype) for name in names if name not in state}
 
 
-def _guard_names(config):
+def _guard_names(model, config):
     factored = config.ranks or ([config.embedding["name"]] if config.embedding else [])
-    return [f"{min(factored)}.weight", HINT] if factored else []
+    weights = [f"{name}.weight" for name in sorted(factored)]
+    # Not one that transformers stores under another name or as a part of another tensor.
+    kept = (name for name in weights if [*revert_weight_conversion(model, {name: torch.empty(0)})] == [name])
+    return [*itertools.islice(kept, 1), HINT] if factored else []
 
 
 def build(model, config):
@@ -244,7 +260,7 @@ class BasisSelectQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         build(model, self.quantization_config)
-        known = {rf"^(.+\.)?{re.escape(name)}$" for name in _guard_names(self.quantization_config)}
+        known = {rf"^(.+\.)?{re.escape(name)}$" for name in _guard_names(model, self.quantization_config)}
         model._keys_to_ignore_on_load_unexpected = known | set(model._keys_to_ignore_on_load_unexpected or ())
 
         def initialize_weights():
