@@ -69,6 +69,15 @@ class LowRankLinear(nn.Module):
     weighted = property(lambda self: "weight" in self.leader._parameters)
     s = property(lambda self: self.leader.scale * self.leader.weight**self.leader.power)
 
+    def __getattr__(self, name):
+        if (
+            name == "weight" and name not in self._parameters
+        ):  # of tools that edit layers in place, such as resize_token_embeddings
+            raise AttributeError(
+                "a layer written as bases has no weight: change the model before it is decomposed or after dequantize()"
+            )
+        return super().__getattr__(name)
+
     @classmethod
     def like(cls, linear, rank, **kwargs):
         """A layer of the shape, bias, device and dtype of an nn.Linear, weights uninitialised."""
@@ -151,7 +160,8 @@ class LowRankLinear(nn.Module):
         return state
 
     def _project(self, x):
-        z = self._modules["v"](x)
+        # Products of strided inputs are rounded differently where the weights require gradients.
+        z = self._modules["v"](x.contiguous())
         return z * self.s.to(z.dtype) if self.weighted else z
 
     def extra_repr(self):

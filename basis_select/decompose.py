@@ -1,16 +1,19 @@
 """Every targeted nn.Linear becomes a LowRankLinear with all its bases: the function does not change yet."""
 
+import copy
 import logging
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .bases import LowRankLinear
-from .embedding import TABLE, decompose_embedding
+from .checkpoint.format import register, require_loadable
+from .embedding import TABLE, decompose_embedding, is_tied
 from .int8 import Int8Linear
 from .linalg import metrics
 from .linalg.metrics import METRICS
@@ -30,8 +33,7 @@ def targets(model, required=True):
     layers share it or one layer is used in two places: if `required`, they are named in a warning, and finding nothing
     raises ValueError. If not, layers that were rounded to int8 count as well.
     """
-    tied = getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
-    head = model.get_output_embeddings() if tied else None
+    head = model.get_output_embeddings() if is_tied(model) else None
     factors = {child for m in model.modules() if isinstance(m, LowRankLinear) for child in m.children()}
     owners = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -65,9 +67,42 @@ def targets(model, required=True):
 def is_plain(module):
     """Whether a module computes what nn.Linear does, and is called to do so.
 
-    The output projection of nn.MultiheadAttention is not called: its weights are read.
+    The output projection of nn.MultiheadAttention is not called: its weights are read. Of a subclass with a forward of
+    its own, a small layer is tried on random numbers.
     """
-    return type(module).forward is nn.Linear.forward and not isinstance(module, NonDynamicallyQuantizableLinear)
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    own = module._parameters.keys() | module._buffers.keys() | module._modules.keys()
+    if type(module).forward is nn.Linear.forward:
+        return True
+    return own <= {"weight", "bias"} and _computes_a_product(module)
+
+
+@torch.no_grad()
+def _computes_a_product(module):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in ((2, 3, 5), (7, 5), (7,)))
+    bias = None if module.bias is None else bias
+    for training in (False, True):
+        small = copy.copy(module)
+        small.__dict__ = {
+            **module.__dict__,
+            "_parameters": {"weight": nn.Parameter(weight), "bias": bias if bias is None else nn.Parameter(bias)},
+            "in_features": 5,
+            "out_features": 7,
+            "training": training,
+        }
+        for scale in (1e-3, 1, 1e3):
+            expected = F.linear(scale * x, weight, bias)
+            try:
+                found = small.forward(scale * x)
+            except Exception:  # another signature or another shape is another function
+                return False
+            if not torch.is_tensor(found) or found.shape != expected.shape:
+                return False
+            if not torch.allclose(found, expected, rtol=1e-5, atol=1e-6 * scale):
+                return False
+    return True
 
 
 def _some(names):
@@ -102,6 +137,7 @@ def decompose(
         raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
     if any(isinstance(m, LowRankLinear) for m in model.modules()):
         raise ValueError("this model is decomposed already")
+    require_loadable(model)
     uses, table = METRICS[metric], None
     measured = moments is None and bool(uses.inputs or uses.outputs)
     if task is None and (measured or embedding):
@@ -138,6 +174,7 @@ def decompose(
             layers = _from_owner(model, members[i], made.pop(i, None), dist.get_global_rank(group, owner), group)
             if layers:
                 _install(model, members, i, layers)
+    register(model)
     return decompose_embedding(model, task, table) if embedding else model
 
 
@@ -149,7 +186,7 @@ def _of_table(moments):
 
 def _shapes(model, task, share):
     """Groups of names, and of each group `(inputs, [outputs of each layer])`."""
-    layers = targets(model)
+    layers = only_called(model, targets(model), task)
     members = same_input(model, layers, task) if share else [[name] for name in layers]
     return members, [(layers[g[0]].in_features, [layers[n].out_features for n in g]) for g in members]
 
@@ -238,6 +275,54 @@ def fill(linears, u, s, v):
     return made
 
 
+class _Called(nn.Module):
+    """Stands for a layer in a forward, and notes whether anything but calling it is done: reading its weights."""
+
+    def __init__(self, name, layer, read):
+        super().__init__()
+        self._held = name, layer, read  # in a tuple: not registered
+
+    def forward(self, *args, **kwargs):
+        return self._held[1](*args, **kwargs)
+
+    def __getattr__(self, attribute):
+        name, layer, read = self.__dict__["_held"]
+        if attribute in ("weight", "bias"):
+            read.add(name)
+        return getattr(layer, attribute)
+
+
+@torch.no_grad()
+def only_called(model, layers, task):
+    """Those of `layers` whose weights the model does not read by itself, as it could no longer; a warning of others.
+
+    A forward of one example of `task` shows it, or of any tokens if it is None.
+    """
+    read = set()
+    for name, layer in layers.items():
+        model.set_submodule(name, _Called(name, layer, read))
+    try:
+        made = model(input_ids=_watched_ids(task, 0).to(model.device))
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{type(model).__name__} does not run on token ids alone: {why}") from error
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+    if getattr(made, "logits", None) is None:
+        raise ValueError(f"{type(model).__name__} gives no logits for token ids: it is no causal language model")
+    if read:
+        log.warning(
+            "left dense, for the model reads their weights, and does not only call them: %s", _some(sorted(read))
+        )
+    return {name: layer for name, layer in layers.items() if name not in read}
+
+
+def _watched_ids(task, i):
+    """Token ids (1, L) of an example, of any tokens if there is no task."""
+    return next(iter(Batches(task.train[i : i + 1], 1, 1, seed=0)))["input_ids"] if task else torch.zeros(1, 8).long()
+
+
 @torch.no_grad()
 def same_input(model, layers, task):
     """Names of layers that read the very same tensors, found by watching a forward: `[[q, k, v], [o], ...]`.
@@ -258,13 +343,10 @@ def same_input(model, layers, task):
         return hook
 
     for i in range(min(WATCHED, len(task.train)) if task else 1):
-        ids = (
-            next(iter(Batches(task.train[i : i + 1], 1, 1, seed=0)))["input_ids"] if task else torch.zeros(1, 8).long()
-        )
         held = {}
         handles = [m.register_forward_pre_hook(watch(name, held), with_kwargs=True) for name, m in layers.items()]
         try:
-            model(input_ids=ids.to(model.device))
+            model(input_ids=_watched_ids(task, i).to(model.device))
         finally:
             for handle in handles:
                 handle.remove()

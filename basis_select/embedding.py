@@ -7,6 +7,7 @@ and multiplies by its `v`, so both stay one set of weights.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from .bases import LowRankLinear
 from .int8 import Int8Linear
@@ -62,13 +63,29 @@ def decompose_embedding(model, task, moments=None):
     weight = embedding.weight.detach()
     rows = [metrics.shifted(rows.to(weight.device), SHIFT)]
     u, s, v = metrics.decompose([weight], rows, None if columns is None else metrics.shifted(columns, SHIFT))
-    tied = model.get_output_embeddings().weight is embedding.weight
-    table = install(model, module_name(model, embedding), len(s), tied, scale, weighted=True)
+    settle_ties(model)
+    table = install(model, module_name(model, embedding), len(s), is_tied(model), scale, weighted=True)
     table.u.weight.copy_(u)
     table.v.weight.copy_(v)
     table.scale.copy_(s)
     table.requires_grad_(False)
     return model
+
+
+def is_tied(model):
+    """Whether the output head's weight is the very parameter of the token embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = [m._parameters.get("weight") if isinstance(m, nn.Module) else None for m in (head, embedding)]
+    return weights[0] is not None and weights[0] is weights[1]
+
+
+def settle_ties(model):
+    """Let the config, and transformers' list of tied tensors, say of heads and embeddings what their tensors do."""
+    for part in model.modules():
+        has_head = isinstance(part, PreTrainedModel) and part._tied_weights_keys and part.get_output_embeddings()
+        if has_head and getattr(part.config, "tie_word_embeddings", False) != is_tied(part):
+            part.config.tie_word_embeddings = is_tied(part)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def lookup_scale(embedding):

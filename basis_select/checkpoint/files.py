@@ -10,13 +10,15 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from .. import ranks, tuned_on
 from ..bases import groups
 from ..int8 import quantized
-from .format import describe, guards
+from .format import BasisSelectQuantizer, describe, guards, register
 from .reading import SIDECAR, sha256
 
 
@@ -26,13 +28,12 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     `dtype` ("bfloat16", "float32") casts the weights on the way out; the model in memory is not touched. On several
     ranks all call this and the first writes. Raises FileExistsError if `folder` holds anything.
     """
+    model = _saveable(model)
     if ranks.rank():
         if ranks.is_sharded(model):
             with tempfile.TemporaryDirectory() as scratch:
                 model.save_pretrained(scratch, is_main_process=False)  # hands over this rank's part
         return Path(folder)
-    if groups(model) or quantized(model):
-        describe(model)
     with whole(folder) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         # Gathering writes tied tensors twice and leaves out what is beside the state.
@@ -45,6 +46,19 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
             tokenizer.save_pretrained(partial)
         tuned_on.write(model, partial)
     return Path(folder)
+
+
+def _saveable(model):
+    """The model of transformers in what DDP or torch.compile made of it, described as it is."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(model, PreTrainedModel):
+        hint = ": merge the adapters first (merge_and_unload)" if hasattr(model, "merge_and_unload") else ""
+        raise ValueError(f"{type(model).__name__} is not a model of transformers and cannot be saved{hint}")
+    if isinstance(getattr(model, "hf_quantizer", None), BasisSelectQuantizer) or groups(model) or quantized(model):
+        register(model)
+    elif getattr(model, "hf_quantizer", None) is None:
+        describe(model)
+    return model
 
 
 @contextlib.contextmanager

@@ -14,19 +14,30 @@ Without the import transformers would only warn and fill these layers with rando
 holds an empty tensor by the name of a dense weight: from_pretrained then raises, for the model has another shape there.
 """
 
+import contextlib
+import copy
+import itertools
 import re
 
 import torch
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..bases import LowRankLinear, add_new, groups, to_dense
-from ..embedding import install, module_name, table_of, table_to_dense
+from ..embedding import LowRankEmbedding, install, module_name, settle_ties, table_of, table_to_dense
 from ..int8 import Int8Linear, quantized
 from .schema import VERSION, require_description
 
 METHOD = "basis_select"
+REMEDIES = {  # by what the names of tensors hold
+    "lora_": "merge the adapters first (merge_and_unload)",
+    ".base_layer.": "merge the adapters first (merge_and_unload)",
+    ".modules_to_save.": "merge the adapters first (merge_and_unload)",
+    "_orig_mod.": "compile the whole model, or its layers in place (layer.compile())",
+}
 HINT = "import_basis_select_before_loading"  # an empty tensor too: transformers' report of what does not fit shows it
 
 
@@ -46,20 +57,60 @@ class BasisSelectConfig(QuantizationConfigMixin):
         require_description({**self.__dict__, **kwargs})
 
 
+def require_loadable(model):
+    """Raise ValueError if AutoModelForCausalLM, which reads checkpoints, does not know this kind of model."""
+    config = model.config
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        raise ValueError(
+            f"a checkpoint of {type(model).__name__} could not be loaded again: AutoModelForCausalLM does not know its "
+            f"{type(config).__name__}"
+        )
+
+
+def register(model):
+    """Let `save_pretrained` of `model` describe what it then is, whoever calls it."""
+    model.hf_quantizer = BasisSelectQuantizer(BasisSelectConfig())
+
+
 def describe(model):
-    """Write what the model now is into its config, so that `save_pretrained` makes a checkpoint of ours."""
-    found = groups(model)
+    """Write what the modules of `model` are now into its config, and which of its tensors are tied.
+
+    Raises ValueError, naming the tensor, unless a model made from that config has the very tensors of this one.
+    """
+    settle_ties(model)
+    model.config.quantization_config = found = description(model)
+    if found is None:
+        del model.config.quantization_config
+    _require_described(model, found)
+
+
+def description(model):
+    """The BasisSelectConfig of the modules that there are, None if all are dense."""
+    found, embedding, int8 = groups(model), _describe_embedding(model), quantized(model)
+    if not found and not embedding and not int8:
+        return None
     first = found[0][0][1].leader if found else None
-    ranks = {name: layer.rank for members in found for name, layer in members}
-    model.config.quantization_config = BasisSelectConfig(
-        ranks=ranks,
+    for members in found:
+        _require_alike(members, first)
+    return BasisSelectConfig(
+        ranks={name: layer.rank for members in found for name, layer in members},
         groups=[[name for name, _ in members] for members in found if len(members) > 1],
         weighted=first.power if first and first.weighted else 0,
         new=first.new.rank if first and first.new else 0,
-        embedding=_describe_embedding(model),
-        int8=quantized(model),
+        embedding=embedding,
+        int8=int8,
     )
-    model.hf_quantizer = BasisSelectQuantizer(model.config.quantization_config)  # it adds `guards` to what is saved
+
+
+def _require_alike(members, first):
+    """All bases are weighted or none, and all have as many new ones: the format says it once for the whole model."""
+    for name, layer in members:
+        kinds = [(m.weighted and m.leader.power, m.new.rank if m.new else 0) for m in (first, layer)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{name} differs from the other layers of bases in whether they are weighted or have new bases: "
+                "give all of them to learn and prune, none alone"
+            )
 
 
 def _describe_embedding(model):
@@ -70,17 +121,57 @@ def _describe_embedding(model):
     return {"name": name, "rank": table.rank, "tied": embedding.tied, "scale": embedding.scale}
 
 
+def _require_described(model, found):
+    here = model.state_dict()
+    for part, remedy in REMEDIES.items():
+        if wrong := next((name for name in here if part in name), None):
+            raise ValueError(f"{wrong} is no tensor of a {type(model).__name__}: {remedy}")
+    made = stock(model, plain_config(model))
+    if found is not None:
+        build(made, found)
+    there = made.state_dict()
+    for name in [*there, *here]:
+        shapes = ["absent" if name not in state else str(list(state[name].shape)) for state in (here, there)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{name} is {shapes[0]} in this {type(model).__name__} and {shapes[1]} in one made from its config, so "
+                "nothing could load what is saved: change the config with the module, or put the module back"
+            )
+
+
+def stock(model, config):
+    """A dense model of `config`, of the class and the dtype of `model`, on the meta device."""
+    with torch.device("meta"):
+        return type(model)._from_config(config, dtype=model.dtype)
+
+
+def plain_config(model):
+    """A copy of the config that says nothing of factors."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 def guards(model):
     """`{name: empty tensor}` of what a checkpoint of `model` holds beside its state: nothing if no layer is bases."""
-    config, state = getattr(model.config, "quantization_config", None), model.state_dict()
-    names = guard_names(config) if isinstance(config, BasisSelectConfig) else []
+    found, state = description(model), model.state_dict()
     # The `weight` of weighted bases can have the name: its shape is not the dense one either.
+    names = _guard_names(model, found) if found else []
     return {name: torch.empty(0, dtype=model.dtype) for name in names if name not in state}
 
 
-def guard_names(config):
+def factored_weights(config):
+    """Names that the weights of the layers written as bases would have if these were dense."""
     factored = config.ranks or ([config.embedding["name"]] if config.embedding else [])
-    return [f"{min(factored)}.weight", HINT] if factored else []
+    return [f"{name}.weight" for name in sorted(factored)]
+
+
+def _guard_names(model, config):
+    weights = factored_weights(config)
+    # Not one that transformers stores under another name or as a part of another tensor.
+    kept = (name for name in weights if [*revert_weight_conversion(model, {name: torch.empty(0)})] == [name])
+    return [*itertools.islice(kept, 1), HINT] if weights else []
 
 
 def build(model, config):
@@ -123,16 +214,46 @@ def _listed(model, name, kind):
     return module
 
 
+@contextlib.contextmanager
+def _stand_ins(model):
+    """Within it, dense layers without values in the place of ours.
+
+    Architectures initialise what no file holds module by module, and reach for the `weight` of linear layers below,
+    some to overwrite it unasked.
+    """
+    kinds = LowRankLinear | LowRankEmbedding | Int8Linear
+    ours = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    outer = {name: m for name, m in ours.items() if not any(name.startswith(f"{above}.") for above in ours)}
+    for name, module in outer.items():
+        if isinstance(module, LowRankEmbedding):
+            dense = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
+        else:
+            dense = nn.Linear(module.in_features, module.out_features, device="meta")
+        model.set_submodule(name, dense)
+    try:
+        yield
+    finally:
+        for name, module in outer.items():
+            model.set_submodule(name, module)
+
+
 @register_quantizer(METHOD)
 class BasisSelectQuantizer(HfQuantizer):
     requires_calibration = True  # it only ever reads what decompose and prune have written
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         build(model, self.quantization_config)
-        known = {rf"^(.+\.)?{re.escape(name)}$" for name in guard_names(self.quantization_config)}
+        known = {rf"^(.+\.)?{re.escape(name)}$" for name in _guard_names(model, self.quantization_config)}
         model._keys_to_ignore_on_load_unexpected = known | set(model._keys_to_ignore_on_load_unexpected or ())
 
+        def initialize_weights():
+            with _stand_ins(model):
+                type(model).initialize_weights(model)
+
+        model.initialize_weights = initialize_weights  # of this load alone
+
     def _process_model_after_weight_loading(self, model, **kwargs):
+        del model.initialize_weights
         # Tensors read from a file start where the file has them; matmul kernels round differently off the 64-byte
         # boundaries that allocations have, and a reloaded model must give the bits of the one that was saved.
         moved = {}
@@ -149,6 +270,9 @@ class BasisSelectQuantizer(HfQuantizer):
                         kind[name] = moved[tensor]
 
     def get_state_dict_and_metadata(self, model):
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers then writes the adapter alone
+            return model.state_dict(), {}
+        describe(model)
         return {**model.state_dict(), **guards(model)}, {}
 
     def _dequantize(self, model, dtype=None):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from .format import HINT, METHOD, BasisSelectConfig, guard_names
+from .format import HINT, METHOD, BasisSelectConfig, factored_weights
 from .schema import require_description
 
 SIDECAR = "basis_select.json"  # sha256 of every file that was saved
@@ -119,7 +119,7 @@ def description(folder):
 
 def _check_guards(folder, config, places):
     """What makes transformers refuse such a folder without this package must be what was written for that."""
-    for guard in guard_names(config):
+    for guard in (HINT, *factored_weights(config)):
         for name, place in places.items():
             if not f".{name}".endswith(f".{guard}"):
                 continue

@@ -106,7 +106,8 @@ def train(
         learning_rate=lr,
         weight_decay=0.0,
         optim="adamw_torch_fused",
-        use_cache=model.config.use_cache,  # Trainer writes this into the config, which is saved with the model
+        # Trainer writes this into the config, which is saved with the model.
+        use_cache=getattr(model.config.get_text_config(), "use_cache", True),
         # Not bf16=True for mixed precision: that stays with the model. `task_loss` sees to it.
         seed=seed,
         save_strategy="no",  # Clock asks for checkpoints by time
