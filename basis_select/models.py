@@ -16,11 +16,12 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from . import ranks, tuned_on
-from .checkpoint import hub, reading
+from .checkpoint import checks, hub
 from .checkpoint.bounds import require_bounds
 from .checkpoint.cleaning import masked
 from .embedding import settle_ties
 from .int8 import quantized
+from .reading import read_json
 from .runtime import MANIFEST, load_export
 
 log = logging.getLogger(__name__)
@@ -41,25 +42,25 @@ def load(source, dtype=None, sharded=False):
     source, gguf = _resolve(source)
     if gguf:
         dense = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
-        reading.require_files(source)
-        if (Path(source) / reading.ADAPTER).exists():
+        checks.require_files(source)
+        if (Path(source) / checks.ADAPTER).exists():
             raise ValueError(f"an adapter lies beside the GGUF file in {source}: give the file a folder of its own")
         return _load(source, dtype or "float32", **dense)
     path = hub.snapshot(source) or Path(source)
     if not path.is_dir():
         return _load(source, dtype or "auto")
-    reading.require_files(path)
+    checks.require_files(path)
     if (path / MANIFEST).exists():
         return load_export(path, dtype)
-    saved = reading.is_saved(path)
-    with reading.checked(path) if saved else contextlib.nullcontext():
+    saved = checks.is_saved(path)
+    with checks.checked(path) if saved else contextlib.nullcontext():
         if _is_adapter(path):
             return _merge_adapter(path, dtype)
         with _reading(path):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             require_bounds(path, config)
             if (path / "generation_config.json").exists():  # transformers would go on without a damaged one
-                GenerationConfig(**reading.read_json(path / "generation_config.json"))
+                GenerationConfig(**read_json(path / "generation_config.json"))
         layout = ranks.layout() if sharded else None
         model, tokenizer = _load(str(path), dtype or "auto", distributed_config=layout)
         if saved:
@@ -73,7 +74,7 @@ def config_and_tokenizer(source):
     source, gguf = _resolve(source)
     path = Path(source)
     if path.is_dir():
-        reading.require_files(path)
+        checks.require_files(path)
         if not gguf and _is_adapter(path):
             return config_and_tokenizer(_base_of(path))
     more = {"gguf_file": gguf} if gguf else {}
@@ -174,7 +175,7 @@ def _check_tokens(model, tokenizer, source):
 
 def _check_dtypes(model, path, dtype):
     """Raise ValueError, naming the tensor, unless the model holds what was saved, not rounded."""
-    saved = {name: reading.DTYPES.get(place.dtype) for name, place in reading.stored(path).items()}
+    saved = {name: checks.DTYPES.get(place.dtype) for name, place in checks.stored(path).items()}
     whole = {*dict(model.named_buffers()), *(f"{name}.q" for name in quantized(model))}  # of any dtype
     for name, tensor in model.state_dict().items():
         kept = saved.get(name, tensor.dtype)
@@ -187,10 +188,10 @@ def _check_dtypes(model, path, dtype):
 
 def _is_adapter(path):
     """Whether a folder holds an adapter alone. Raises ValueError if it holds a model as well."""
-    if not (path / reading.ADAPTER).exists():
+    if not (path / checks.ADAPTER).exists():
         return False
     if any(path.glob("model*.safetensors")):
-        raise ValueError(f"{path} holds a model and, by its {reading.ADAPTER}, an adapter: keep them apart")
+        raise ValueError(f"{path} holds a model and, by its {checks.ADAPTER}, an adapter: keep them apart")
     return True
 
 
@@ -201,7 +202,7 @@ def _merge_adapter(path, dtype):
     weights = path / "adapter_model.safetensors"
     if not weights.exists():
         raise ValueError(f"{weights} is missing: adapters are read from safetensors alone")
-    here = reading.stored(path)
+    here = checks.stored(path)
     model, tokenizer = load(_base_of(path), dtype)
     with _reading(path):
         adapted = PeftModel.from_pretrained(model, path)
@@ -218,14 +219,14 @@ def _merge_adapter(path, dtype):
 
 def _base_of(path, seen=()):
     """What an adapter names as its base."""
-    adapter = path / reading.ADAPTER
-    base = reading.read_json(adapter).get("base_model_name_or_path")
+    adapter = path / checks.ADAPTER
+    base = read_json(adapter).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(f"{adapter} does not name its base model")
     seen = (*seen, path.resolve())
     if Path(base).resolve() in seen:
         raise ValueError(f"{adapter} names itself as its base model, or an adapter of itself")
-    if (Path(base) / reading.ADAPTER).exists():
+    if (Path(base) / checks.ADAPTER).exists():
         _base_of(Path(base), seen)  # so that a circle is found here
     return base
 

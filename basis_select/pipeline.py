@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, set_seed
 
 from . import ranks
 from . import recipe as recipes
+from .checkpoint.checks import weight_hash
 from .checkpoint.files import save, verify
-from .checkpoint.reading import weight_hash
 from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate

@@ -1,11 +1,23 @@
 """Files that a user or an earlier run wrote, read strictly: whatever is wrong with one is a sentence that names it."""
 
+import hashlib
 import json
+import os
 import reprlib
+import stat
 
 import yaml
 
 LARGEST = 2**20  # bytes of a recipe
+NAMES = {dict: "an object", list: "a list", type(None): "null"}  # of kinds of values, as JSON has them
+LARGEST_JSON = 64 * 2**20  # bytes: the index of a model with a million tensors
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 80
 
@@ -61,24 +73,66 @@ def read_yaml(path):
     """The mapping in a YAML file of at most LARGEST bytes. Raises ValueError or FileNotFoundError naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe at {path}")
-    with path.open("rb") as file:
-        content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise ValueError(f"{path} is larger than {LARGEST // 2**20} MiB: it should be a recipe")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    content = parse_yaml(text, path)
+    content = parse_yaml(read_text(path, LARGEST), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a mapping of recipe keys")
     return content
 
 
+def regular(path):
+    """Raise ValueError unless `path` is a file: to open a FIFO waits for ever, to open a device may act."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing" if not os.path.islink(path) else f"{path} is a link to nothing") from None
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in KINDS if test(mode)), "special")
+        raise ValueError(f"{path} is {kind}, it should be a file")
+
+
+def opened(path):
+    """A regular file, opened to read its bytes. Raises ValueError for anything else, without waiting for it."""
+    regular(path)
+    # Another may lie there by now: it does not block, and what was opened is asked what it is.
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path} is no longer a file")
+    return file
+
+
+def sha256(path):
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path, most=None):
+    """The text of a UTF-8 file of at most `most` bytes. Raises ValueError naming the file."""
+    with opened(path) as file:
+        content = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(content) > most:
+        raise ValueError(f"{path} is larger than {most / 2**20:g} MB, which no such file is")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def read_json(path, shape=dict):
+    """The value in a JSON file, of a shape as in `misfit`. Raises ValueError naming the file."""
+    return parse_json(read_text(path, LARGEST_JSON), shape, path)
+
+
+def read_lines(path, shape=dict, stop=None):
+    """The values in the first `stop` lines of a JSONL file, each as in `read_json`."""
+    lines = read_text(path).splitlines()[:stop]
+    return [parse_json(line, shape, f"{path}, line {i},") for i, line in enumerate(lines, 1)]
+
+
 def parse_json(text, shape, where):
     """The JSON value in `text`, of a shape as in `misfit`. Raises ValueError, which begins with `where`."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError(f"{where} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -88,24 +142,11 @@ def parse_json(text, shape, where):
     return value
 
 
-def read_json(path, shape=dict):
-    """The value in a JSON file, of a shape as in `misfit`. Raises ValueError or FileNotFoundError naming the file."""
-    return parse_json(_text(path), shape, path)
-
-
-def read_lines(path, shape=dict, stop=None):
-    """The values in the first `stop` lines of a JSONL file, each as in `read_json`."""
-    lines = _text(path).splitlines()[:stop]
-    return [parse_json(line, shape, f"{path}, line {i},") for i, line in enumerate(lines, 1)]
-
-
-def _text(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+def _once(pairs):
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"it names {next(key for key in keys if keys.count(key) > 1)} twice")
+    return dict(pairs)
 
 
 def misfit(value, shape, name="it"):
@@ -128,6 +169,6 @@ def misfit(value, shape, name="it"):
     else:
         kinds = shape if isinstance(shape, tuple) else (shape,)
         right = type(value) in kinds or (float in kinds and type(value) is int)
-        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        names = " or ".join(NAMES.get(kind, kind.__name__) for kind in kinds)
         return None if right else f"{name} is {shown(value)}, it should be {names}"
     return next((wrong for key, item, part in parts if (wrong := misfit(item, part, key))), None)

@@ -3,7 +3,8 @@
 import torch
 from transformers import AutoTokenizer, DynamicCache, GenerationMixin, PreTrainedModel
 
-from .checkpoint.reading import checked, read_json
+from .checkpoint.checks import checked
+from .reading import read_json
 
 MANIFEST = "export.json"  # transformers' own, beside every graph that its exporters save
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from . import tuned_on
+from .checkpoint.checks import DTYPES, is_compressed
 from .checkpoint.files import whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards
-from .checkpoint.reading import DTYPES, is_compressed
 from .decompose import factored, only_called, reached, same_input, targets
 from .linalg.budget import BYTES
 from .linalg.metrics import METRICS

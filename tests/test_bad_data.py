@@ -67,7 +67,7 @@ CONTENTS = [
     (FIVE.encode() + b"\0" * 64, f"{HERE} is not UTF-8 text: it holds NUL bytes"),
     (FIVE.replace("is", "\u00e9").encode("latin-1"), f"{HERE} is not UTF-8 text: invalid"),
     (FIVE.replace("is", "\u201cis\u201d").encode("cp1252"), f"{HERE} is not UTF-8 text: invalid start byte"),
-    (gzip.compress(FIVE.encode()), f"{HERE} is not UTF-8 text"),
+    (gzip.compress(FIVE.encode(), mtime=0), f"{HERE} is not UTF-8 text"),
     (b"PAR1\x15\x04\xff", f"{HERE} is not UTF-8 text"),
     # nothing, little, no JSON
     ("", f"{HERE} holds 0 rows"),

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import basis_select as bs
+from basis_select.checkpoint.checks import INDEX, SIDECAR
 from basis_select.checkpoint.format import HINT
-from basis_select.checkpoint.reading import INDEX, SIDECAR, sha256
+from basis_select.reading import sha256
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -116,7 +117,7 @@ FOUND_BEFORE = {
     "another file added": ("whole", lambda f: shutil.copy(f / ONE, f / "extra.safetensors"), "extra.*was not part"),
     "pickle added": ("whole", lambda f: (f / "pytorch_model.bin").write_bytes(b"\x80"), "model.bin may be a pickle"),
     "config not JSON": ("whole", lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
-    "config a list": ("whole", lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
+    "config a list": ("whole", lambda f: (f / "config.json").write_text("[]"), "it is \\[\\], it should be an object"),
     "config truncated": ("whole", lambda f: os.truncate(f / "config.json", 99), "config.json is not valid JSON"),
     "no hashes": ("whole", lambda f: (f / SIDECAR).unlink(), f"no {SIDECAR}.*save it with basis_select.save"),
     "hashes truncated": ("whole", lambda f: os.truncate(f / SIDECAR, 20), f"{SIDECAR} is not valid JSON"),

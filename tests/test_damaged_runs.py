@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import basis_select as bs
 from basis_select import pipeline, rundir
 from basis_select import recipe as recipes
-from basis_select.checkpoint import files, reading
+from basis_select.checkpoint import checks, files
 from basis_select.cli import app
 from basis_select.training import engine
 
@@ -113,7 +113,7 @@ DAMAGES = {  # what happens to the folder of a run, and words of the sentence
         lambda r: (stage(r, "heal") / "stage.json").write_text("[" * 100_000),
         "is nested too deeply",
     ),
-    "stage.json is a folder": (lambda r: into_folder(stage(r, "heal") / "stage.json"), "stage.json is not a file"),
+    "stage.json is a folder": (lambda r: into_folder(stage(r, "heal") / "stage.json"), "stage.json is a folder"),
     "stage.json has no upstream": (
         lambda r: rewrite(stage(r, "heal") / "stage.json", lambda c: c.pop("upstream")),
         "it has no upstream",
@@ -154,10 +154,10 @@ DAMAGES = {  # what happens to the folder of a run, and words of the sentence
     "the model is a file": (lambda r: into_file(stage(r, "save") / "model"), "holds no .safetensors file"),
     "the config is gone": (lambda r: (stage(r, "load") / "model" / "config.json").unlink(), "config.json is missing"),
     "the sidecar is gone": (
-        lambda r: (stage(r, "load") / "model" / reading.SIDECAR).unlink(),
-        f"has no {reading.SIDECAR}",
+        lambda r: (stage(r, "load") / "model" / checks.SIDECAR).unlink(),
+        f"has no {checks.SIDECAR}",
     ),
-    "the sidecar is cut": (lambda r: cut(stage(r, "load") / "model" / reading.SIDECAR), "is not valid JSON"),
+    "the sidecar is cut": (lambda r: cut(stage(r, "load") / "model" / checks.SIDECAR), "is not valid JSON"),
     "the evaluation is cut": (lambda r: cut(stage(r, "evaluate") / "evaluation.json"), "evaluation.json is not valid"),
     "the evaluation is gone": (
         lambda r: (stage(r, "evaluate") / "evaluation.json").unlink(),
@@ -384,10 +384,10 @@ def test_a_kill_while_publishing_leaves_a_whole_final(dies, exchange, made, tmp_
         except KeyboardInterrupt:
             assert exchange is False or (tmp_path / "final").exists()
     rundir.sweep(tmp_path)
-    reading.check(tmp_path / "final")
+    checks.check(tmp_path / "final")
     rundir.publish(save[1], tmp_path / "final")
     assert kinds(tmp_path) == {"final"}
-    assert reading.weight_hash(tmp_path / "final") == reading.weight_hash(save[1] / "model")
+    assert checks.weight_hash(tmp_path / "final") == checks.weight_hash(save[1] / "model")
 
 
 class Killed(BaseException):

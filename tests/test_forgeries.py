@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import basis_select as bs
+from basis_select.checkpoint.checks import INDEX, SIDECAR
 from basis_select.checkpoint.format import HINT
-from basis_select.checkpoint.reading import INDEX, SIDECAR
 from basis_select.cli import app
 from basis_select.models import config_and_tokenizer
 
@@ -601,7 +601,7 @@ ADAPTERS = {
     "of an unknown kind": (put("adapter_config.json", "peft_type", "NOTHING"), "does not load"),
     "of an alpha of NaN": (put("adapter_config.json", "lora_alpha", float("nan")), "does not load|not finite"),
     "not JSON": (text("adapter_config.json", "{"), "adapter_config.json is not valid JSON"),
-    "a list": (text("adapter_config.json", "[]"), "adapter_config.json holds a list"),
+    "a list": (text("adapter_config.json", "[]"), "adapter_config.json is damaged"),
     "a FIFO": (instead("adapter_model.safetensors", os.mkfifo), "adapter_model.safetensors is a FIFO"),
 }
 

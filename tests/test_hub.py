@@ -18,8 +18,8 @@ from test_corruption import flip
 from typer.testing import CliRunner
 
 import basis_select as bs
+from basis_select.checkpoint.checks import SIDECAR, weight_hash
 from basis_select.checkpoint.hub import contents
-from basis_select.checkpoint.reading import SIDECAR, weight_hash
 from basis_select.cli import app
 
 RESULTS = Path(__file__).parents[1] / "eval" / "results" / "quickstart.json"

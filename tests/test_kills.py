@@ -11,7 +11,7 @@ from conftest import make_tokenizer, tiny
 from kill_resume import hashes
 
 import basis_select as bs
-from basis_select.checkpoint.reading import check
+from basis_select.checkpoint.checks import check
 
 KILLS, SEED = 4, 0
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from ..reading import read_json
+from .checks import description, stored
 from .format import build
-from .reading import description, read_json, stored
 
 SLACK = 2**20  # numbers that a model may have beside twice those in its files: what is missing is named elsewhere
 

@@ -18,8 +18,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from .. import ranks, tuned_on
 from ..bases import groups
 from ..int8 import quantized
+from ..reading import sha256
+from .checks import SIDECAR
 from .format import BasisSelectQuantizer, describe, guards, register
-from .reading import SIDECAR, sha256
 
 
 def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):

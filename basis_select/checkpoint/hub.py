@@ -18,7 +18,8 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
 
-from . import reading
+from ..reading import read_json
+from . import checks
 from .card import card, evaluation, is_hub_id, is_ours
 from .cleaning import cleaned, masked
 
@@ -37,7 +38,7 @@ def snapshot(source):
         config = Path(hf_hub_download(str(source), "config.json"))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError):  # whoever loads it then says what is wrong
         return None
-    if not reading.is_compressed(config.parent):
+    if not checks.is_compressed(config.parent):
         return None
     return Path(snapshot_download(str(source), revision=config.parent.name))
 
@@ -103,7 +104,7 @@ def contents(folder, repo_id, *, base=None, metadata=None, replace_card=False):
     facts, row, parent, versions = _about(run), None, None, {}
     recipe = facts.get("recipe.yaml", {})
     if run is not None:
-        results, digest = facts["results.json"], reading.weight_hash(checkpoint)
+        results, digest = facts["results.json"], checks.weight_hash(checkpoint)
         row = next((row for row in results.values() if row["weights_sha256"] == digest), None)
         if row is None:
             raise ValueError(f"{run / 'results.json'} has no results of {checkpoint}: its weights are others")
@@ -122,7 +123,7 @@ def contents(folder, repo_id, *, base=None, metadata=None, replace_card=False):
     if not replace_card and own.exists() and not is_ours(own.read_text(encoding="utf-8")):
         text = own.read_text(encoding="utf-8")
         log.warning("%s, written by hand, is published as the card: --replace-card writes one", own)
-    made = {name: checkpoint / name for name in sorted(reading.recorded_files(checkpoint)) if name != own.name}
+    made = {name: checkpoint / name for name in sorted(checks.recorded_files(checkpoint)) if name != own.name}
     for name, fact in facts.items():
         made[name] = yaml.safe_dump(fact, sort_keys=False) if name == "recipe.yaml" else json.dumps(fact, indent=1)
     entries = evaluation(repo_id, recipe, row)
@@ -147,7 +148,7 @@ def _about(run):
     """`{file name: content}` of the files beside a checkpoint that say how it was made, cleaned."""
     facts = {}
     for name in ABOUT if run is not None else ():
-        content = _recipe(run) if name == "recipe.yaml" else reading.read_json(run / name)
+        content = _recipe(run) if name == "recipe.yaml" else read_json(run / name)
         facts[name], changed = cleaned(content)
         if changed:
             log.warning("%s is published without secrets and folders of this machine in %s", name, ", ".join(changed))
@@ -181,7 +182,7 @@ def _find(folder):
         if not (folder / "final").is_dir():
             raise FileNotFoundError(f"the run in {folder} has no final/ yet: finish it with the command that began it")
         folder = folder / "final"
-    if not reading.is_compressed(folder):
+    if not checks.is_compressed(folder):
         raise ValueError(f"{folder} is not a checkpoint of basis_select: its config.json does not say so")
     run = folder.resolve().parent
     return folder, run if all((run / name).exists() for name in ABOUT) else None
@@ -196,7 +197,7 @@ def _base(run):
     base = _recipe(run).get("model")
     if base is None or base.startswith("wheel:") or Path(base).is_absolute() or Path(base).exists():
         return base
-    facts = [reading.read_json(path) for path in sorted(run.glob("stages/load-*/stage.json"))]
+    facts = [read_json(path) for path in sorted(run.glob("stages/load-*/stage.json"))]
     loaded = [fact.get("options") or {} for fact in facts]
     was_local = any(options.get("model") == base and options.get("files") for options in loaded)
     if was_local or base.startswith((".", "~")) or base.count("/") > 1 or "\\" in base:
@@ -212,10 +213,10 @@ def _require_same(base, checkpoint):
     if not is_hub_id(base):
         return
     try:
-        theirs = reading.read_json(Path(hf_hub_download(base, "config.json")))
+        theirs = read_json(Path(hf_hub_download(base, "config.json")))
     except (OSError, HTTPError, HFValidationError):  # gated, gone or never there
         return
-    ours = reading.read_json(checkpoint / "config.json")
+    ours = read_json(checkpoint / "config.json")
     for key in ("model_type", "hidden_size", "num_hidden_layers"):
         if theirs.get(key) != ours.get(key):
             raise ValueError(

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import torch
 
-from ..checkpoint.reading import sha256
+from ..reading import sha256
 from ..tasks import HUB, load_task
 from .accuracy import bootstrap, evaluate, likelihood, lm_eval, pooled, run, summary, wilson
 

@@ -22,8 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .. import ranks
 from ..bases import LowRankLinear, groups, take
-from ..checkpoint.files import sha256
-from ..reading import read_json, read_lines
+from ..reading import read_json, read_lines, sha256
 from ..rundir import replace_text, settle
 from ..tuned_on import remember
 from .collage import CollageAdamW

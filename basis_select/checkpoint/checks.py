@@ -2,10 +2,8 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import re
-import stat
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -13,6 +11,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
+from ..reading import opened, read_json, regular
 from .format import HINT, METHOD, BasisSelectConfig, factored_weights
 from .schema import require_description
 
@@ -35,14 +34,6 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 AGAIN = "load it with transformers after `import basis_select` and save it with basis_select.save"
 # What may lie in a checkpoint though it was not saved with it, for nothing that loads one reads it.
 HARMLESS = (".*", "*.md", "LICENSE*", "NOTICE*", "*.png", "*.svg", "recipe.yaml", "results.json", "manifest.json")
-LARGEST_JSON = 64 * 2**20  # bytes: the index of a model with a million tensors
-KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 
 
 class Place(NamedTuple):
@@ -242,60 +233,11 @@ def _headers(path):
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def regular(path):
-    """Raise ValueError unless `path` is a file: to open a FIFO waits for ever, to open a device may act."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing" if not os.path.islink(path) else f"{path} is a link to nothing") from None
-    if not stat.S_ISREG(mode):
-        kind = next((name for test, name in KINDS if test(mode)), "special")
-        raise ValueError(f"{path} is {kind}, it should be a file")
-
-
 def require_files(folder):
     """Raise ValueError, naming it, for a FIFO, socket or device in this folder: some loader might open it."""
     for path in sorted(Path(folder).iterdir()):
         if not path.is_dir() and path.exists():
             regular(path)
-
-
-def opened(path):
-    """A regular file, opened to read its bytes. Raises ValueError for anything else, without waiting for it."""
-    regular(path)
-    # Another may lie there by now: it does not block, and what was opened is asked what it is.
-    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError(f"{path} is no longer a file")
-    return file
-
-
-def sha256(path):
-    with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path):
-    """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
-    with opened(path) as file:
-        text = file.read(LARGEST_JSON + 1)
-    if len(text) > LARGEST_JSON:
-        raise ValueError(f"{path} is larger than {LARGEST_JSON >> 20} MB, which no such file is")
-    try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, it should hold an object")
-    return content
-
-
-def _once(pairs):
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"it names {next(key for key in keys if keys.count(key) > 1)} twice")
-    return dict(pairs)
 
 
 def recorded_files(folder):
