@@ -1,4 +1,6 @@
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -294,3 +296,13 @@ def test_a_loaded_checkpoint_is_in_memory_once(task, tokenizer, tmp_path):
         model, _ = bs.load(tmp_path / name)
         assert all(t.data_ptr() % 64 == 0 for t in (*model.parameters(), *model.buffers()))
         assert str(tmp_path / name) not in Path("/proc/self/maps").read_text()
+
+
+def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tokenizer, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = [f".small-{platform.node()}-{process}-x" for process in (gone.pid, os.getpid())] + [".small-ish"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    bs.save(tiny(), tokenizer, tmp_path / "small")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:], "small"])

@@ -1,14 +1,17 @@
 """Save checkpoints, all or nothing, and verify that they load as they were saved."""
 
 import contextlib
+import glob
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, save_file
@@ -66,13 +69,18 @@ def _saveable(model):
 def whole(folder):
     """A folder to fill with a checkpoint; it becomes `folder`, hashes added, if the block ends without an error.
 
-    Raises FileExistsError if `folder` holds anything.
+    What a process that was killed has left of it is removed. Raises FileExistsError if `folder` holds anything.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: choose another folder or remove it first")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    own = f".{folder.name}-{platform.node()}-"
+    for left in folder.parent.glob(f"{glob.escape(own)}*"):
+        process = left.name.removeprefix(own).partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{own}{os.getpid()}-", dir=folder.parent))
     try:
         yield partial
         files = {p.relative_to(partial).as_posix(): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
