@@ -4,10 +4,10 @@ import logging
 import random
 
 import torch
-from torch import nn
 
 from . import ranks
 from .bases import groups
+from .decompose import is_plain
 from .embedding import table_of
 from .training.data import Batches, require_fit
 from .training.engine import train
@@ -81,7 +81,7 @@ def add_adapters(model, rank):
 
     table = table_of(model)
     left = {model.get_output_embeddings(), *(table.children() if table else ())}
-    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and m not in left]
+    names = [name for name, m in model.named_modules() if is_plain(m) and m not in left]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
 
 

@@ -13,7 +13,7 @@ from basis_select import decompose, heal, learn, load, prune, refine, save, stag
 from basis_select.bases import groups
 from basis_select.checkpoint.files import probe_logits
 from basis_select.embedding import table_of
-from basis_select.heal import suitable_rate
+from basis_select.heal import add_adapters, suitable_rate
 from basis_select.training import precision
 from basis_select.training.collage import VARIANTS
 from basis_select.training.data import Batches
@@ -307,3 +307,17 @@ def test_blocks_that_cannot_be_refined_alone_are_named(task):
     twice.model.layers[1] = twice.model.layers[0]
     with pytest.raises(ValueError, match="LlamaDecoderLayer 0 of LlamaForCausalLM is not called once"):
         refine(copy.deepcopy(parent), task, twice, steps=1)
+
+
+def test_adapters_are_on_layers_of_a_subclass_too():
+    class Own(torch.nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T
+
+    model = tiny()
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    layer.__class__ = Own
+    add_adapters(model, 2)
+    assert type(model.get_submodule("model.layers.0.mlp.up_proj").get_base_layer()) is Own
+    trained = {name.rpartition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 14
