@@ -39,7 +39,7 @@ PATIENCE = 30  # seconds of computing for one architecture
 STEPS = ("decompose, prune", "save, load", "generate", "export dense")
 LARGEST = 30_000_000  # parameters of a model that counts as tiny
 SIZES = {  # of fields of configs, by what their names mean
-    ("vocab_size",): VOCABULARY,
+    ("vocab_size", "unpadded_vocab_size"): VOCABULARY,
     ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "embedding_size", "model_dim"): 64,
     ("intermediate_size", "ffn_dim", "n_inner", "inner_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff"): 96,
     ("ffn_hidden_size", "mlp_hidden_size", "intermediate_dim", "dim_ff", "moe_intermediate_size", "d_inner"): 96,

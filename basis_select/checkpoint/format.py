@@ -14,6 +14,7 @@ Without the import transformers would only warn and fill these layers with rando
 holds an empty tensor by the name of a dense weight: from_pretrained then raises, for the model has another shape there.
 """
 
+import collections
 import contextlib
 import copy
 import itertools
@@ -65,6 +66,23 @@ def require_loadable(model):
             f"a checkpoint of {type(model).__name__} could not be loaded again: AutoModelForCausalLM does not know its "
             f"{type(config).__name__}"
         )
+
+
+def joined(model, layers):
+    """Those of `layers`, `{name: module}`, whose factors transformers would store, with others, as one tensor.
+
+    A part of it is not the factor of anything, so nothing could read it again.
+    """
+
+    def stored(some):
+        shapes = {f"{name}.v.weight": (layers[name].out_features, layers[name].in_features) for name in some}
+        return [*revert_weight_conversion(model, {n: torch.empty(s, device="meta") for n, s in shapes.items()})]
+
+    if len(stored(layers)) == len(layers):
+        return []
+    places = {name: stored([name]) for name in layers}
+    uses = collections.Counter(place for found in places.values() for place in found)
+    return [name for name, found in places.items() if len(found) != 1 or uses[found[0]] > 1]
 
 
 def register(model):
@@ -258,6 +276,8 @@ class BasisSelectQuantizer(HfQuantizer):
         # boundaries that allocations have, and a reloaded model must give the bits of the one that was saved.
         moved = {}
         for module in model.modules():
+            # Some architectures compute otherwise, with other rounding, where transformers says so.
+            vars(getattr(module, "config", None) or module).pop("_is_quantized", None)
             for kind in (module._parameters, module._buffers):
                 for name, tensor in kind.items():
                     if tensor is None or tensor.device.type != "cpu" or not tensor.data_ptr() % 64:
