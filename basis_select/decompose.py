@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .bases import LowRankLinear
-from .checkpoint.format import joined, register, require_loadable
+from .checkpoint.format import register, require_loadable, unstorable
 from .embedding import TABLE, decompose_embedding, is_tied
 from .int8 import Int8Linear
 from .linalg import metrics
@@ -30,7 +30,7 @@ def targets(model, required=True):
 
     The output head counts unless it is tied to the embedding. Layers that compute something else than nn.Linear does,
     such as Conv1D and 3-D expert parameters, do not, nor do those of which a parameter has more than one name, because
-    layers share it or one layer is used in two places, nor those that checkpoints hold as parts of one tensor: if
+    layers share it or one layer is used in two places, nor those of which checkpoints cannot hold factors: if
     `required`, they are named in a warning, and finding nothing raises ValueError. If not, layers that were rounded to
     int8 count as well.
     """
@@ -51,20 +51,20 @@ def targets(model, required=True):
                 found[name] = module
         elif isinstance(module, nn.Linear | Conv1D) or any(p.dim() == 3 for p in own):
             skipped.append(f"{name} ({type(module).__name__})")
-    parts = joined(model, found)
-    found = {name: module for name, module in found.items() if name not in parts}
+    lost = unstorable(model, found)
+    found = {name: module for name, module in found.items() if name not in lost}
     if not required:
         return found
     if skipped:
         log.warning("left as they are, for they do not compute what nn.Linear does: %s", _some(skipped))
     if shared:
         log.warning("left dense, for they are one parameter under several names: %s", _some(list(shared)))
-    if parts:
-        log.warning("left dense, for checkpoints of this architecture hold them as parts of one: %s", _some(parts))
+    if lost:
+        log.warning("left dense, for checkpoints of this architecture have no place for their factors: %s", _some(lost))
     if not found:
         raise ValueError(
             f"nothing to decompose in {type(model).__name__}: it has no nn.Linear layer besides the tied head"
-            + (f"; {_some(others)} cannot be decomposed" if (others := [*skipped, *shared, *parts]) else "")
+            + (f"; {_some(others)} cannot be decomposed" if (others := [*skipped, *shared, *lost]) else "")
         )
     return found
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, conversion_mapping
-from transformers.core_model_loading import Split, WeightConverter
+from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
 from basis_select import decompose, load, prune, save, sizes
 from basis_select.bases import LowRankLinear, fold, groups
@@ -292,12 +292,19 @@ def test_a_head_that_reads_more_than_one_vector_a_token_is_refused(task):
         decompose(model, task)
 
 
-@pytest.mark.parametrize("parts", [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]])
+CONVERSIONS = [
+    (["q_proj", "k_proj", "v_proj"], WeightConverter("fused", ["q_proj", "k_proj", "v_proj"], [Split(0)])),
+    (["gate_proj", "up_proj"], WeightConverter("fused", ["gate_proj", "up_proj"], [Split(0)])),
+    (["gate_proj"], WeightRenaming("gate_proj", "gate_proj.weight")),
+]
+
+
+@pytest.mark.parametrize(("names", "conversion"), CONVERSIONS)
 @pytest.mark.parametrize("loaded", [False, True])
-def test_layers_that_files_hold_as_one_tensor_stay_dense(
-    parts, loaded, task, ids, caplog, tokenizer, tmp_path, monkeypatch
+def test_layers_whose_factors_files_cannot_hold_stay_dense(
+    names, conversion, loaded, task, ids, caplog, tokenizer, tmp_path, monkeypatch
 ):
-    fused = {"LlamaForCausalLM": [WeightConverter("fused", parts, operations=[Split(0)])]}
+    fused = {"LlamaForCausalLM": [conversion]}
     known = conversion_mapping.get_checkpoint_conversion_mapping
     found = lambda name: copy.deepcopy(fused.get(name)) or known(name)  # noqa: E731
     monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", found)
@@ -307,8 +314,8 @@ def test_layers_that_files_hold_as_one_tensor_stay_dense(
         model, _ = load(tmp_path / "dense")
     decompose(model, task, examples=8)
     prune(model, keep=0.5, multiple_of=1)
-    assert not any(name.endswith(tuple(parts)) for members in groups(model) for name, _ in members)
-    assert f"hold them as parts of one: model.layers.0.{'self_attn' if len(parts) > 2 else 'mlp'}" in caplog.text
+    assert not any(name.endswith(tuple(names)) for members in groups(model) for name, _ in members)
+    assert "have no place for their factors: model.layers.0." in caplog.text
     save(model, tokenizer, tmp_path / "saved")
     assert torch.equal(load(tmp_path / "saved")[0](ids).logits, model(ids).logits)
 
@@ -321,3 +328,12 @@ def test_a_model_that_computes_otherwise_where_it_is_said_to_be_quantized(task, 
     prune(model, keep=0.5, multiple_of=1)
     save(model, tokenizer, tmp_path / "saved")
     assert torch.equal(load(tmp_path / "saved")[0](ids).logits, model(ids).logits)
+
+
+def test_a_layer_that_is_computed_without_a_graph_is_named(task):
+    model = tiny()
+    attention = model.model.layers[0].self_attn
+    attention.forward = torch.no_grad()(attention.forward)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM computes model\.layers\.0\.self_attn\.q_proj without a gr"):
+        decompose(model, task, examples=8)
+    decompose(model, task, metric="whitened", examples=8)

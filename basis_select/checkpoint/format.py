@@ -22,7 +22,13 @@ import re
 
 import torch
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -68,21 +74,27 @@ def require_loadable(model):
         )
 
 
-def joined(model, layers):
-    """Those of `layers`, `{name: module}`, whose factors transformers would store, with others, as one tensor.
+def unstorable(model, layers):
+    """Those of `layers`, `{name: module}`, whose factors transformers would store but not read again.
 
-    A part of it is not the factor of anything, so nothing could read it again.
+    It makes one tensor of theirs and others', or stores them under a name that it takes for another.
     """
+    shapes = {f"{name}.u.weight": (layers[name].out_features, layers[name].in_features) for name in layers}
 
-    def stored(some):
-        shapes = {f"{name}.v.weight": (layers[name].out_features, layers[name].in_features) for name in some}
-        return [*revert_weight_conversion(model, {n: torch.empty(s, device="meta") for n, s in shapes.items()})]
+    def stored(names):
+        return [*revert_weight_conversion(model, {name: torch.empty(shapes[name], device="meta") for name in names})]
 
-    if len(stored(layers)) == len(layers):
+    conversions = get_model_conversion_mapping(model)
+    kinds = [[c for c in conversions if isinstance(c, kind)] for kind in (WeightRenaming, WeightConverter)]
+    if sorted(rename_source_key(place, *kinds)[0] for place in stored(shapes)) == sorted(shapes):
         return []
-    places = {name: stored([name]) for name in layers}
+    places = {name: stored([name]) for name in shapes}
     uses = collections.Counter(place for found in places.values() for place in found)
-    return [name for name, found in places.items() if len(found) != 1 or uses[found[0]] > 1]
+    return [
+        name.removesuffix(".u.weight")
+        for name, found in places.items()
+        if any(uses[place] > 1 or rename_source_key(place, *kinds)[0] != name for place in found)
+    ]
 
 
 def register(model):
