@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .bases import LowRankLinear
-from .checkpoint.format import register, require_loadable
+from .checkpoint.format import register, require_loadable, unstorable
 from .embedding import TABLE, decompose_embedding, is_tied
 from .int8 import Int8Linear
 from .linalg import metrics
@@ -30,8 +30,9 @@ def targets(model, required=True):
 
     The output head counts unless it is tied to the embedding. Layers that compute something else than nn.Linear does,
     such as Conv1D and 3-D expert parameters, do not, nor do those of which a parameter has more than one name, because
-    layers share it or one layer is used in two places: if `required`, they are named in a warning, and finding nothing
-    raises ValueError. If not, layers that were rounded to int8 count as well.
+    layers share it or one layer is used in two places, nor those of which checkpoints cannot hold factors: if
+    `required`, they are named in a warning, and finding nothing raises ValueError. If not, layers that were rounded to
+    int8 count as well.
     """
     head = model.get_output_embeddings() if is_tied(model) else None
     factors = {child for m in model.modules() if isinstance(m, LowRankLinear) for child in m.children()}
@@ -50,16 +51,20 @@ def targets(model, required=True):
                 found[name] = module
         elif isinstance(module, nn.Linear | Conv1D) or any(p.dim() == 3 for p in own):
             skipped.append(f"{name} ({type(module).__name__})")
+    lost = unstorable(model, found)
+    found = {name: module for name, module in found.items() if name not in lost}
     if not required:
         return found
     if skipped:
         log.warning("left as they are, for they do not compute what nn.Linear does: %s", _some(skipped))
     if shared:
         log.warning("left dense, for they are one parameter under several names: %s", _some(list(shared)))
+    if lost:
+        log.warning("left dense, for checkpoints of this architecture have no place for their factors: %s", _some(lost))
     if not found:
         raise ValueError(
             f"nothing to decompose in {type(model).__name__}: it has no nn.Linear layer besides the tied head"
-            + (f"; {_some([*skipped, *shared])} cannot be decomposed" if skipped or shared else "")
+            + (f"; {_some(others)} cannot be decomposed" if (others := [*skipped, *shared, *lost]) else "")
         )
     return found
 
@@ -296,21 +301,36 @@ class _Called(nn.Module):
 def only_called(model, layers, task):
     """Those of `layers` whose weights the model does not read by itself, as it could no longer; a warning of others.
 
-    A forward of one example of `task` shows it, or of any tokens if it is None.
+    A forward of one example of `task` shows it, or of any tokens if it is None, in both modes: some models rescale
+    their weights where the mode changes. Raises ValueError, naming the class, for what is no decoder.
     """
-    read = set()
+    read, shapes, training = set(), [], model.training
+    ids = _watched_ids(task, 0).to(model.device)
     for name, layer in layers.items():
         model.set_submodule(name, _Called(name, layer, read))
+    head = model.get_output_embeddings()
+    watch = head.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape)) if head else None
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        made = model(input_ids=_watched_ids(task, 0).to(model.device))
+        with torch.random.fork_rng(devices):
+            for mode in (not training, training):
+                made = model.train(mode)(input_ids=ids)
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{type(model).__name__} does not run on token ids alone: {why}") from error
     finally:
+        model.train(training)
+        if watch:
+            watch.remove()
         for name, layer in layers.items():
             model.set_submodule(name, layer)
     if getattr(made, "logits", None) is None:
         raise ValueError(f"{type(model).__name__} gives no logits for token ids: it is no causal language model")
+    if shapes and shapes[-1][:-1].numel() != ids.numel():
+        raise ValueError(
+            f"{type(model).__name__} cannot be decomposed: its head reads {list(shapes[-1])} for {ids.numel()} tokens, "
+            "not one vector a token"
+        )
     if read:
         log.warning(
             "left dense, for the model reads their weights, and does not only call them: %s", _some(sorted(read))

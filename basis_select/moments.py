@@ -81,6 +81,11 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
                 read[name] += len(x)
                 add(inputs, name, x)
             if uses.outputs:
+                if not output.requires_grad:
+                    raise ValueError(
+                        f"{type(model).__name__} computes {name} without a graph, so that its gradients are not known: "
+                        "use metric 'whitened' or 'plain', which need none"
+                    )
                 output.register_hook(lambda g: on_gradient(names, name, call, g))
 
         return hook

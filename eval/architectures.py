@@ -35,11 +35,12 @@ from basis_select.tasks import Example, Task, exact
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 256
+ROPE = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
 PATIENCE = 30  # seconds of computing for one architecture
 STEPS = ("decompose, prune", "save, load", "generate", "export dense")
 LARGEST = 30_000_000  # parameters of a model that counts as tiny
 SIZES = {  # of fields of configs, by what their names mean
-    ("vocab_size",): VOCABULARY,
+    ("vocab_size", "unpadded_vocab_size"): VOCABULARY,
     ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "embedding_size", "model_dim"): 64,
     ("intermediate_size", "ffn_dim", "n_inner", "inner_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff"): 96,
     ("ffn_hidden_size", "mlp_hidden_size", "intermediate_dim", "dim_ff", "moe_intermediate_size", "d_inner"): 96,
@@ -59,6 +60,55 @@ SIZES = {  # of fields of configs, by what their names mean
     ("rotary_dim",): 8,
     ("image_size",): 28,
     ("patch_size",): 14,
+}
+HYBRID = ["linear_attention", "full_attention"]
+FIELDS = {  # of architectures in which sizes depend on each other or are lists
+    "bailing_hybrid": {
+        "layer_types": HYBRID,
+        "num_key_value_heads": 4,
+        "num_experts": 16,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "cohere_compass_text": {"layer_types": ["full_attention"] * 2, "rope_parameters": ROPE},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 64}},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 16,
+        "intermediate_size": [96, 96],
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16},
+    "glm4v_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "granitemoehybrid": {"layer_types": HYBRID, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "kimi_linear": {
+        "layer_types": HYBRID,
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 1,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"num_key_value_heads": 4, "qk_head_dim": 32, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 4},
+    "xlstm": {"num_blocks": 2, "embedding_dim": 64, "qk_dim_factor": 1.0},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
 }
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "encoder_attention_heads")
 DIMS = ("head_dim", "d_head", "attention_head_dim")
@@ -120,6 +170,7 @@ def tiny_config(kind, left=()):
             made[name] = sizes[name]
         elif name == "head_dim" and value is None and name in sizes:
             made[name] = 16
+    made |= FIELDS.get(kind.model_type, {})
     return kind(**{name: value for name, value in made.items() if name in known or name in values})
 
 

@@ -7,8 +7,10 @@ import random
 import pytest
 import torch
 from conftest import tiny
+from transformers import FalconMambaConfig, FalconMambaForCausalLM, conversion_mapping
+from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
-from basis_select import decompose, prune, sizes
+from basis_select import decompose, load, prune, save, sizes
 from basis_select.bases import LowRankLinear, fold, groups
 from basis_select.decompose import factored, same_input, targets
 from basis_select.linalg.metrics import METRICS
@@ -236,3 +238,102 @@ def test_a_moment_that_is_zero_for_one_kind_of_labels_is_the_other():
     assert torch.equal(_both(zero.clone(), one), one)
     assert torch.equal(_both(zero.clone(), zero), zero)
     assert torch.equal(_both(one.clone(), 3 * one), one)
+
+
+class InPlace(torch.nn.Module):
+    """A layer of which the output is changed in place by the module that called it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y = self.layer(x).view(-1, self.layer.out_features)
+        y += 1
+        return y.view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+def test_outputs_that_the_model_changes_in_place(embedding, task, ids):
+    model = tiny()
+    model.model.layers[0].self_attn.q_proj = InPlace(model.model.layers[0].self_attn.q_proj)
+    if embedding:
+        model.model.embed_tokens.register_forward_hook(lambda module, args, y: y.mul_(2))
+    before = model(ids).logits
+    decompose(model, task, examples=8)
+    assert isinstance(model.model.layers[0].self_attn.q_proj.layer, LowRankLinear)
+    assert torch.allclose(model(ids).logits, before, atol=1e-5)
+
+
+def test_a_layer_that_is_read_where_the_mode_changes_stays_dense(task, caplog):
+    model = tiny()
+    mlp = model.model.layers[0].mlp
+
+    def rescale(module, args):
+        if module.training != module.was_training:
+            module.down_proj.weight.data.mul_(2.0 if module.training else 0.5)
+            module.was_training = module.training
+
+    mlp.was_training = False
+    mlp.register_forward_pre_hook(rescale)
+    weight = mlp.down_proj.weight.clone()
+    decompose(model, task, examples=8)
+    assert type(mlp.down_proj) is torch.nn.Linear
+    assert torch.equal(mlp.down_proj.weight, weight)
+    assert not model.training
+    assert "reads their weights, and does not only call them: model.layers.0.mlp.down_proj" in caplog.text
+
+
+def test_a_head_that_reads_more_than_one_vector_a_token_is_refused(task):
+    model = tiny(tied=True)
+    model.lm_head.register_forward_pre_hook(lambda module, args: (torch.stack([args[0]] * 2, 1),), prepend=True)
+    model.lm_head.register_forward_hook(lambda module, args, y: y[:, 0])
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be decomposed: its head reads \[1, 2, \d+, 64\]"):
+        decompose(model, task)
+
+
+CONVERSIONS = [
+    (["q_proj", "k_proj", "v_proj"], WeightConverter("fused", ["q_proj", "k_proj", "v_proj"], [Split(0)])),
+    (["gate_proj", "up_proj"], WeightConverter("fused", ["gate_proj", "up_proj"], [Split(0)])),
+    (["gate_proj"], WeightRenaming("gate_proj", "gate_proj.weight")),
+]
+
+
+@pytest.mark.parametrize(("names", "conversion"), CONVERSIONS)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_layers_whose_factors_files_cannot_hold_stay_dense(
+    names, conversion, loaded, task, ids, caplog, tokenizer, tmp_path, monkeypatch
+):
+    fused = {"LlamaForCausalLM": [conversion]}
+    known = conversion_mapping.get_checkpoint_conversion_mapping
+    found = lambda name: copy.deepcopy(fused.get(name)) or known(name)  # noqa: E731
+    monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", found)
+    model = tiny()
+    if loaded:
+        save(model, tokenizer, tmp_path / "dense")
+        model, _ = load(tmp_path / "dense")
+    decompose(model, task, examples=8)
+    prune(model, keep=0.5, multiple_of=1)
+    assert not any(name.endswith(tuple(names)) for members in groups(model) for name, _ in members)
+    assert "have no place for their factors: model.layers.0." in caplog.text
+    save(model, tokenizer, tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")[0](ids).logits, model(ids).logits)
+
+
+def test_a_model_that_computes_otherwise_where_it_is_said_to_be_quantized(task, tokenizer, ids, tmp_path):
+    sizes = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "vocab_size": len(tokenizer), "expand": 2}
+    torch.manual_seed(0)
+    model = FalconMambaForCausalLM(FalconMambaConfig(**sizes, conv_kernel=4, bos_token_id=1, eos_token_id=2)).eval()
+    decompose(model, task, metric="plain")
+    prune(model, keep=0.5, multiple_of=1)
+    save(model, tokenizer, tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")[0](ids).logits, model(ids).logits)
+
+
+def test_a_layer_that_is_computed_without_a_graph_is_named(task):
+    model = tiny()
+    attention = model.model.layers[0].self_attn
+    attention.forward = torch.no_grad()(attention.forward)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM computes model\.layers\.0\.self_attn\.q_proj without a gr"):
+        decompose(model, task, examples=8)
+    decompose(model, task, metric="whitened", examples=8)

@@ -14,6 +14,7 @@ Without the import transformers would only warn and fill these layers with rando
 holds an empty tensor by the name of a dense weight: from_pretrained then raises, for the model has another shape there.
 """
 
+import collections
 import contextlib
 import copy
 import itertools
@@ -21,7 +22,13 @@ import re
 
 import torch
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -65,6 +72,29 @@ def require_loadable(model):
             f"a checkpoint of {type(model).__name__} could not be loaded again: AutoModelForCausalLM does not know its "
             f"{type(config).__name__}"
         )
+
+
+def unstorable(model, layers):
+    """Those of `layers`, `{name: module}`, whose factors transformers would store but not read again.
+
+    It makes one tensor of theirs and others', or stores them under a name that it takes for another.
+    """
+    shapes = {f"{name}.u.weight": (layers[name].out_features, layers[name].in_features) for name in layers}
+
+    def stored(names):
+        return [*revert_weight_conversion(model, {name: torch.empty(shapes[name], device="meta") for name in names})]
+
+    conversions = get_model_conversion_mapping(model)
+    kinds = [[c for c in conversions if isinstance(c, kind)] for kind in (WeightRenaming, WeightConverter)]
+    if sorted(rename_source_key(place, *kinds)[0] for place in stored(shapes)) == sorted(shapes):
+        return []
+    places = {name: stored([name]) for name in shapes}
+    uses = collections.Counter(place for found in places.values() for place in found)
+    return [
+        name.removesuffix(".u.weight")
+        for name, found in places.items()
+        if any(uses[place] > 1 or rename_source_key(place, *kinds)[0] != name for place in found)
+    ]
 
 
 def register(model):
@@ -258,6 +288,8 @@ class BasisSelectQuantizer(HfQuantizer):
         # boundaries that allocations have, and a reloaded model must give the bits of the one that was saved.
         moved = {}
         for module in model.modules():
+            # Some architectures compute otherwise, with other rounding, where transformers says so.
+            vars(getattr(module, "config", None) or module).pop("_is_quantized", None)
             for kind in (module._parameters, module._buffers):
                 for name, tensor in kind.items():
                     if tensor is None or tensor.device.type != "cpu" or not tensor.data_ptr() % 64:

@@ -39,6 +39,19 @@ def frozen(model, trained=()):
             p.requires_grad_(flag)
 
 
+class _Start(torch.autograd.Function):
+    """The same tensor, of which a graph starts: no leaf, so that a model may go on to change it in place."""
+
+    @staticmethod
+    def forward(ctx, y, anchor):
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
 @contextmanager
 def activation_gradients(model, modules=None):
     """Backward passes reach activations only: no gradient of a weight is formed.
@@ -48,8 +61,13 @@ def activation_gradients(model, modules=None):
     training = model.training
     model.eval()
     starts = [model.get_input_embeddings()] if modules is None else modules
+    anchor = torch.zeros((), requires_grad=True)
+
+    def start(module, args, y):
+        return y if y.requires_grad or not torch.is_grad_enabled() else _Start.apply(y, anchor)
+
     # Ahead of hooks that are there already, so that they find an output with a gradient.
-    hooks = [m.register_forward_hook(lambda module, args, y: y.requires_grad_(), prepend=True) for m in starts]
+    hooks = [m.register_forward_hook(start, prepend=True) for m in starts]
     try:
         with frozen(model):
             yield
