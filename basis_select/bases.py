@@ -70,9 +70,8 @@ class LowRankLinear(nn.Module):
     s = property(lambda self: self.leader.scale * self.leader.weight**self.leader.power)
 
     def __getattr__(self, name):
-        if (
-            name == "weight" and name not in self._parameters
-        ):  # of tools that edit layers in place, such as resize_token_embeddings
+        # Tools that edit layers in place reach for it, such as resize_token_embeddings.
+        if name == "weight" and name not in self._parameters:
             raise AttributeError(
                 "a layer written as bases has no weight: change the model before it is decomposed or after dequantize()"
             )

@@ -59,7 +59,7 @@ def _dense(model, tokenizer, out):
 @torch.no_grad()
 def dense(model):
     """A stock model with the function of `model`, which stays as it is: products of factors, the embedding put back."""
-    config, state = plain_config(model), {}
+    config, state = plain_config(model.config), {}
     for name, module in model.named_modules():
         if isinstance(module, LowRankEmbedding | Int8Linear):
             state[f"{name}.weight"] = module.weight
@@ -128,7 +128,7 @@ def _trace(model, exporter, config):
             multi_token_decode=True,
         )
         part, inputs = stages["decode"]
-        part.config = plain_config(model)
+        part.config = plain_config(model.config)
         free = get_auto_dynamic_shapes({name: x for name, x in inputs.items() if not isinstance(x, bool)})
         exported = exporter().export(part, inputs, dataclasses.replace(config, dynamic_shapes=free))
     exported.generation_config = model.generation_config

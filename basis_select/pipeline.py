@@ -23,6 +23,7 @@ from . import ranks
 from . import recipe as recipes
 from .checkpoint.checks import weight_hash
 from .checkpoint.files import save, verify
+from .checkpoint.format import dense_on_meta
 from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
@@ -34,7 +35,7 @@ from .heal import heal
 from .learn import learn
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer, load
-from .plan import check_budget, dense_on_meta, keep_of, require_decoder
+from .plan import check_budget, keep_of, require_decoder
 from .prune import prune
 from .reading import read_json, read_lines
 from .refine import refine

@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 
-import torch
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from . import plan_measuring as measuring
+from .checkpoint.format import dense_on_meta
 from .cost import moments_step, training_step
 from .decompose import same_input, targets
 from .derivatives import PROBES
@@ -163,11 +163,6 @@ def _shapes(r, model, layers, task):
         vocabulary, d = table.weight.shape
         found.append(_Shape((module_name(model, table),), d, (vocabulary,), is_table=True))
     return found
-
-
-def dense_on_meta(config):
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def keep_of(r, model, targeted):

@@ -101,19 +101,24 @@ def opened(path):
     return file
 
 
+def state(found):
+    """What tells one state of a file from another, of its os.stat_result: no edit leaves its ctime as it was."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def sha256(path):
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path, most=None):
-    """The text of a UTF-8 file of at most `most` bytes. Raises ValueError naming the file."""
+    """The text of a UTF-8 file of at most `most` bytes, its lines ended by \\n. Raises ValueError naming the file."""
     with opened(path) as file:
         content = file.read() if most is None else file.read(most + 1)
     if most is not None and len(content) > most:
         raise ValueError(f"{path} is larger than {most / 2**20:g} MB, which no such file is")
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
@@ -132,7 +137,7 @@ def read_lines(path, shape=dict, stop=None):
 def parse_json(text, shape, where):
     """The JSON value in `text`, of a shape as in `misfit`. Raises ValueError, which begins with `where`."""
     try:
-        value = json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=once)
     except RecursionError:
         raise ValueError(f"{where} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -142,11 +147,13 @@ def parse_json(text, shape, where):
     return value
 
 
-def _once(pairs):
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"it names {next(key for key in keys if keys.count(key) > 1)} twice")
-    return dict(pairs)
+def once(pairs):
+    """A JSON object of which no key occurs twice. Raises ValueError naming one that does."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it names {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return found
 
 
 def misfit(value, shape, name="it"):

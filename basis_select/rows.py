@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from .reading import once, read_text
+
 
 def file_rows(path, tokenizer):
     """The rows of a file as `{prompt, response, answer, where}`, those of messages with `turn_end` and `rendered`.
@@ -126,10 +128,7 @@ def _kind(value):
 def read_rows(path):
     """The rows of a JSON or JSONL file. Raises ValueError naming the file, and the line that is not valid."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    text = read_text(path)
     if "\0" in text:  # as in UTF-16, and after a crash
         raise ValueError(f"{path} is not UTF-8 text: it holds NUL bytes")
     if path.suffix.lower() == ".json":
@@ -143,7 +142,7 @@ def read_rows(path):
 
 def _parsed(text, where):
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(text, object_pairs_hook=once, parse_constant=_constant)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{where} holds half of a character, \\ud800 to \\udfff, which is no text") from None
@@ -152,14 +151,6 @@ def _parsed(text, where):
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from None
     return value
-
-
-def _object(pairs):
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"an object names {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return found
 
 
 def _constant(name):

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from .checkpoint.checks import SIDECAR, check, stored, weight_hash
-from .reading import read_json, read_lines, sha256
+from .reading import read_json, read_lines, sha256, state
 
 NAME = r"\.?[a-z_]+-[0-9a-f]{10}"  # of the folder of a stage; hidden until it is whole
 FINALS = ("final", "final-*")
@@ -50,13 +50,12 @@ def fingerprint(source):
 
 
 def _digest(path):
-    """The sha256 of a file, computed once in a process for a state of it: no edit leaves its ctime as it was."""
-    state = path.stat()
-    return _sha256(path.resolve(), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    """The sha256 of a file, computed once in a process for a state of it."""
+    return _sha256(path.resolve(), state(path.stat()))
 
 
 @functools.cache
-def _sha256(path, *state):
+def _sha256(path, found):
     return sha256(path)
 
 

@@ -1,5 +1,6 @@
 """Keep only the tokens that a task needs: a smaller table, and a stock tokenizer that still writes every text."""
 
+import copy
 import json
 import logging
 import re
@@ -12,7 +13,6 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from .embedding import LowRankEmbedding
-from .encoding import Encoder
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +83,13 @@ def _vocabulary(content):
 def _special(model, tokenizer, content):
     """Ids of special tokens, and of those that the model's configs name."""
     found = {*tokenizer.all_special_ids, *(t["id"] for t in content["added_tokens"] if t["special"])}
-    for _, value in _token_ids(model):
+    for *_, value in _token_ids(model):
         found.update(_flat(value))
     return found
 
 
 def _token_ids(model):
-    """`[((config, key), value), ...]` of all that names tokens in the configs of a model and of its generation."""
+    """`[(config, key, value), ...]` of all that names tokens in the configs of a model and of its generation."""
     parts = [model.config, *(getattr(model.config, name) for name in model.config.sub_configs), model.generation_config]
     found = []
     for part in filter(None, parts):
@@ -98,7 +98,7 @@ def _token_ids(model):
                 re.search(r"token_ids?$|token_index$|^(begin_)?suppress_tokens$|^bad_words_ids$", key)
                 and value is not None
             ):
-                found.append(((part, key), value))
+                found.append((part, key, value))
     return found
 
 
@@ -139,7 +139,7 @@ def _closed(content, wanted):
         kept |= {min(model["vocab"], key=lambda item: item[1])[0]}
         if model.get("unk_id") is not None:
             kept.add(names[model["unk_id"]])
-    added = {t["id"]: t["content"] for t in content["added_tokens"]}
+    added = {t["id"] for t in content["added_tokens"]}
     own = sorted(vocabulary[token] for token in kept if token in vocabulary)
     return own + sorted(i for i in wanted if i in added and i not in names)
 
@@ -163,7 +163,7 @@ def _ancestors(token, ranks):
 def _tokenizer(tokenizer, content, kept):
     """The same kind of tokenizer over the tokens `kept`, in their order."""
     new, model = {old: i for i, old in enumerate(kept)}, content["model"]
-    content = json.loads(json.dumps(content))
+    content = copy.deepcopy(content)
     vocabulary = {token: new[i] for token, i in _vocabulary(content).items() if i in new}
     if model["type"] == "BPE":
         merges = [m for m in model["merges"] if vocabulary.keys() >= {*_pair(m), "".join(_pair(m))}]
@@ -203,13 +203,11 @@ def _renumbered(part, new):
 
 def _check_pieces(task, tokenizer, smaller, new):
     """Raise ValueError unless every training example keeps its tokens; one that was cut has others, which may go."""
-    before, after = Encoder(tokenizer), Encoder(smaller)
-    for e in task.train:
-        old, text = (encoder.text(e.prompt + e.response, rendered=True) for encoder in (before, after))
-        if all(t in new for t in old) and [new[t] for t in old] != text:
-            raise ValueError(
-                f"this tokenizer cannot be trimmed: it would encode {e.prompt + e.response!r:.100} otherwise"
-            )
+    texts = [e.prompt + e.response for e in task.train]
+    both = (which(texts, add_special_tokens=False)["input_ids"] for which in (tokenizer, smaller))
+    for text, old, found in zip(texts, *both, strict=True):
+        if all(t in new for t in old) and [new[t] for t in old] != found:
+            raise ValueError(f"this tokenizer cannot be trimmed: it would encode {text!r:.100} otherwise")
 
 
 @torch.no_grad()
@@ -227,7 +225,7 @@ def _shrink(model, kept, new):
     embedding.padding_idx = None
     model.resize_token_embeddings(len(rows), mean_resizing=False)
     model.get_input_embeddings().padding_idx = new.get(padding)
-    for (part, key), value in named:
+    for part, key, value in named:
         setattr(part, key, _mapped(value, new))
 
 

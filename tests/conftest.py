@@ -1,5 +1,6 @@
 """Tiny random models and tokenizers, made here: nothing is downloaded."""
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -7,9 +8,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from basis_select.checkpoint.files import save
 from basis_select.tasks import Example, Task, exact
 
 transformers.utils.logging.disable_progress_bar()
@@ -60,6 +63,16 @@ def make_tokenizer():
     fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def addition_recipe(folder, model, digits, **content):
+    """The path of a recipe in `folder`, beside the model and all sums of two numbers below `digits`."""
+    save(model, make_tokenizer(), folder / "model")
+    rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(digits) for b in range(digits)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {"model": str(folder / "model"), "task": str(folder / "data.jsonl"), **content}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
+    return folder / "tiny.yaml"
 
 
 @pytest.fixture

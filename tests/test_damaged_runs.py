@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import make_task, make_tokenizer, tiny
+from conftest import addition_recipe, make_task, make_tokenizer, tiny
 from typer.testing import CliRunner
 
 import basis_select as bs
@@ -25,23 +24,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 def made(tmp_path_factory):
     """`(recipe file, folder of its finished run)`: two steps of healing, a score that needs derivatives."""
     home = tmp_path_factory.mktemp("run")
-    bs.save(tiny(num_hidden_layers=1), make_tokenizer(), home / "model")
-    rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(6) for b in range(6)]
-    (home / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = {
-        "model": str(home / "model"),
-        "task": str(home / "data.jsonl"),
         "data": {"test": 1, "validation": 2},
         "decompose": {"metric": "plain"},
         "prune": {"keep": 0.5, "multiple_of": 2, "score": "taylor"},
         "heal": {"steps": 2, "batch_size": 4, "lr": 1e-3},
         "soft_labels": 0,
     }
-    (home / "tiny.yaml").write_text(yaml.safe_dump(content))
+    recipe = addition_recipe(home, tiny(num_hidden_layers=1), 6, **content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "verify", lambda folder: {"bit_equal": True, "max_difference": 0.0})
-        pipeline.run(recipes.read(home / "tiny.yaml"), home / "run")
-    return home / "tiny.yaml", home / "run"
+        pipeline.run(recipes.read(recipe), home / "run")
+    return recipe, home / "run"
 
 
 @pytest.fixture

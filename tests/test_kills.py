@@ -1,13 +1,11 @@
 """SIGKILL at random moments of a run, which is then taken up until it is done, ends with the same weights."""
 
-import json
 import multiprocessing
 import random
 import time
 
 import pytest
-import yaml
-from conftest import make_tokenizer, tiny
+from conftest import addition_recipe, make_tokenizer, tiny
 from kill_resume import hashes
 
 import basis_select as bs
@@ -34,12 +32,7 @@ def run(recipe, folder):
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     home = tmp_path_factory.mktemp("kills")
-    bs.save(tiny(num_hidden_layers=1), make_tokenizer(), home / "model")
-    rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(6) for b in range(6)]
-    (home / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = {
-        "model": str(home / "model"),
-        "task": str(home / "data.jsonl"),
         "data": {"test": 2, "validation": 2},
         "tune": {"steps": 3, "batch_size": 4},
         "decompose": {"examples": 4},
@@ -47,8 +40,7 @@ def recipe(tmp_path_factory):
         "prune": {"keep": 0.5, "multiple_of": 2},
         "heal": {"steps": 4, "batch_size": 4, "lr": 1e-3},
     }
-    (home / "tiny.yaml").write_text(yaml.safe_dump(content))
-    return home / "tiny.yaml"
+    return addition_recipe(home, tiny(num_hidden_layers=1), 6, **content)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny
+from conftest import addition_recipe, tiny
 from kill_resume import hashes
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -23,14 +23,9 @@ REPO = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def recipe(tokenizer, tmp_path):
+def recipe(tmp_path):
     """A whole run on a tiny random model: addition of digits, seconds long."""
-    bs.save(tiny(tied=True), tokenizer, tmp_path / "model")
-    rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(12) for b in range(12)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = {
-        "model": str(tmp_path / "model"),
-        "task": str(tmp_path / "data.jsonl"),
         "data": {"test": 20, "validation": 10},
         "tune": {"steps": 6, "batch_size": 8},
         "decompose": {"examples": 16},
@@ -40,9 +35,7 @@ def recipe(tokenizer, tmp_path):
         "heal": {"steps": 6, "batch_size": 8},
         "compare": {"plain": {"decompose.metric": "plain", "learn.steps": 0, "prune.budget": "uniform"}},
     }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return addition_recipe(tmp_path, tiny(tied=True), 12, **content)
 
 
 def test_one_command_does_it_all(recipe, tmp_path):

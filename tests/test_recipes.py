@@ -11,7 +11,8 @@ from recipes_table import table as costs_table
 from transformers import AutoConfig
 
 from basis_select import recipe as recipes
-from basis_select.plan import dense_on_meta, forecast, plan
+from basis_select.checkpoint.format import dense_on_meta
+from basis_select.plan import forecast, plan
 from basis_select.tasks import HUB, load_task
 
 REPO = Path(__file__).parents[1]

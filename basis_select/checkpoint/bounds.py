@@ -1,15 +1,13 @@
 """What a config asks for, against what the weight files hold: before memory is taken and hours are spent."""
 
-import copy
 import math
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ..reading import read_json
 from .checks import description, stored
-from .format import build
+from .format import build, dense_on_meta
 
 SLACK = 2**20  # numbers that a model may have beside twice those in its files: what is missing is named elsewhere
 
@@ -30,20 +28,13 @@ def require_bounds(folder, config):
     if layers > len(places):
         raise ValueError(f"{path} asks for {layers} layers (num_hidden_layers), there are {len(places)} tensors")
     held = sum(math.prod(place.shape) for place in places.values())
-    asked = sum(p.numel() for p in _on_meta(config, ours).parameters())
+    model = dense_on_meta(config)
+    if ours is not None:
+        with torch.device("meta"):
+            build(model, ours)
+    asked = sum(p.numel() for p in model.parameters())
     if asked > 2 * held + SLACK:
         raise ValueError(f"{path} describes a model of {asked:,} parameters, the files beside it hold {held:,}")
-
-
-def _on_meta(config, ours):
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):  # else transformers would look for its quantizer
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        if ours is not None:
-            build(model, ours)
-    return model
 
 
 def _require_numbers(path, value, name=""):

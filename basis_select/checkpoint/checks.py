@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from ..reading import opened, read_json, regular
+from ..reading import opened, read_json, regular, state
 from .format import HINT, METHOD, BasisSelectConfig, factored_weights
 from .schema import require_description
 
@@ -55,8 +55,8 @@ def checked(folder, graphs=False):
     """
     states = check(folder, graphs)
     yield
-    for path, state in states.items():
-        if not path.exists() or _state(path.stat()) != state:
+    for path, found in states.items():
+        if not path.exists() or state(path.stat()) != found:
             raise ValueError(f"{path} was replaced or changed while it was loaded: nothing of it is used")
 
 
@@ -88,23 +88,25 @@ def is_saved(folder):
 
 def is_compressed(folder):
     """Whether this folder's config.json says that it is one of ours."""
+    return _said(folder) is not None
+
+
+def _said(folder):
+    """What this folder's config.json says of our format, None if nothing."""
     path = Path(folder) / "config.json"
-    if not os.path.lexists(path):
-        return False
-    said = read_json(path).get("quantization_config")
-    return isinstance(said, dict) and said.get("quant_method") == METHOD
+    said = read_json(path).get("quantization_config") if os.path.lexists(path) else None
+    return said if isinstance(said, dict) and said.get("quant_method") == METHOD else None
 
 
 def description(folder):
     """The BasisSelectConfig in this folder's config.json, None if it is no checkpoint of ours."""
-    if not is_compressed(folder):
+    said = _said(folder)
+    if said is None:
         return None
-    path = folder / "config.json"
-    said = read_json(path)["quantization_config"]
     try:
         require_description(said)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
     return BasisSelectConfig(**said)
 
 
@@ -172,16 +174,12 @@ def _check_hashes(folder, recorded):
     for name, digest in recorded.items():
         path = folder / name
         with opened(path) as file:
-            states[path] = _state(os.fstat(file.fileno()))
+            states[path] = state(os.fstat(file.fileno()))
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             meant = "" if path.suffix == ".safetensors" else f"; if the change is meant, {AGAIN}"
             raise ValueError(f"{path} is not the file that was saved: its sha256 differs{meant}")
     return states
-
-
-def _state(found):
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _check_index(folder, places):

@@ -22,6 +22,7 @@ import re
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -156,7 +157,7 @@ def _require_described(model, found):
     for part, remedy in REMEDIES.items():
         if wrong := next((name for name in here if part in name), None):
             raise ValueError(f"{wrong} is no tensor of a {type(model).__name__}: {remedy}")
-    made = stock(model, plain_config(model))
+    made = stock(model, plain_config(model.config))
     if found is not None:
         build(made, found)
     there = made.state_dict()
@@ -175,9 +176,15 @@ def stock(model, config):
         return type(model)._from_config(config, dtype=model.dtype)
 
 
-def plain_config(model):
-    """A copy of the config that says nothing of factors."""
-    config = copy.deepcopy(model.config)
+def dense_on_meta(config):
+    """A dense model of `config` without values."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(plain_config(config), trust_remote_code=False)
+
+
+def plain_config(config):
+    """A copy that says nothing of factors: else transformers would look for a quantizer."""
+    config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -3,6 +3,8 @@
 import difflib
 import math
 
+from ..reading import shown
+
 VERSION = 1
 LARGEST = 2**31  # above every rank that a tensor in memory can have
 
@@ -18,19 +20,19 @@ def require_version(version):
 def require_description(description):
     """Raise ValueError, naming the field, unless this is a `quantization_config` that format.py can build from."""
     if not isinstance(description, dict):
-        raise ValueError(f"quantization_config is {_said(description)}, it should be an object")
+        raise ValueError(f"quantization_config is {shown(description)}, it should be an object")
     require_version(description.get("format_version"))
     for field, value in description.items():
         if field not in FIELDS:
             near = difflib.get_close_matches(str(field), FIELDS, 1)
             hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(FIELDS)}"
-            raise ValueError(f"quantization_config has no field {_said(field)}{hint}")
+            raise ValueError(f"quantization_config has no field {shown(field)}{hint}")
         fits, meant = FIELDS[field]
         if not fits(value):
-            raise ValueError(f"quantization_config.{field} is {_said(value)}, it should be {meant}")
+            raise ValueError(f"quantization_config.{field} is {shown(value)}, it should be {meant}")
     ranks = description.get("ranks", {})
     for name, rank in ranks.items():
-        _require_rank(f"quantization_config.ranks gives {_said(name)}", rank)
+        _require_rank(f"quantization_config.ranks gives {shown(name)}", rank)
     if description.get("embedding") is not None:
         _require_embedding(description["embedding"])
     _require_groups(description.get("groups", []), ranks)
@@ -38,16 +40,16 @@ def require_description(description):
 
 def _require_rank(where, rank):
     if not _counts(rank) or rank < 1:
-        raise ValueError(f"{where} the rank {_said(rank)}, which is not a number of bases")
+        raise ValueError(f"{where} the rank {shown(rank)}, which is not a number of bases")
 
 
 def _require_embedding(embedding):
     embedding = {"scale": 1.0, **embedding}
     if embedding.keys() != EMBEDDING.keys():
-        raise ValueError(f"quantization_config.embedding has {_said(sorted(embedding))}, it needs {sorted(EMBEDDING)}")
+        raise ValueError(f"quantization_config.embedding has {shown(sorted(embedding))}, it needs {sorted(EMBEDDING)}")
     for field, (fits, meant) in EMBEDDING.items():
         if not fits(embedding[field]):
-            said = _said(embedding[field])
+            said = shown(embedding[field])
             raise ValueError(f"quantization_config.embedding.{field} is {said}, it should be {meant}")
     _require_rank(f"quantization_config.embedding gives {embedding['name']}", embedding["rank"])
 
@@ -67,11 +69,6 @@ def _require_groups(groups, ranks):
                     f"quantization_config gives {name} and {group[0]}, which share a basis, the ranks {both}"
                 )
             seen.add(name)
-
-
-def _said(value):
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _counts(value):
