@@ -16,7 +16,7 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
-from .checkpoint.checks import SIDECAR, check, stored, weight_hash
+from .checkpoint.checks import SIDECAR, check, recorded_files, stored, weight_hash
 from .reading import read_json, read_lines, sha256, state
 
 NAME = r"\.?[a-z_]+-[0-9a-f]{10}"  # of the folder of a stage; hidden until it is whole
@@ -93,7 +93,7 @@ def require_saved(folder):
     """Raise ValueError unless every file of a published checkpoint is the one that was saved, and nothing is beside."""
     if folder.is_symlink() or not folder.is_dir() or not (folder / SIDECAR).is_file():
         raise ValueError(f"{folder} is no checkpoint that a run wrote: move it")
-    known = {SIDECAR, *read_json(folder / SIDECAR, {"sha256": {str: str}})["sha256"]}
+    known = recorded_files(folder)
     for path in sorted(folder.iterdir()):
         if path.name not in known or path.is_symlink() or not path.is_file():
             raise ValueError(f"{path} was not written by a run, which would remove it with {folder}: move it")
