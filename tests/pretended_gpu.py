@@ -144,6 +144,8 @@ def pretended_gpu():
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: False),
             (torch.cuda, "get_device_name", lambda device=None: "pretended"),
             (torch.cuda.random, "get_rng_state", torch.get_rng_state),
+            (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
+            (torch.cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state)),
             (torch.cuda, "set_device", lambda device: None),
             (torch.cuda, "synchronize", lambda device=None: None),
             (torch.cuda, "mem_get_info", lambda device=None: (2**34, 2**34)),
