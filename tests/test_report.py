@@ -192,6 +192,13 @@ def test_the_map_has_the_ranks_of_the_model(run, row):
     assert table[3][column] == ("dense" if q["rank"] is None else str(q["rank"]))
 
 
+def test_an_embedding_that_stays_whole_is_drawn_as_dense():
+    full = {"ranks": {"q": 8}, "groups": [], "embedding": {"name": "embed_tokens", "rank": 64, "tied": True}}
+    _, extra = spectra.layers(full, {"ranks": {"q": 4}, "groups": [], "embedding": None})
+    assert extra == [{"name": "embed_tokens", "rank": None, "full": 64, "leader": None}]
+    assert ">dense<" in html.heat([], extra, "x")
+
+
 @pytest.mark.parametrize("row", ["result", ODD])
 def test_the_bases_marked_as_kept_are_those_that_prune_chose(run, row):
     """With weights that learning has moved and without; the embedding, which has a budget of its own, too."""

@@ -23,7 +23,7 @@ def layers(full, kept):
     ]
     extra = []
     if full["embedding"]:
-        name, rank = full["embedding"]["name"], kept["embedding"]["rank"]
+        name, rank = full["embedding"]["name"], (kept["embedding"] or {}).get("rank")
         extra.append({"name": name, "rank": rank, "full": full["embedding"]["rank"], "leader": None})
     return modules, extra
 
@@ -46,7 +46,7 @@ def kept_ranks(decomposed, pruned):
     """`{leader: bases left}` of what `prune` did not make dense; the token embedding goes by the name of its table."""
     full, left = bases_of(decomposed), bases_of(pruned)
     ranks = dict(left["ranks"])
-    if full["embedding"]:
+    if left["embedding"]:
         table = next(name for name in weights(decomposed) if name not in full["ranks"])
         ranks[table] = left["embedding"]["rank"]
     return ranks
