@@ -13,7 +13,6 @@
 Importing it registers the checkpoint format, so `AutoModelForCausalLM.from_pretrained` reads such a folder too.
 """
 
-from .bases import LowRankLinear
 from .checkpoint.files import save, verify
 from .checkpoint.hub import push
 from .decompose import decompose
@@ -26,6 +25,7 @@ from .evaluation.standard import evaluate_on
 from .export import export
 from .extend import extend
 from .heal import heal
+from .layers.low_rank import LowRankLinear
 from .learn import learn
 from .models import load
 from .prune import prune

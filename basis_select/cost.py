@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM
 
-from .bases import LowRankLinear
 from .checkpoint.format import BasisSelectConfig, build
 from .decompose import targets
+from .layers.low_rank import LowRankLinear
 from .training.collage import CollageAdamW
 from .training.engine import checkpoint_layers
 from .training.loss import activation_gradients, task_loss

@@ -11,18 +11,21 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from .bases import LowRankLinear
 from .checkpoint.format import register, require_loadable, unstorable
-from .embedding import TABLE, decompose_embedding, is_tied
-from .int8 import Int8Linear
+from .layers.embedding import install, is_tied, lookup_scale, module_name, settle_ties
+from .layers.group import Group
+from .layers.low_rank import LowRankLinear
+from .layers.rounded import Int8Linear
+from .layers.shape import Shape
 from .linalg import metrics
 from .linalg.metrics import METRICS
-from .moments import layer_input, moment_bytes, moment_room, passes, second_moments, trace
+from .moments import TABLE, layer_input, moment_bytes, moment_room, passes, second_moments, token_counts, trace
 from .training.data import Batches, require_fit
 
 log = logging.getLogger(__name__)
 
 WATCHED = 8  # examples in which layers that read the same tensor are looked for
+SHIFT = 1e-2  # of their mean, added to the weights of rows and columns of an embedding: eval/results/NOTES.md
 
 
 def targets(model, required=True):
@@ -149,36 +152,36 @@ def decompose(
         raise ValueError(f"metric {metric!r} with embedding={embedding} looks at task data: pass a task")
     if task is not None:
         require_fit(model, task)
-    members, shapes = _shapes(model, task, share)
-    owners = deal(shapes, dist.get_world_size(group) if group else 1)
-    rank, parts, made = dist.get_rank(group) if group else 0, [range(len(members))], {}
+    found = dense_groups(model, targets(model), task, share)
+    owners = deal([g.shape for g in found], dist.get_world_size(group) if group else 1)
+    rank, parts, made = dist.get_rank(group) if group else 0, [range(len(found))], {}
     if measured:
-        factors = sum(min(reads, sum(writes)) * (reads + sum(writes)) for reads, writes in shapes)
+        factors = sum(g.shape.full_cost for g in found)
         room = moment_room(model.device, factors * model.dtype.itemsize)
         if group:  # all make the same passes
             least = torch.tensor(room, device=model.device)
             dist.all_reduce(least, dist.ReduceOp.MIN, group)
             room = int(least)
-        parts = passes(parts[0], [moment_bytes(*shape, uses) for shape in shapes], room)
+        parts = passes(parts[0], [moment_bytes(g.shape, uses) for g in found], room)
     for part in parts:
-        found = moments
         if measured:
-            first = part is parts[0]
-            found = second_moments(model, [members[i] for i in part], task, examples, uses, embedding and first, group)
+            names, first = [found[i].names for i in part], part is parts[0]
+            moments = second_moments(model, names, task, examples, uses, embedding and first, group)
         if embedding and uses.inputs and uses.outputs and table is None:
-            table = _of_table(found)
+            table = _of_table(moments)
         for i in tqdm([i for i in part if owners[i] == rank], desc="decompose", unit="layer", disable=rank > 0):
-            if reached(members[i], found, uses):
-                made[i] = factored(members[i], [model.get_submodule(n) for n in members[i]], found, uses)
+            if reached(found[i], moments, uses):
+                made[i] = factored(found[i], moments, uses)
             if part is parts[-1] and not group:  # until then every pass must see the dense model
                 while made:
-                    _install(model, members, *made.popitem())
-        del found  # before the next pass makes its own
+                    _install(model, found, *made.popitem())
+        if measured:
+            del moments  # before the next pass makes its own
     if group:
         for i, owner in enumerate(owners):
-            layers = _from_owner(model, members[i], made.pop(i, None), dist.get_global_rank(group, owner), group)
+            layers = _from_owner(model, found[i], made.pop(i, None), dist.get_global_rank(group, owner), group)
             if layers:
-                _install(model, members, i, layers)
+                _install(model, found, i, layers)
     register(model)
     return decompose_embedding(model, task, table) if embedding else model
 
@@ -189,25 +192,16 @@ def _of_table(moments):
     return moments[0][TABLE], moments[1][TABLE][0]
 
 
-def _shapes(model, task, share):
-    """Groups of names, and of each group `(inputs, [outputs of each layer])`."""
-    layers = only_called(model, targets(model), task)
-    members = same_input(model, layers, task) if share else [[name] for name in layers]
-    return members, [(layers[g[0]].in_features, [layers[n].out_features for n in g]) for g in members]
-
-
-def _install(model, members, i, layers):
-    for name, layer in zip(members[i], layers, strict=True):
+def _install(model, found, i, layers):
+    for name, layer in zip(found[i].names, layers, strict=True):
         model.set_submodule(name, layer)
 
 
-def deal(shapes, ranks):
+def deal(shapes: list[Shape], ranks: int) -> list[int]:
     """Which of `ranks` processes decomposes each group: the costliest first, always to the one with least to do."""
 
     def cost(shape):
-        reads, writes = shape[0], sum(shape[1])
-        r = min(reads, writes)
-        return 3 * reads * writes * r + 10 * r**3  # products, eigenvectors
+        return 3 * shape.dense_cost * shape.full_rank + 10 * shape.full_rank**3  # products, eigenvectors
 
     load, owners = [0] * ranks, [0] * len(shapes)
     for i in sorted(range(len(shapes)), key=lambda i: -cost(shapes[i])):
@@ -216,54 +210,54 @@ def deal(shapes, ranks):
     return owners
 
 
-def _from_owner(model, names, layers, source, group):
-    """The layers of a group in every process, sent by `source`, which has made them; None if it left them dense."""
+def _from_owner(model, dense, layers, source, group):
+    """The layers of a `dense` Group in every process, sent by `source`, which has made them; None if it did not."""
     sent = torch.tensor(layers[0].rank if layers else 0, device=model.device)
     dist.broadcast(sent, source, group)
     rank = int(sent)
     if not rank:
         return None
-    linears = [model.get_submodule(name) for name in names]
     if layers is None:
-        u, v = sum(m.out_features for m in linears), linears[0].in_features
-        like = linears[0].weight
-        layers = fill(linears, like.new_empty(u, rank), like.new_empty(rank), like.new_empty(rank, v))
+        like, shape = dense.layers[0].weight, dense.shape
+        u, v = like.new_empty(sum(shape.outputs), rank), like.new_empty(rank, shape.inputs)
+        layers = fill(dense.layers, u, like.new_empty(rank), v)
     for layer in layers:
         for tensor in layer.state_dict().values():
             dist.broadcast(tensor.view(torch.uint8), source, group)
     return layers
 
 
-def reached(names, moments, uses):
-    """Whether there are moments of this group that are not zero, where the metric uses any; a warning if not."""
+def reached(group, moments, uses):
+    """Whether there are moments of this Group that are not zero, where the metric uses any; a warning if not."""
     for side, used in zip(moments or (), (uses.inputs, uses.outputs), strict=False):
         if not used:
             continue
-        if names[0] not in side:
-            log.warning("%s is never reached by the task's data: left dense", ", ".join(names))
+        names = ", ".join(group.names)
+        if group.name not in side:
+            log.warning("%s is never reached by the task's data: left dense", names)
             return False
-        found = side[names[0]]
+        found = side[group.name]
         if not all(float(trace(moment)) for moment in (found if isinstance(found, list) else [found])):
-            log.warning("%s has no effect on the task's loss: left dense", ", ".join(names))
+            log.warning("%s has no effect on the task's loss: left dense", names)
             return False
     return True
 
 
-def factored(names, linears, moments, uses, rank=None):
-    """A weighted LowRankLinear for every layer of a group, leader first, with all bases or only the best `rank`.
+def factored(dense, moments, uses, rank=None):
+    """A weighted LowRankLinear for every layer of a `dense` Group, leader first: all bases or only the best `rank`.
 
     moments: `(inputs, outputs, samples)` as from `second_moments`, read only where the metric uses them. At most one
     group's float64 work exists at a time. Raises ValueError with the names for non-finite weights or moments.
     """
     try:
         u, s, v = metrics.decompose(
-            [linear.weight for linear in linears],
-            [uses.outputs(moment, moments[2][names[0]]) for moment in moments[1][names[0]]] if uses.outputs else None,
-            uses.inputs(moments[0][names[0]], moments[2][names[0]]) if uses.inputs else None,
+            [linear.weight for linear in dense.layers],
+            [uses.outputs(m, moments[2][dense.name]) for m in moments[1][dense.name]] if uses.outputs else None,
+            uses.inputs(moments[0][dense.name], moments[2][dense.name]) if uses.inputs else None,
         )
     except ValueError as error:
-        raise ValueError(f"{' + '.join(names)}: {error}") from error
-    return fill(linears, u[:, :rank], s[:rank], v[:rank])
+        raise ValueError(f"{dense}: {error}") from error
+    return fill(dense.layers, u[:, :rank], s[:rank], v[:rank])
 
 
 def fill(linears, u, s, v):
@@ -278,6 +272,29 @@ def fill(linears, u, s, v):
     made[0].v.weight.copy_(v)
     made[0].scale.copy_(s)
     return made
+
+
+@torch.no_grad()
+def decompose_embedding(model, task, moments=None):
+    """Write the embedding of `model`, and its head if tied, as weighted bases, in place.
+
+    moments: `(columns, rows)`, in which the weights of these bases compare with those of linear layers decomposed in
+    the kronecker metric. Without them the metric weighs every row by how often the training split of `task` has the
+    token. In both, rows are shrunk towards all alike: tokens that the task does not use stay roughly what they were.
+    """
+    embedding = model.get_input_embeddings()
+    scale = lookup_scale(embedding)
+    columns, rows = moments or (None, token_counts(task, embedding.num_embeddings))
+    weight = embedding.weight.detach()
+    rows = [metrics.shifted(rows.to(weight.device), SHIFT)]
+    u, s, v = metrics.decompose([weight], rows, None if columns is None else metrics.shifted(columns, SHIFT))
+    settle_ties(model)
+    table = install(model, module_name(model, embedding), len(s), is_tied(model), scale, weighted=True)
+    table.u.weight.copy_(u)
+    table.v.weight.copy_(v)
+    table.scale.copy_(s)
+    table.requires_grad_(False)
+    return model
 
 
 class _Called(nn.Module):
@@ -295,6 +312,15 @@ class _Called(nn.Module):
         if attribute in ("weight", "bias"):
             read.add(name)
         return getattr(layer, attribute)
+
+
+def dense_groups(model, layers, task, share=True):
+    """The `layers`, `{name: nn.Linear}`, that are only called, as Groups of those that read one tensor, if they `share`
+    an input basis, and one by one if not.
+    """
+    layers = only_called(model, layers, task)
+    members = same_input(model, layers, task) if share else [[name] for name in layers]
+    return [Group(tuple(names), tuple(layers[name] for name in names)) for names in members]
 
 
 @torch.no_grad()

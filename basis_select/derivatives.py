@@ -2,7 +2,7 @@
 
 import torch
 
-from .bases import groups
+from .layers.group import groups
 from .training.data import Batches, require_fit
 from .training.loss import frozen, task_loss
 
@@ -21,12 +21,12 @@ def derivatives(model, task, seed=0, *, probes: int = PROBES, batch_size: int = 
     reconstructed from its abstract.
     """
     found = groups(model)
-    leaders = [members[0][1].leader for members in found]
+    leaders = [group.leader for group in found]
     if not leaders or not all(leader.weighted for leader in leaders):
         raise ValueError("there are no weighted bases to differentiate by: call decompose first")
-    for members, leader in zip(found, leaders, strict=True):
-        if not torch.isfinite(leader.s).all():
-            raise ValueError(f"{names(members)}: the weights of bases are not all finite")
+    for group in found:
+        if not torch.isfinite(group.s).all():
+            raise ValueError(f"{group}: the weights of bases are not all finite")
     require_fit(model, task)
     generator = torch.Generator().manual_seed(seed)
     weights, scales = [leader.weight for leader in leaders], [leader.scale for leader in leaders]
@@ -52,12 +52,8 @@ def derivatives(model, task, seed=0, *, probes: int = PROBES, batch_size: int = 
     finally:
         for leader, scale in zip(leaders, scales, strict=True):
             leader.scale = scale
-    for members, g, h in zip(found, first, second, strict=True):
+    for group, g, h in zip(found, first, second, strict=True):
         if not (torch.isfinite(g).all() and torch.isfinite(h).all()):
-            raise FloatingPointError(f"{names(members)}: a derivative by the weights of bases is not finite")
+            raise FloatingPointError(f"{group}: a derivative by the weights of bases is not finite")
     sizes = [torch.where(leader.s == 0, torch.inf, leader.s.detach().double()) for leader in leaders]
     return [(g / s, h / s**2) for g, h, s in zip(first, second, sizes, strict=True)]
-
-
-def names(members):
-    return " + ".join(name for name, _ in members)

@@ -16,12 +16,13 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from .bases import LowRankLinear, groups
 from .checkpoint.files import save, whole
 from .checkpoint.format import plain_config, stock
 from .decompose import targets
-from .embedding import LowRankEmbedding, is_tied, table_of
-from .int8 import Int8Linear, quantized
+from .layers.embedding import LowRankEmbedding, is_tied
+from .layers.group import groups, table_of
+from .layers.low_rank import LowRankLinear
+from .layers.rounded import Int8Linear, quantized
 from .models import load
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def export(source, to, out, tokenizer=None):
         model = source
     else:
         model, tokenizer = load(source, "float32" if to in ("onnx", "openvino") else None)
-    if to != "dense" and any(members[0][1].weighted for members in groups(model)):
+    if to != "dense" and any(group.weighted for group in groups(model)):
         raise ValueError(f"these bases are still weighted: call prune before exporting to {to}")
     if to != "dense" and quantized(model):
         raise ValueError(f"the weights of this model are int8 already: export what they were rounded from to {to}")

@@ -2,7 +2,7 @@
 
 import torch
 
-from .bases import groups, resize
+from .layers.group import groups
 from .training.data import Batches, require_fit
 from .training.loss import activation_gradients, task_loss
 
@@ -23,33 +23,24 @@ def extend(model, task=None, parent=None, seed=0, *, rank: int = 16, init: str =
     found = groups(model)
     if rank and not found:
         raise ValueError("there are no factored layers to extend: call decompose and prune first")
-    if rank and found[0][0][1].weighted:
+    if rank and found[0].weighted:
         raise ValueError("these bases are still weighted: call prune before extend")
     if (init == "residual" and parent is None) or (init == "gradient" and task is None):
         raise ValueError(f"init={init!r} needs {'the dense parent' if init == 'residual' else 'a task'}")
     generator = torch.Generator().manual_seed(seed)
     gradients = _gradients(model, task, examples, seed) if rank and init == "gradient" else None
-    for i, members in enumerate(found if rank else []):
-        v = members[0][1].leader.v
+    for i, group in enumerate(found if rank else []):
+        v = group.leader.v
         if init == "random":
             new = torch.randn(rank, v.in_features, generator=generator).to(v.weight) / v.in_features**0.5
         elif init == "residual":
-            lost = [parent.get_submodule(name).weight - layer.dense_weight() for name, layer in members]
+            lost = [parent.get_submodule(name).weight - layer.dense_weight() for name, layer in group.items()]
             new = _leading(torch.cat(lost), rank)
         else:
             new = _leading(gradients[i], rank)
         new = new * v.weight.detach().float().norm(dim=1).mean()
-        _append(members, new.to(v.weight))
+        group.append(new.to(v.weight))
     return model
-
-
-@torch.no_grad()
-def _append(members, new):
-    v = members[0][1].leader.v
-    resize(v, torch.cat([v.weight, new]))
-    for _, layer in members:
-        u = layer.u.weight
-        resize(layer.u, torch.cat([u, u.new_zeros(len(u), len(new))], dim=1))
 
 
 @torch.no_grad()
@@ -64,7 +55,7 @@ def _gradients(model, task, examples, seed):
     """dL/dW of every group's stacked product W, (sum out, in) in fp32."""
     require_fit(model, task)
     found = groups(model)
-    total = [torch.zeros(sum(m.out_features for _, m in g), g[0][1].in_features) for g in found]
+    total = [torch.zeros(sum(g.shape.outputs), g.shape.inputs) for g in found]
     handles = []
 
     def watch(into):
@@ -79,9 +70,9 @@ def _gradients(model, task, examples, seed):
 
         return hook
 
-    for members, whole in zip(found, total, strict=True):
-        parts = whole.split([m.out_features for _, m in members])
-        handles += [m.register_forward_hook(watch(part)) for (_, m), part in zip(members, parts, strict=True)]
+    for group, whole in zip(found, total, strict=True):
+        parts = zip(group.layers, whole.split(group.shape.outputs), strict=True)
+        handles += [layer.register_forward_hook(watch(part)) for layer, part in parts]
     try:
         size = 8
         with activation_gradients(model):

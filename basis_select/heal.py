@@ -6,9 +6,8 @@ import random
 import torch
 
 from . import ranks
-from .bases import groups
 from .decompose import is_plain
-from .embedding import table_of
+from .layers.group import groups, table_of
 from .training.data import Batches, require_fit
 from .training.engine import train
 from .training.loss import task_loss
@@ -46,7 +45,7 @@ def heal(
     """
     require_fit(model, task)
     ranks.join()
-    if any(members[0][1].weighted for members in groups(model)):
+    if any(group.weighted for group in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")
     if lr is None and steps:
         if precision != "fp32" and ranks.is_sharded(model):
@@ -80,7 +79,7 @@ def add_adapters(model, rank):
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
 
     table = table_of(model)
-    left = {model.get_output_embeddings(), *(table.children() if table else ())}
+    left = {model.get_output_embeddings(), *(table.leader.children() if table else ())}
     names = [name for name, m in model.named_modules() if is_plain(m) and m not in left]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
 

@@ -3,10 +3,10 @@
 import torch
 from transformers import TrainerCallback
 
-from .bases import add_new, groups, resize
 from .derivatives import derivatives
+from .layers.group import groups
 from .linalg.scores import SCORES
-from .prune import select, shrink
+from .prune import select
 from .training.engine import train
 
 
@@ -55,15 +55,15 @@ def learn(
     if cuts and not 1 <= rounds <= steps - int(unpruned * steps):
         raise ValueError(f"rounds={rounds} prunings do not fit into steps={steps} with unpruned={unpruned}")
     generator = torch.Generator().manual_seed(seed)
-    for members in found:
-        leader = members[0][1].leader
+    for group in found:
+        leader = group.leader
         if square and (leader.s < 0).any():
-            raise ValueError(f"{members[0][0]} has a negative weight, which no square is: learn it with square=False")
+            raise ValueError(f"{group.name} has a negative weight, which no square is: learn it with square=False")
         if square and leader.power == 1:
             leader.weight.data, leader.power = leader.s.detach().sqrt(), 2
             leader.scale = torch.ones_like(leader.scale)
         if new:
-            add_new(members, new, generator)
+            group.add_new(new, generator)
     weights(model, rest)
     prunings = _Prunings(model, task, seed, steps, rounds, unpruned, cut) if cuts else None
     train(
@@ -89,14 +89,13 @@ def learn(
 def weights(model, rest=False):
     """What learn trains: the weights of bases, new bases and, with `rest`, everything that is not a basis."""
     model.requires_grad_(rest)
-    for members in groups(model):
-        leader = members[0][1].leader
-        for _, layer in members:
+    for group in groups(model):
+        for layer in group.layers:
             layer.u.weight.requires_grad_(False)
             if layer.new is not None:
                 layer.new.requires_grad_(True)
-        leader.v.weight.requires_grad_(False)
-        leader.weight.requires_grad_(True)
+        group.leader.v.weight.requires_grad_(False)
+        group.leader.weight.requires_grad_(True)
 
 
 class _Prunings(TrainerCallback):
@@ -109,9 +108,9 @@ class _Prunings(TrainerCallback):
     def __init__(self, model, task, seed, steps, rounds, unpruned, cut):
         self.model, self.task, self.seed, self.cut = model, task, seed, cut
         self.full = []  # views of all bases; `take` copies what stays, so these are not touched
-        for members in groups(model):
-            leader = members[0][1].leader
-            self.full.append(([layer.u.weight.data for _, layer in members], leader.v.weight.data, leader.scale))
+        for group in groups(model):
+            leader = group.leader
+            self.full.append(group.factors())
             leader.kept = torch.arange(leader.rank, device=leader.scale.device)
             leader.last = leader.weight.detach().clone()
             leader.rounds = torch.zeros_like(leader.kept, dtype=torch.int16)
@@ -129,25 +128,22 @@ class _Prunings(TrainerCallback):
             cut["derivatives"] = derivatives(self.model, self.task, self.seed + state.global_step)
         chosen = select(self.model, **cut)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        for members, index in chosen:
-            leader = members[0][1].leader
+        for group, index in chosen:
+            leader = group.leader
             index = torch.arange(leader.rank) if index is None else index
             index = index.to(leader.kept.device)
             leader.last[leader.kept] = leader.weight.detach()
             leader.kept = leader.kept[index]
             leader.rounds[leader.kept] += 1
-            shrink(members, index)
+            group.take(index)
             moments = optimizer.state.get(leader.weight, {})
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in moments:
                     moments[name] = moments[name][index]
 
     def restore(self):
-        for members, (u, v, scale) in zip(groups(self.model), self.full, strict=True):
-            leader = members[0][1].leader
+        for group, (us, v, (scale, _, _)) in zip(groups(self.model), self.full, strict=True):
+            leader = group.leader
             leader.last[leader.kept] = leader.weight.detach()
-            leader.weight.data, leader.survived, leader.scale = leader.last, leader.rounds, scale
-            resize(leader.v, v)
-            for (_, layer), weight in zip(members, u, strict=True):
-                resize(layer.u, weight)
+            group.put((us, v, (scale, leader.rounds, leader.last)))
             del leader.kept, leader.last, leader.rounds

@@ -19,8 +19,8 @@ from . import ranks, tuned_on
 from .checkpoint import checks, hub
 from .checkpoint.bounds import require_bounds
 from .checkpoint.cleaning import masked
-from .embedding import settle_ties
-from .int8 import quantized
+from .layers.embedding import settle_ties
+from .layers.rounded import quantized
 from .reading import read_json
 from .runtime import MANIFEST, load_export
 

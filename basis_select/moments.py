@@ -8,22 +8,24 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from .embedding import TABLE, lookup_scale, token_counts
 from .fisher import squared_gradients
+from .layers.embedding import lookup_scale
+from .layers.group import Group
+from .layers.shape import Shape, moment_shape
 from .linalg import metrics
 from .training.data import Batches, drawn
 from .training.loss import activation_gradients, response_logits
 from .training.precision import autocast
 
 EXAMPLES_TOGETHER = 8  # a batch of those that second moments are averaged over
-MAX_MOMENT = 16384  # a side longer than this has its moment replaced by its mean eigenvalue times the identity
+TABLE = "token embedding"  # its name among second moments
 
 
 def second_moments(model, members, task, examples, uses, embedding=False, group=None):
     """`A = E[x x^T]` and `G = E[g g^T]`, fp32, and of how many tokens, padding not counted: three dicts by leader name.
 
     members: names of the layers that read the same tensor, leader first; A is that tensor's, G a list: one moment of
-    their stacked outputs, or where that is longer than MAX_MOMENT one for each layer. A side still longer has its
+    their stacked outputs, or where that is too long (layers/shape.py) one for each layer. A side still longer has its
     mean eigenvalue instead, shape (). A is the mean over the tokens that a layer sees, in all its calls; G is per token
     of the task. g is the gradient, at the outputs, of the summed negative log-likelihood of a response: half of G is
     that with the task's own labels, which shows what the task asks for, half that with labels
@@ -48,11 +50,12 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
     def add(store, key, x):
         if not len(x):
             return
-        if x.shape[1] > MAX_MOMENT:
+        shape = moment_shape(x.shape[1])
+        if not shape:
             store[key] = store.get(key, 0) + x.square().mean(1).sum()
         else:
             if key not in store:
-                store[key] = x.new_zeros(x.shape[1], x.shape[1])
+                store[key] = x.new_zeros(shape)
             metrics.add_product(store[key], x, x)
 
     def seen(name, x):
@@ -61,8 +64,10 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
 
     def add_outputs(names, parts):
         some = next(iter(parts.values()))
-        wide = [parts[n] if n in parts else some.new_zeros(len(some), width[n]) for n in names]
-        if sum(x.shape[1] for x in wide) <= MAX_MOMENT:
+        shape = shapes[names[0]]
+        wide = zip(names, shape.outputs, strict=True)
+        wide = [parts[n] if n in parts else some.new_zeros(len(some), width) for n, width in wide]
+        if len(shape.output_sides) < len(wide):
             wide = [torch.cat(wide, dim=1)]
         for i, x in enumerate(wide):
             add(outputs[labels], (names[0], i), x)
@@ -85,7 +90,7 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
 
         return hook
 
-    width = {name: model.get_submodule(name).out_features for names in members for name in names}
+    shapes = {names[0]: Group(names, [model.get_submodule(n) for n in names]).shape for names in members}
     rows = drawn(task.train, examples)
     routed = _is_routed(model, rows[0])
     handles = [
@@ -260,6 +265,14 @@ def _sum(store, device, group):
         store[key] = total
 
 
+def token_counts(task, vocabulary):
+    """How often the training split of `task` has each token: (vocabulary,), float64."""
+    counts = torch.zeros(vocabulary, dtype=torch.float64)
+    for example in task.train:
+        counts += torch.bincount(torch.tensor(example.input_ids), minlength=vocabulary)
+    return counts
+
+
 def trace(moment):
     """Of (n, n), of its diagonal (n,), or of its mean eigenvalue ()."""
     return (moment.diagonal() if moment.dim() == 2 else moment).sum()
@@ -282,16 +295,12 @@ def passes(members, sizes, room):
     return parts
 
 
-def moment_bytes(reads, writes, uses):
-    """What `second_moments` holds for layers of `reads` inputs and `writes` outputs each: outputs for both labels."""
+def moment_bytes(shape: Shape, uses: metrics.Metric) -> int:
+    """What `second_moments` holds for a group of layers of this shape: outputs for both labels."""
     if uses.squares:
-        return 4 * reads * (sum(writes) + 1)  # the gradients themselves, for a moment
+        return 4 * shape.inputs * (sum(shape.outputs) + 1)  # the gradients themselves, for a moment
 
-    def entries(n):
-        return n * n if n <= MAX_MOMENT else 1
-
-    outputs = entries(sum(writes)) if sum(writes) <= MAX_MOMENT else sum(map(entries, writes))
-    return 4 * (bool(uses.inputs) * entries(reads) + 2 * bool(uses.outputs) * outputs)
+    return 4 * (bool(uses.inputs) * shape.input_moment + 2 * bool(uses.outputs) * shape.output_moment)
 
 
 def moment_room(device, coming):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from . import plan_measuring as measuring
@@ -10,15 +11,16 @@ from .checkpoint.format import dense_on_meta
 from .cost import moments_step, training_step
 from .decompose import same_input, targets
 from .derivatives import PROBES
-from .embedding import module_name
 from .evaluation.profile import prices
 from .heal import add_adapters
+from .layers.embedding import module_name
+from .layers.group import Group
 from .learn import weights
 from .linalg.budget import BYTES, keep_for, linear_prices, table_rank, uniform
 from .linalg.metrics import METRICS
 from .linalg.scores import SCORES
 from .models import config_and_tokenizer
-from .moments import EXAMPLES_TOGETHER, MAX_MOMENT, moment_bytes, moment_room, passes
+from .moments import EXAMPLES_TOGETHER, moment_bytes, moment_room, passes
 from .plan_measuring import Stage
 from .ranks import device
 from .recipe import RESULT
@@ -90,11 +92,11 @@ def forecast(recipe, ranks=1, rates=None):
     targeted = sum(m.weight.numel() for m in layers.values())
     finals = {"parent": _final(recipe, model, targeted)}
     for name, row in {RESULT: recipe, **recipe.family(), **recipe.variants()}.items():
-        shapes = _shapes(row, model, layers, task)
-        keep = _fraction(row, model, shapes)
+        groups = _groups(row, model, layers, task)
+        keep = _fraction(row, model, groups)
         rows[name] = row, keep
         finals[name] = _final(row, model, targeted + _shared_table(row, model), keep, _saved(row, model))
-        for stage in _stages(row, task, model, shapes, keep, rates, ranks, known):
+        for stage in _stages(row, task, model, groups, keep, rates, ranks, known):
             stages.setdefault((stage.name, stage.options), (name, stage))
     measured = [(name, measuring.saving(final)) for name, final in finals.items()]
     measured += [(name, measuring.evaluating(task, final, rates)) for name, final in finals.items()]
@@ -114,8 +116,8 @@ def check_budget(recipe, source, task):
     """Raise ValueError if the model at `source` cannot take the task, or no choice of ranks meets the recipe's size."""
     model = dense_on_meta(config_and_tokenizer(source)[0])
     require_fit(model, task)
-    shapes = _shapes(recipe, model, targets(model), task)
-    _fraction(recipe, model, shapes)
+    groups = _groups(recipe, model, targets(model), task)
+    _fraction(recipe, model, groups)
 
 
 def require_decoder(config, source):
@@ -125,44 +127,30 @@ def require_decoder(config, source):
         raise ValueError(f"{source} is a {config.model_type} model, which is no decoder: name a causal language model")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """Layers that will share one input basis, or the embedding where it takes its part of their budget."""
-
-    names: tuple
-    reads: int
-    writes: tuple
-    is_table: bool = False
-
-    rank = property(lambda self: min(self.reads, sum(self.writes)))
-    basis_cost = property(lambda self: self.reads + sum(self.writes))
-    dense_cost = property(lambda self: self.reads * sum(self.writes))
-    share = property(lambda self: self.basis_cost / self.dense_cost)
-
-    @property
-    def square(self):
-        """Entries of the output moment."""
-        whole = sum(self.writes)
-        return whole**2 if whole <= MAX_MOMENT else sum(w * w for w in self.writes if w <= MAX_MOMENT)
-
-
-def _moments(r, shapes, total):
+def _moments(r, groups, total):
     """Bytes of the second moments that each pass of `decompose` over its examples collects: one number for a pass."""
     uses = METRICS[r.decompose.metric]
-    sizes = [moment_bytes(g.reads, g.writes, uses) for g in shapes]
-    coming = 4 * (total + sum(g.rank * g.basis_cost for g in shapes))  # the model and its factors
-    parts = passes(range(len(shapes)), sizes, moment_room(device(), coming))
+    sizes = [moment_bytes(g.shape, uses) for g in groups]
+    coming = 4 * (total + sum(g.shape.full_cost for g in groups))  # the model and its factors
+    parts = passes(range(len(groups)), sizes, moment_room(device(), coming))
     return [sum(sizes[i] for i in part) for part in parts]
 
 
-def _shapes(r, model, layers, task):
+def _groups(r, model, layers, task):
+    """Dense Groups of what will be bases that share a budget: the embedding too where it takes its part of theirs."""
     members = same_input(model, layers, task) if r.decompose.share else [[n] for n in layers]
-    found = [_Shape(tuple(g), layers[g[0]].in_features, tuple(layers[n].out_features for n in g)) for g in members]
-    if _shared_table(r, model):
-        table = model.get_input_embeddings()
-        vocabulary, d = table.weight.shape
-        found.append(_Shape((module_name(model, table),), d, (vocabulary,), is_table=True))
-    return found
+    found = [Group(tuple(names), tuple(layers[n] for n in names)) for names in members]
+    return [*found, _table(model)] if _shared_table(r, model) else found
+
+
+def _table(model):
+    """The token embedding as a Group."""
+    table = model.get_input_embeddings()
+    return Group((module_name(model, table),), (table,))
+
+
+def _is_table(group):
+    return isinstance(group.layers[0], torch.nn.Embedding)
 
 
 def keep_of(r, model, targeted):
@@ -182,51 +170,52 @@ def _saved(r, model):
     """Parameters by which a row makes the embedding smaller."""
     if r.prune.keep_embedding is None:
         return 0
-    table = model.get_input_embeddings().weight
-    return table_rank(r.prune.keep_embedding, *table.shape, r.prune.multiple_of)[1]
+    return table_rank(r.prune.keep_embedding, _table(model).shape, r.prune.multiple_of)[1]
 
 
-def _fraction(r, model, shapes):
+def _fraction(r, model, groups):
     """The fraction of the targeted parameters that stays; 1 where it is an outcome. ValueError if it cannot be met."""
     if r.prune.mass is not None or r.prune.max_drop is not None:
         return 1.0
     if r.prune.latency is not None:
-        return _fraction_in_time(r, model, shapes)
-    keep = keep_of(r, model, sum(g.dense_cost for g in shapes if not g.is_table))
-    _ranks(r, shapes, keep)
+        return _fraction_in_time(r, model, groups)
+    keep = keep_of(r, model, sum(g.shape.dense_cost for g in groups if not _is_table(g)))
+    _ranks(r, groups, keep)
     return keep
 
 
-def _fraction_in_time(r, model, shapes):
+def _fraction_in_time(r, model, groups):
     """The fraction of the targeted parameters that stays where time is the budget, shared evenly."""
     more = []
     if r.prune.keep_embedding is not None:
-        vocabulary, d = model.get_input_embeddings().weight.shape
-        more = [((d, (vocabulary,)), table_rank(r.prune.keep_embedding, vocabulary, d, r.prune.multiple_of)[0])]
-    reserve = r.extend.rank + r.learn.new
-    choices, free = prices(r.prune.costs, r.prune.latency, [(g.reads, g.writes) for g in shapes], reserve, more)
-    ranks = uniform([g.rank for g in shapes], [g.share for g in shapes], choices, free, unit="seconds")
-    kept = [g.dense_cost if k is None else (k + reserve) * g.basis_cost for g, k in zip(shapes, ranks, strict=True)]
-    return sum(kept) / sum(g.dense_cost for g in shapes)
+        table = _table(model).shape
+        more = [(table, table_rank(r.prune.keep_embedding, table, r.prune.multiple_of)[0])]
+    shapes, reserve = [g.shape for g in groups], r.extend.rank + r.learn.new
+    choices, free = prices(r.prune.costs, r.prune.latency, shapes, reserve, more)
+    ranks = uniform(shapes, [s.full_rank for s in shapes], choices, free, unit="seconds")
+    kept = [s.dense_cost if k is None else (k + reserve) * s.basis_cost for s, k in zip(shapes, ranks, strict=True)]
+    return sum(kept) / sum(s.dense_cost for s in shapes)
 
 
-def _ranks(r, shapes, keep):
+def _ranks(r, groups, keep):
     """`{layer: rank}` of what `keep` leaves, the same share of every layer, without those that stay dense."""
     more = r.extend.rank + r.learn.new
-    room = int(keep * sum(g.dense_cost for g in shapes)) - more * sum(g.basis_cost for g in shapes if not g.is_table)
+    later = more * sum(g.shape.basis_cost for g in groups if not _is_table(g))
+    room = int(keep * sum(g.shape.dense_cost for g in groups)) - later
     try:
-        lines = [linear_prices(g.rank, g.basis_cost, g.dense_cost, r.prune.multiple_of) for g in shapes]
-        found = uniform([g.rank for g in shapes], [g.share for g in shapes], lines, room)
+        bases = [g.shape.full_rank for g in groups]
+        lines = [linear_prices(g.shape, n, r.prune.multiple_of) for g, n in zip(groups, bases, strict=True)]
+        found = uniform([g.shape for g in groups], bases, lines, room)
     except ValueError as error:
         how = f"prune.keep={r.prune.keep}" if r.prune.size is None else f"prune.size={r.prune.size}"
         raise ValueError(f"{how} with extend.rank={r.extend.rank}: {error}") from None
-    kept = [(g, rank) for g, rank in zip(shapes, found, strict=True) if rank is not None]
-    return {n: rank if g.is_table else rank + more for g, rank in kept for n in g.names}
+    kept = [(g, rank) for g, rank in zip(groups, found, strict=True) if rank is not None]
+    return {n: rank if _is_table(g) else rank + more for g, rank in kept for n in g.names}
 
 
-def _stages(r, task, model, shapes, keep, rates, processes, known):
+def _stages(r, task, model, groups, keep, rates, processes, known):
     """Every Stage of one row, in order; known: those of other rows, by what they depend on; it grows."""
-    targeted = sum(g.dense_cost for g in shapes)
+    targeted = sum(g.shape.dense_cost for g in groups)
     after = keep * targeted
     stages = []
 
@@ -250,13 +239,14 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
 
     if r.tune.steps:
         add(train("tune", r.tune, r.seed, trainable), r.tune)
-    add(once(repr(r.decompose), lambda: _decomposition(r, task, model, shapes, rates)), r.decompose)
+    add(once(repr(r.decompose), lambda: _decomposition(r, task, model, groups, rates)), r.decompose)
     if r.learn.steps:
         label("learn")
-        learned = _bases(r, model, shapes, {n: g.rank for g in shapes for n in g.names}, weighted=1, new=r.learn.new)
+        full = {n: g.shape.full_rank for g in groups for n in g.names}
+        learned = _bases(r, model, groups, full, weighted=1, new=r.learn.new)
         stage = train("learn", r.learn, r.seed, functools.partial(weights, rest=r.learn.rest), learned, False)
         if r.learn.rounds and keep < 1:  # what is alive shrinks from cut to cut
-            cut = [g for g in shapes if not g.is_table]
+            cut = [g for g in groups if not _is_table(g)]
             less = 4 * _tokens_read(r.learn, task, r.seed, model, cut) * _set_aside(r.learn, keep, cut)
             shorter = stage.seconds * (1 - less / stage.flops)
             stage = dataclasses.replace(stage, flops=stage.flops - less, seconds=shorter)
@@ -264,11 +254,11 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
     if SCORES[r.prune.score].derivatives and not (r.learn.steps and r.learn.rounds):
         # Two gradients of the full set of bases for every probe, in fp32.
         tokens = PROBES * _batch_shapes(task, 8, PROBES, r.seed)[2]
-        flops = 2 * tokens * 4 * sum(g.basis_cost * g.rank for g in shapes)
+        flops = 2 * tokens * 4 * sum(g.shape.full_cost for g in groups)
         add(Stage("derivatives", PROBES, tokens, flops, 2 * flops / rates["train"]), r.decompose, r.learn)
     cut = (r.decompose, r.learn, r.prune)
     rest = sum(p.numel() for p in model.parameters()) - targeted
-    bases = sum(g.basis_cost * g.rank for g in shapes) + rest
+    bases = sum(g.shape.full_cost for g in groups) + rest
     tries = measuring.validations(r, min(model.get_input_embeddings().weight.shape))
     final = _final(r, model, targeted, keep, _saved(r, model))
     add(measuring.pruning(tries, task, bases, final, rates), r.extend.rank, r.dtype, *cut)
@@ -278,7 +268,7 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
         add(Stage("refine", r.refine.steps, tokens, flops, flops / rates["train"]), r.refine, *cut)
     if r.heal.steps:
         label("heal")
-        healed = _bases(r, model, shapes, _ranks(r, shapes, keep), cut=True) if keep < 1 else {}
+        healed = _bases(r, model, groups, _ranks(r, groups, keep), cut=True) if keep < 1 else {}
         trains = functools.partial(trainable, embeddings=r.heal.embeddings)
         if r.heal.lora:
             trains = functools.partial(add_adapters, rank=r.heal.lora)
@@ -286,17 +276,17 @@ def _stages(r, task, model, shapes, keep, rates, processes, known):
     return stages
 
 
-def _tokens_read(options, task, seed, model, shapes):
+def _tokens_read(options, task, seed, model, groups):
     """Tokens of a step that the average parameter of these bases sees: the output head sees responses only."""
     (_, _, most), share, tokens = _batch_shapes(task, options.batch_size, options.steps, seed)
     head = module_name(model, model.get_output_embeddings())
-    read = sum(g.basis_cost * g.rank * (most * share[1] if head in g.names else tokens) for g in shapes)
-    return read / sum(g.basis_cost * g.rank for g in shapes)
+    read = sum(g.shape.full_cost * (most * share[1] if head in g.names else tokens) for g in groups)
+    return read / sum(g.shape.full_cost for g in groups)
 
 
-def _set_aside(options, keep, shapes):
+def _set_aside(options, keep, groups):
     """Parameters that `learn` has set aside, summed over its steps."""
-    whole, targeted = sum(g.basis_cost * g.rank for g in shapes), sum(g.dense_cost for g in shapes)
+    whole, targeted = sum(g.shape.full_cost for g in groups), sum(g.shape.dense_cost for g in groups)
     first, total = int(options.unpruned * options.steps), 0
     for step in range(first, options.steps):
         cuts = (step - first) * options.rounds // (options.steps - first) + 1
@@ -336,24 +326,23 @@ def _labels(examples, task, model, rates):
     return Stage("soft_labels", None, tokens, flops, flops / rates["train"])
 
 
-def _decomposition(r, task, model, shapes, rates):
+def _decomposition(r, task, model, groups, rates):
     uses = METRICS[r.decompose.metric]
     size = min(EXAMPLES_TOGETHER, r.decompose.examples)
     steps = -(-min(r.decompose.examples, len(task.train)) // size)
     shape, share, tokens = _batch_shapes(task, size, steps, 0)
     total = sum(p.numel() for p in model.parameters())
-    collected = _moments(r, shapes, total) if uses.inputs or uses.outputs else []
+    collected = _moments(r, groups, total) if uses.inputs or uses.outputs else []
     # Half of a Gram matrix is computed: one multiplication and one addition for every entry.
     moments, passing = steps * tokens * sum(collected) / 4, 0
     if collected:
         step = moments_step(model.config, shape)
         moments += len(collected) * steps * _average(step, share)
         passing = step.passing
-    # The metric and half of a Gram matrix of the smaller side, its eigenvectors, one more product: in float64.
-    svd = sum(2 * bool(uses.outputs) * g.square * g.rank + 4 * g.dense_cost * g.rank + 10 * g.rank**3 for g in shapes)
-    widest = max(shapes, key=lambda g: g.dense_cost)
-    work = 8 * (4 * widest.dense_cost + 4 * widest.rank**2 + bool(uses.outputs) * widest.square)
-    factors = 4 * sum(g.basis_cost * g.rank for g in shapes)
+    svd = sum(_svd(g.shape, bool(uses.outputs)) for g in groups)
+    widest = max((g.shape for g in groups), key=lambda shape: shape.dense_cost)
+    work = 8 * (4 * widest.dense_cost + 4 * widest.full_rank**2 + bool(uses.outputs) * widest.output_moment)
+    factors = 4 * sum(g.shape.full_cost for g in groups)
     # Weights read from a file stay mapped until the last of them is replaced. What activations leave free in the heap
     # stays with the process and takes up factors, but not float64 work, whose blocks are mapped anew.
     memory = 4 * total + max(collected, default=0) + max(passing, factors) + work
@@ -363,16 +352,22 @@ def _decomposition(r, task, model, shapes, rates):
     return Stage("decompose", None, len(collected) * steps * tokens or None, moments + svd, seconds, memory)
 
 
-def _bases(r, model, shapes, ranks, cut=False, **more):
+def _svd(shape, weighs_outputs):
+    """FLOPs, in float64, of the metric and half of a Gram matrix of the smaller side, its eigenvectors, one product."""
+    r = shape.full_rank
+    return 2 * weighs_outputs * shape.output_moment * r + 4 * shape.dense_cost * r + 10 * r**3
+
+
+def _bases(r, model, groups, ranks, cut=False, **more):
     """What checkpoint/format.py needs to build a model with these ranks."""
-    names = [[n for n in g.names if n in ranks] for g in shapes if not g.is_table]
+    names = [[n for n in g.names if n in ranks] for g in groups if not _is_table(g)]
     layers = {n: ranks[n] for group in names for n in group}
     found = {"ranks": layers, "groups": [g for g in names if len(g) > 1], **more}
     if r.decompose.embedding:
         table = model.get_input_embeddings()
         name, rank = module_name(model, table), min(table.weight.shape)
         if cut and r.prune.keep_embedding is not None:
-            rank = table_rank(r.prune.keep_embedding, *table.weight.shape, r.prune.multiple_of)[0]
+            rank = table_rank(r.prune.keep_embedding, _table(model).shape, r.prune.multiple_of)[0]
         elif cut:
             rank = ranks.get(name)
         if rank is not None:

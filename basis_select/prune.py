@@ -5,10 +5,9 @@ import math
 
 import torch
 
-from .bases import basis_cost, dense_cost, fold, groups, only, shape_of, take, to_dense
 from .derivatives import derivatives as differentiate
-from .embedding import table_of, table_to_dense
 from .evaluation.profile import prices
+from .layers.group import groups, only, table_of
 from .linalg.budget import allocate, by_mass, keep_for, linear_prices, table_rank, training_prices, uniform
 from .linalg.scores import SCORES
 from .sizes import sizes
@@ -67,7 +66,7 @@ def prune(
     if keep_embedding is not None and table is None:
         raise ValueError("keep_embedding is for an embedding written as bases: decompose(embedding=True)")
     if keep_embedding is not None:
-        rank, saved = table_rank(keep_embedding, table.out_features, table.in_features, multiple_of)
+        rank, saved = table_rank(keep_embedding, table.shape, multiple_of)
     elif table is not None:
         if size is None or task is None:
             raise ValueError(
@@ -78,21 +77,19 @@ def prune(
     if max_drop is not None:
         keep = smallest(model, task, max_drop, **how)
     elif latency is not None:
-        how["latency"] = _times(model, latency, costs, budget, reserve, table and (table, rank))
+        how["latency"] = _times(model, latency, costs, budget, reserve, [(table, rank)] if table else [])
     elif mass is None:
         now = sizes(model)
         keep = keep_for(now["parameters_dense"], now["targeted_dense"], dtype, keep, size, saved)
-    for members, index in select(model, keep, mass, **how):
+    chosen = select(model, keep, mass, **how)
+    if table is not None:
+        chosen.append((table, _best(table, rank) if saved else None))
+    for group, index in chosen:
         if index is None:
-            to_dense(model, members)
+            group.to_dense(model)
         else:
-            shrink(members, index)
-            fold(members)
-    if table is not None and not saved:
-        table_to_dense(model)
-    elif table is not None:
-        take([("", table)], _best(table, rank))
-        fold([("", table)])
+            group.take(index)
+            group.fold()
     return model
 
 
@@ -103,10 +100,9 @@ def _times(model, latency, costs, budget, reserve, settled):
     if budget != "global":
         raise ValueError(f"latency is shared over all layers: it goes with budget=global, not {budget}")
     found = groups(model)
-    new = found[0][0][1].leader.new if found else None
-    later = reserve + (new.rank if new else 0)
-    more = [(shape_of([("", settled[0])]), settled[1])] if settled else []
-    return prices(costs, latency, [shape_of(members) for members in found], later, more)
+    later = reserve + (found[0].new_rank if found else 0)
+    more = [(table.shape, rank) for table, rank in settled]
+    return prices(costs, latency, [group.shape for group in found], later, more)
 
 
 def select(
@@ -122,7 +118,7 @@ def select(
     derivatives=None,
     cuts=0,
 ):
-    """`[(members, index), ...]`: for every group the indices of the bases to keep, or None if it stays as it is.
+    """`[(group, index), ...]`: for every group the indices of the bases to keep, or None if it stays as it is.
 
     latency: prices and budget of measured times, in place of a size. Bases that `learn` removed come back only when
     its later, smaller sets leave room, or where time is the budget. cuts: of how many cuts that lead to `keep` while
@@ -137,27 +133,29 @@ def select(
     if score not in SCORES:
         raise ValueError(f"unknown score {score!r}; known are {', '.join(SCORES)}")
     found = groups(model)
-    if not found or not all(members[0][1].weighted for members in found):
+    if not found or not all(group.weighted for group in found):
         raise ValueError("there are no weighted bases to prune: call decompose first")
-    costs, dense = [basis_cost(m) for m in found], [dense_cost(m) for m in found]
-    new = sum(m[0][1].leader.new.rank * c for m, c in zip(found, costs, strict=True) if m[0][1].leader.new)
-    free = None if keep is None else int(keep * sum(dense)) - reserve * sum(costs) - new
+    shapes = [group.shape for group in found]
+    free = None
+    if keep is not None:
+        later = sum((reserve + group.new_rank) * group.shape.basis_cost for group in found)
+        free = int(keep * sum(shape.dense_cost for shape in shapes)) - later
     trains = cuts > 1 or (cuts == 1 and mass is not None)
     if cuts or latency is not None:
-        alive, done = [torch.arange(m[0][1].rank) for m in found], False
+        alive, done = [torch.arange(group.rank) for group in found], False
     else:
-        alive, done = _survivors(found, costs, dense, free, multiple_of)
+        alive, done = _survivors(found, free, multiple_of)
     if trains and free is not None:
-        now = sum(m[0][1].rank * c for m, c in zip(found, costs, strict=True))
+        now = sum(group.rank * group.shape.basis_cost for group in found)
         free = int(now * (max(free, 0) / now) ** (1 / cuts))
     kept = alive
     if not done:
         scores = _scores(found, alive, score, derivatives, seed)
-        positions = _choose(scores, costs, dense, free, mass, latency, budget, multiple_of, trains)
+        positions = _choose(scores, shapes, free, mass, latency, budget, multiple_of, trains)
         kept = [None if k is None else index[k] for index, k in zip(alive, positions, strict=True)]
     return [
-        (members, None if index is None or (len(index) * c >= d and not trains) else index)
-        for members, index, c, d in zip(found, kept, costs, dense, strict=True)
+        (group, None if index is None or (len(index) > group.shape.largest_rank and not trains) else index)
+        for group, index in zip(found, kept, strict=True)
     ]
 
 
@@ -165,53 +163,49 @@ def _scores(found, alive, score, derivatives, seed):
     """What each of the bases that are `alive` is worth: a list of (bases,), one for each group."""
     generator = torch.Generator().manual_seed(seed)
     scores = []
-    for members, index, (g, h) in zip(found, alive, derivatives or [(None, None)] * len(found), strict=True):
-        s = members[0][1].s.detach().double().cpu()
+    for group, index, (g, h) in zip(found, alive, derivatives or [(None, None)] * len(found), strict=True):
+        s = group.s.detach().double().cpu()
         g, h = (d if d is None else d.cpu() for d in (g, h))
         scores.append(SCORES[score].of(s, g, h, generator)[index])
     return scores
 
 
-def _choose(scores, costs, dense, free, mass, latency, budget, multiple_of, trains):
+def _choose(scores, shapes, free, mass, latency, budget, multiple_of, trains):
     """For each group the positions to keep among its `scores`, or None to leave it as it is."""
     if mass is not None:
         return [by_mass(x, mass) for x in scores]
     if budget == "mass":
-        return _by_mass_within(scores, costs, [math.inf] * len(costs) if trains else dense, free, multiple_of)
+        return _by_mass_within(scores, shapes, free, multiple_of, trains)
     orders = [x.argsort(descending=True, stable=True) for x in scores]
     worth, bases = [x[o] for x, o in zip(scores, orders, strict=True)], [len(x) for x in scores]
     if latency is not None:
         ranks = allocate(worth, *latency, unit="seconds")
     else:
-        if trains:
-            prices = [training_prices(n, c, multiple_of) for n, c in zip(bases, costs, strict=True)]
-        else:
-            prices = [linear_prices(n, c, d, multiple_of) for n, c, d in zip(bases, costs, dense, strict=True)]
-        if budget == "uniform":
-            ranks = uniform(bases, [c / d for c, d in zip(costs, dense, strict=True)], prices, free)
-        else:
-            ranks = allocate(worth, prices, free)
+        may_become = training_prices if trains else linear_prices
+        prices = [may_become(shape, n, multiple_of) for shape, n in zip(shapes, bases, strict=True)]
+        ranks = uniform(shapes, bases, prices, free) if budget == "uniform" else allocate(worth, prices, free)
     return [None if r is None else o[:r].sort().values for r, o in zip(ranks, orders, strict=True)]
 
 
-def _survivors(found, costs, dense, free, multiple_of):
+def _survivors(found, free, multiple_of):
     """Indices of the bases to choose from, per group, and whether they are the choice already.
 
     Of the nested sets that the prunings of `learn` left, the smallest that fills what is `free`, or the one that
     meets it as closely as one step of one layer allows. Without learning it is all bases.
     """
-    rounds = max(int(m[0][1].leader.survived.max()) for m in found)
+    rounds = max(int(group.leader.survived.max()) for group in found)
+    step = multiple_of * max(group.shape.basis_cost for group in found)
     for least in range(rounds, -1, -1):
-        alive = [(m[0][1].leader.survived >= least).nonzero()[:, 0].cpu() for m in found]
-        size = sum(min(len(i) * c, d) for i, c, d in zip(alive, costs, dense, strict=True))
+        alive = [(group.leader.survived >= least).nonzero()[:, 0].cpu() for group in found]
+        size = sum(group.shape.deployed(len(index)) for group, index in zip(found, alive, strict=True))
         if free is None or size > free:
             return alive, free is None and rounds > 0
-        if least == 0 or free - size < multiple_of * max(costs):
+        if least == 0 or free - size < step:
             break
     return alive, True
 
 
-def _by_mass_within(scores, costs, dense, free, multiple_of):
+def _by_mass_within(scores, shapes, free, multiple_of, trains):
     """Basel's rule with the largest share whose ranks, rounded up to `multiple_of`, fit into `free` parameters."""
 
     def kept(share):
@@ -222,7 +216,8 @@ def _by_mass_within(scores, costs, dense, free, multiple_of):
         return found
 
     def fits(indices):
-        return sum(min(len(i) * c, d) for i, c, d in zip(indices, costs, dense, strict=True)) <= free
+        ranks = zip(shapes, map(len, indices), strict=True)
+        return sum(s.basis_cost * rank if trains else s.deployed(rank) for s, rank in ranks) <= free
 
     low, high = 0.0, 1.0
     if fits(kept(high)):
@@ -267,14 +262,13 @@ def best_share(model, task, size, dtype, **how):
     once, which no second-order estimate sees. So it is measured, with the other bases set aside, at ranks that differ
     by factors of two and then of the root of two around the best; the table may also stay whole.
     """
-    table, now = table_of(model), sizes(model)
-    cost, whole, step = basis_cost([("", table)]), dense_cost([("", table)]), how["multiple_of"]
+    table, now, step = table_of(model), sizes(model), how["multiple_of"]
     why, largest = [], table.rank
     if model.get_input_embeddings().scale != 1:  # it cannot be put back whole: the largest rank that saves anything
-        largest = (whole - 1) // cost // step * step
+        largest = table.shape.largest_rank // step * step
 
     def saved(rank):
-        return max(whole - rank * cost, 0)
+        return table.shape.dense_cost - table.shape.deployed(rank)
 
     @functools.cache
     def nll(rank):
@@ -284,7 +278,7 @@ def best_share(model, task, size, dtype, **how):
         except ValueError as error:  # too little is left for the layers
             why.append(error)
             return math.inf
-        return _nll_of(model, task, [*chosen, ([("", table)], _best(table, rank))])
+        return _nll_of(model, task, [*chosen, (table, _best(table, rank))])
 
     def near(rank):
         rank = max(round(rank / step), 1) * step
@@ -310,9 +304,3 @@ def _nll_of(model, task, chosen):
     """Validation NLL with only the bases that are `chosen`."""
     with only(chosen):
         return response_nll(model, task.validation, task.pad_id)
-
-
-def shrink(members, index):
-    """Drop all bases of a group but `index`, keeping the layers weighted."""
-    if len(index) < members[0][1].rank:
-        take(members, torch.as_tensor(index, device=members[0][1].leader.v.weight.device))

@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from .bases import LowRankLinear, groups
+from .layers.group import groups
+from .layers.low_rank import LowRankLinear
 from .training.data import Batches, require_fit
 from .training.precision import autocast
 
@@ -25,7 +26,7 @@ def refine(model, task, parent, seed=0, *, steps: int = 0, batch_size: int = 16,
     """
     if not steps:
         return model
-    if any(members[0][1].weighted for members in groups(model)):
+    if any(group.weighted for group in groups(model)):
         raise ValueError("these bases are still weighted: call prune before refine")
     require_fit(model, task)
     batches = list(Batches(task.train, batch_size, steps, seed, task.pad_id))

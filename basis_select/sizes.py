@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from .bases import LowRankLinear, basis_cost, dense_cost, groups
 from .decompose import targets
-from .embedding import table_of
+from .layers.group import groups, table_of
+from .layers.low_rank import LowRankLinear
 
 
 def sizes(model, folder=None):
@@ -13,19 +13,16 @@ def sizes(model, folder=None):
     `*_dense` are the same for the dense parent. Biases and norms count only in the whole model. `bytes` is None
     without a `folder`; otherwise it is what the .safetensors files there occupy.
     """
-    factored = groups(model)
+    factored, table = groups(model), table_of(model)
     dense = list(targets(model, required=False).values())
+    untouched = sum(m.weight.numel() for m in dense)
+    targeted = untouched + sum(g.parameters for g in factored)
+    targeted_dense = untouched + sum(g.shape.dense_cost for g in factored)
+    saved = table.shape.dense_cost - table.parameters if table else 0
+    weights = sum(g.rank for g in (*factored, table) if g and g.weighted)
     total = sum(p.numel() for p in model.parameters())
-    targeted = sum(m.weight.numel() for m in dense) + sum(m[0][1].rank * basis_cost(m) for m in factored)
-    targeted += sum(p.numel() for m in factored for _, layer in m if layer.new for p in layer.new.parameters())
-    targeted_dense = sum(m.weight.numel() for m in dense) + sum(map(dense_cost, factored))
-    weights = sum(m[0][1].rank for m in factored if m[0][1].weighted)
-    table = table_of(model)
-    saved = 0 if table is None else dense_cost([("", table)]) - table.rank * basis_cost([("", table)])
-    if table is not None and table.weighted:
-        weights += table.rank
     return {
-        "bases": sum(min(m.weight.shape) for m in dense) + sum(m[0][1].rank for m in factored),
+        "bases": sum(min(m.weight.shape) for m in dense) + sum(g.rank for g in factored),
         "targeted": targeted,
         "targeted_dense": targeted_dense,
         "parameters": total - weights,

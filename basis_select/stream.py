@@ -22,7 +22,8 @@ from . import tuned_on
 from .checkpoint.checks import DTYPES, is_compressed
 from .checkpoint.files import whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards
-from .decompose import factored, only_called, reached, same_input, targets
+from .decompose import dense_groups, factored, reached, targets
+from .layers.group import Group
 from .linalg.budget import BYTES
 from .linalg.metrics import METRICS
 from .models import config_and_tokenizer, load
@@ -78,18 +79,14 @@ def decompose_checkpoint(
     if (source / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source)
     _check(source, files, _tensors(model))
-    layers = only_called(model, targets(model), None)
-    members = same_input(model, layers, None) if share else [[name] for name in layers]
-    members = [names for names in members if reached(names, moments, uses)]
-    parts = [members]
+    groups = [group for group in dense_groups(model, targets(model), None, share) if reached(group, moments, uses)]
+    parts = [groups]
     if measured:
         require_fit(model, task)
         parent = load(source, str(dtype).removeprefix("torch."))[0]
-        sizes = [moment_bytes(layers[g[0]].in_features, [layers[n].out_features for n in g], uses) for g in members]
-        parts = passes(members, sizes, moment_room(parent.device, 0))
-    ranks = {names[0]: _rank(names, [layers[n] for n in names], keep) for names in members}
-    shared = [names for names in members if len(names) > 1]
-    build(model, BasisSelectConfig({n: ranks[names[0]] for names in members for n in names}, shared, weighted=1))
+        parts = passes(groups, [moment_bytes(group.shape, uses) for group in groups], moment_room(parent.device, 0))
+    ranks = {name: rank for group in groups for rank in [_rank(group, keep)] for name in group.names}
+    build(model, BasisSelectConfig(ranks, [list(g.names) for g in groups if len(g.names) > 1], weighted=1))
     describe(model)
     tuned_on.read(model, source)
     if measured:
@@ -98,11 +95,13 @@ def decompose_checkpoint(
         tensors = _tensors(model)
         places = _lay_out(partial, tensors, max_shard_size, model.num_parameters())
         for part in parts:
-            found = second_moments(parent, part, task, examples, uses) if measured else moments
-            for names in tqdm(part, desc="decompose", unit="layer"):
-                if not reached(names, found, uses):
-                    raise ValueError(f"{', '.join(names)} is never reached by the task's data")
-                factors = _factors(model, names, layers, files, found, uses, ranks[names[0]])
+            names, found = [group.names for group in part], moments
+            if measured:
+                found = second_moments(parent, names, task, examples, uses)
+            for group in tqdm(part, desc="decompose", unit="layer"):
+                if not reached(group, found, uses):
+                    raise ValueError(f"{', '.join(group.names)} is never reached by the task's data")
+                factors = _factors(model, group, files, found, uses, ranks[group.name])
                 for name, tensor in factors.items():
                     _write(*places.pop(name), tensor)
                 del factors, tensor  # before the next group is read
@@ -187,20 +186,20 @@ def _tensors(model):
     return {name: tensor.clone() for name, tensor in stored.items()}  # not a view: its own size is what is asked for
 
 
-def _rank(names, linears, keep):
-    reads, writes = linears[0].in_features, sum(m.out_features for m in linears)
+def _rank(group, keep):
+    shape = group.shape
     if keep is None:
-        return min(reads, writes)
-    rank = min(reads, writes, math.ceil(keep * reads * writes / (reads + writes)) - 1)
+        return shape.full_rank
+    rank = min(shape.full_rank, math.ceil(keep * shape.dense_cost / shape.basis_cost) - 1)
     if rank < 1:
-        raise ValueError(f"keep={keep} leaves no basis in {names[0]}, {reads} to {writes}")
+        raise ValueError(f"keep={keep} leaves no basis in {group.name}, {shape}")
     return rank
 
 
-def _factors(model, names, layers, files, moments, uses, rank):
-    """`{name: tensor}` of what a checkpoint holds instead of the weights of a group."""
-    linears = [_linear(model, name, layers[name], files) for name in names]
-    made = zip(names, factored(names, linears, moments, uses, rank), strict=True)
+def _factors(model, group, files, moments, uses, rank):
+    """`{name: tensor}` of what a checkpoint holds instead of the weights of a group, whose layers have no values."""
+    dense = Group(group.names, [_linear(model, name, layer, files) for name, layer in group.items()])
+    made = zip(group.names, factored(dense, moments, uses, rank), strict=True)
     state = {f"{name}.{key}": tensor for name, layer in made for key, tensor in layer.state_dict().items()}
     return revert_weight_conversion(model, state)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from .embedding import LowRankEmbedding
+from .layers.embedding import LowRankEmbedding
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
 """Fine-tune the dense model on the task: the parent is a model that the task already runs well on."""
 
 from . import ranks
-from .bases import LowRankLinear
-from .embedding import LowRankEmbedding
-from .int8 import quantized
+from .layers.embedding import LowRankEmbedding
+from .layers.low_rank import LowRankLinear
+from .layers.rounded import quantized
 from .training.engine import train
 
 

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import basis_select as bs
-from basis_select.bases import groups
+from basis_select.layers.group import groups
 from basis_select.tasks import Example, Task, exact
 
 RESULTS = Path(__file__).parent / "results"
@@ -221,7 +221,7 @@ def examine(kind):
                 row[step] = result
         except Exception as error:
             row[STEPS[STEPS.index(step) + bool(row[step])]] = _sentence(error)
-        row["layers as bases"] = sum(map(len, groups(model)))
+        row["layers as bases"] = sum(len(group.layers) for group in groups(model))
     return row
 
 

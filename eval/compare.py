@@ -34,16 +34,15 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 from basis_select import pipeline
-from basis_select.bases import groups
 from basis_select.decompose import same_input, targets
-from basis_select.embedding import TABLE, table_of
 from basis_select.extend import extend
 from basis_select.heal import heal, suitable_rate
-from basis_select.int8 import nearest
+from basis_select.layers.group import groups, table_of
+from basis_select.layers.rounded import nearest
 from basis_select.learn import learn
 from basis_select.linalg.metrics import METRICS
 from basis_select.models import load
-from basis_select.moments import second_moments
+from basis_select.moments import TABLE, second_moments
 from basis_select.prune import prune
 from basis_select.recipe import Recipe, override
 from basis_select.refine import refine
@@ -278,9 +277,9 @@ def quantized(model, width):
     if width not in ("int8", "int4"):
         return 2 * sum(p.numel() for p in model.parameters()), {}
     layers = list(targets(model, required=False).values())
-    layers += [m for g in groups(model) for _, layer in g for m in layer.children()]
+    layers += [m for g in groups(model) for layer in g.layers for m in layer.children()]
     table = table_of(model)
-    table = [model.get_input_embeddings()] if table is None else list(table.children())
+    table = [model.get_input_embeddings()] if table is None else list(table.leader.children())
     inner, outer = (sum(m.weight.numel() for m in part) for part in (layers, table))
     rest = sum(p.numel() for p in model.parameters()) - inner - outer
     if width == "int8":

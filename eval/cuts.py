@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from basis_select import decompose, load, prune, recipe
-from basis_select.bases import basis_cost, dense_cost, groups, take
+from basis_select.layers.group import groups
 from basis_select.pipeline import Stages
 from basis_select.prune import select
 from basis_select.training.loss import response_nll
@@ -21,7 +21,7 @@ from basis_select.training.loss import response_nll
 
 def uniform(model, task, times):
     pruned = prune(copy.deepcopy(model), keep=1 / times, budget="uniform")
-    kept = [m[0][1].rank * basis_cost(m) / dense_cost(m) for m in groups(pruned)]
+    kept = [g.parameters / g.shape.dense_cost for g in groups(pruned)]
     return {
         "least": round(min(kept), 4),
         "largest": round(max(kept), 4),
@@ -35,23 +35,20 @@ def cuts(model, task, rounds, measured=False, **how):
     model, rows = copy.deepcopy(model), []
     found = groups(model)
     for left in range(rounds, 0, -1):
-        for members, index in select(model, cuts=left, **how):
+        for group, index in select(model, cuts=left, **how):
             if index is not None:
-                take(members, index)
-        row = share([(m[0][1].rank, basis_cost(m), dense_cost(m)) for m in found])
+                group.take(index)
+        row = share(found)
         if measured:
             row["validation_nll"] = round(response_nll(model, task.validation, task.pad_id), 4)
         rows.append(row)
     return rows
 
 
-def share(layers):
-    """What bases leave of the dense parameters, and with layers dense where that is less.
-
-    layers: `[(rank, parameters of a basis, parameters of the dense layer), ...]`
-    """
-    whole = sum(dense for *_, dense in layers)
-    left, deployed = sum(r * c for r, c, _ in layers), sum(min(r * c, dense) for r, c, dense in layers)
+def share(found):
+    """What the bases of these groups leave of the dense parameters, and with layers dense where that is less."""
+    whole = sum(group.shape.dense_cost for group in found)
+    left, deployed = sum(g.parameters for g in found), sum(g.shape.deployed(g.rank) for g in found)
     return {"left": round(left / whole, 4), "deployed": round(deployed / whole, 4)}
 
 

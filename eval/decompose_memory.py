@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from basis_select import decompose_checkpoint, stream
 from basis_select.decompose import factored, targets
+from basis_select.layers.group import Group
 from basis_select.linalg.metrics import METRICS
 from basis_select.rundir import forget_peak_memory, peak_memory, process_memory, resident_memory
 
@@ -76,9 +77,9 @@ def measured(source, out, layers, keep, send):
     stream.targets = lambda model: {n: m for n, m in targets(model).items() if ".".join(n.split(".")[1:3]) in chosen}
     work, groups = stream.factored, []
 
-    def noted(names, linears, *args):
-        groups.append({"names": names, "size": (sum(m.out_features for m in linears), linears[0].in_features)})
-        return work(names, linears, *args)
+    def noted(dense, *args):
+        groups.append({"names": dense.names, "size": (sum(dense.shape.outputs), dense.shape.inputs)})
+        return work(dense, *args)
 
     stream.factored = noted
     anonymous, done = [], threading.Event()
@@ -127,7 +128,7 @@ def against_lapack(source, groups):
         gram = w @ w.T if len(w) < w.shape[1] else w.T @ w
         timed("eigh_alone", lambda gram=gram: torch.linalg.eigh(gram))
         with torch.no_grad():
-            timed("decompose", lambda g=group, m=linears: factored(g["names"], m, None, METRICS["plain"]))
+            timed("decompose", lambda g=group, m=linears: factored(Group(g["names"], m), None, METRICS["plain"]))
     return found
 
 

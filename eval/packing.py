@@ -22,8 +22,8 @@ from scipy.linalg import qr, solve_triangular
 from torch import nn
 
 from basis_select import decompose, load, prune
-from basis_select.bases import groups
 from basis_select.checkpoint.files import probe_logits
+from basis_select.layers.group import groups
 
 ROUNDS = 7
 
@@ -82,9 +82,9 @@ def measure(model):
     layers = {name: [] for name in forms}
     result = {name: {"bytes": 0, "error": []} for name in forms}
     largest = 0.0
-    for members in groups(model):
-        u = torch.cat([layer.u.weight for _, layer in members]).double()
-        v = members[0][1].leader.v.weight.double()
+    for group in groups(model):
+        u = torch.cat([layer.u.weight for layer in group.layers]).double()
+        v = group.leader.v.weight.double()
         product = u @ v
         parts = pack(u, v)
         largest = max(largest, parts[1].abs().max().item() if len(parts[1]) else 0.0)
@@ -98,8 +98,8 @@ def measure(model):
         layers["packed"].append((v.shape[1], Packed(*parts)))
         for name, value in rounded.items():
             result[name]["error"].append(((value - product).norm() / product.norm()).item())
-            pieces = value.float().split([layer.out_features for _, layer in members])
-            for (n, layer), weight in zip(members, pieces, strict=True):
+            pieces = value.float().split(group.shape.outputs)
+            for (n, layer), weight in zip(group.items(), pieces, strict=True):
                 linear = layer.to_linear()
                 linear.weight.data = weight.contiguous()
                 forms[name].set_submodule(n, linear)

@@ -21,9 +21,9 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 from basis_select import export, load, load_task
-from basis_select.bases import LowRankLinear
 from basis_select.decompose import targets
 from basis_select.evaluation.speed import Generation, spread, take_turns
+from basis_select.layers.group import groups
 from basis_select.rundir import replace_text
 from basis_select.runtime import OnnxModel
 
@@ -82,9 +82,8 @@ def torchao(source, folder, threads, width):
     """Linear layers rounded in memory by torchao, except the table of an embedding; not a checkpoint of ours."""
     model, size = eager(source, folder, threads, "bfloat16")
     layers = list(targets(model, required=False).values())
-    for module in model.modules():
-        if isinstance(module, LowRankLinear) and not module.is_table:
-            layers += [child for child in module.children() if type(child) is nn.Linear]
+    for layer in [layer for group in groups(model) for layer in group.layers]:
+        layers += [child for child in layer.children() if type(child) is nn.Linear]
     weights, rows = sum(m.weight.numel() for m in layers), sum(m.out_features for m in layers)
     if width == "int8":
         config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))

@@ -18,8 +18,8 @@ import yaml
 from compare import all_moments, read, setting
 
 from basis_select import decompose
-from basis_select.bases import only
 from basis_select.evaluation.report import markdown
+from basis_select.layers.group import only
 from basis_select.linalg.metrics import METRICS, Metric, shifted
 from basis_select.prune import select
 from basis_select.training.loss import response_nll

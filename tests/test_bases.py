@@ -8,9 +8,10 @@ from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from basis_select import decompose, derivatives, extend, heal, learn, prune, refine, sizes, tune
-from basis_select.bases import LowRankLinear, basis_cost, dense_cost, fold, groups, only, take
 from basis_select.decompose import targets
 from basis_select.extend import INITS
+from basis_select.layers.group import groups, only
+from basis_select.layers.low_rank import LowRankLinear
 from basis_select.linalg.scores import taylor
 from basis_select.training.data import Batches
 from basis_select.training.loss import response_nll, task_loss
@@ -26,10 +27,10 @@ def test_full_rank_is_the_dense_model(kind, tied, task, ids):
     decompose(model, task, examples=16)
     assert torch.allclose(logits(model, ids), before, atol=2e-6)
     assert torch.equal(model.get_input_embeddings().weight, embedding)
-    assert sum(len(m) for m in groups(model)) == count
+    assert sum(len(g.layers) for g in groups(model)) == count
     assert isinstance(model.get_output_embeddings(), LowRankLinear) != tied
-    for members in groups(model):
-        fold(members)
+    for group in groups(model):
+        group.fold()
     assert torch.allclose(logits(model, ids), before, atol=2e-6)
 
 
@@ -55,7 +56,7 @@ def test_what_cannot_be_decomposed_is_named(task, caplog):
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.9])
 def test_prune_meets_the_budget_within_one_basis_per_layer(budget, keep, task):
     model = decompose(tiny(), task, examples=16)
-    slack = sum(basis_cost(m) for m in groups(model))
+    slack = sum(g.shape.basis_cost for g in groups(model))
     prune(model, keep=keep, budget=budget, multiple_of=1)
     s = sizes(model)
     assert keep * s["targeted_dense"] - slack < s["targeted"] <= keep * s["targeted_dense"]
@@ -64,11 +65,11 @@ def test_prune_meets_the_budget_within_one_basis_per_layer(budget, keep, task):
 
 def test_prune_rounds_ranks_and_keeps_layers_past_break_even_dense(task):
     model = decompose(tiny(), task, examples=16)
-    costs = {m[0][0]: (basis_cost(m), dense_cost(m)) for m in groups(model)}
+    shapes = {g.name: g.shape for g in groups(model)}
     prune(model, keep=0.8, multiple_of=8)
-    assert {m[0][1].rank % 8 for m in groups(model)} == {0}
-    assert len(groups(model)) < len(costs)
-    assert all(m[0][1].rank * costs[m[0][0]][0] < costs[m[0][0]][1] for m in groups(model))
+    assert {g.rank % 8 for g in groups(model)} == {0}
+    assert len(groups(model)) < len(shapes)
+    assert all(g.rank * shapes[g.name].basis_cost < shapes[g.name].dense_cost for g in groups(model))
 
 
 def test_prune_says_what_is_impossible(task):
@@ -95,10 +96,10 @@ def test_prune_says_what_is_impossible(task):
 
 def test_mass_keeps_the_largest_of_each_layer(task):
     model = decompose(tiny(), task, examples=16)
-    before = {m[0][0]: m[0][1].s.clone() for m in groups(model)}
+    before = {g.name: g.s.clone() for g in groups(model)}
     prune(model, mass=0.3, budget="mass", score="magnitude")
-    for members in groups(model):
-        s, r = before[members[0][0]], members[0][1].rank
+    for group in groups(model):
+        s, r = before[group.name], group.rank
         assert s[:r].sum() >= 0.3 * s.sum() > s[: r - 1].sum()
 
 
@@ -132,8 +133,8 @@ def test_taylor_scores_rank_bases_like_the_true_loss_change(task):
     found = derivatives(model, one, probes=150, batch_size=8)
     loss = task_loss(model, batch, mixed=False)[0].item()
     predicted, actual = [], []
-    for members, (g, h) in list(zip(groups(model), found, strict=True))[:3]:
-        leader = members[0][1].leader
+    for group, (g, h) in list(zip(groups(model), found, strict=True))[:3]:
+        leader = group.leader
         estimate = taylor(leader.s.detach().double(), g, h, None)
         for i in range(0, leader.rank, 4):
             with torch.no_grad():
@@ -153,7 +154,7 @@ def test_hutchinson_approaches_the_exact_diagonal(task):
     model = decompose(tiny().double(), one, examples=8)
     model.set_attn_implementation("eager")  # the fused one has no second derivative
     batch = next(iter(Batches(one.train, 8, 1, 0)))
-    leader = groups(model)[0][0][1].leader
+    leader = groups(model)[0].leader
     leader.weight.requires_grad_(True)
     gradient = torch.autograd.grad(task_loss(model, batch)[0], leader.weight, create_graph=True)[0]
     rows = [torch.autograd.grad(gradient[i], leader.weight, retain_graph=True)[0][i] for i in range(leader.rank)]
@@ -196,7 +197,7 @@ def test_new_bases_start_silent_and_heal_fills_them(init, task, ids):
 def test_new_bases_point_where_they_are_told(task):
     parent = tiny()
     model = prune(decompose(copy.deepcopy(parent), task, metric="plain", share=False), keep=0.4, multiple_of=1)
-    name, layer = groups(model)[0][0]
+    name, layer = next(groups(model)[0].items())
     lost = parent.get_submodule(name).weight.detach() - layer.dense_weight()
     extend(model, parent=parent, rank=2, init="residual")
     expected = torch.linalg.svd(lost.double()).Vh[:2].float()
@@ -236,21 +237,21 @@ def test_verbs_in_the_wrong_order_say_which_comes_first(task):
 
 def test_take_keeps_the_chosen_bases(task):
     model = decompose(tiny(), task, examples=16)
-    members = groups(model)[0]
-    layer = members[1][1]
+    group = groups(model)[0]
+    layer = group.layers[1]
     layer.leader.weight.data.uniform_(0.5, 1.5)
     u, s, v = layer.u.weight.clone(), layer.s.clone(), layer.leader.v.weight.clone()
     index = torch.tensor([1, 4, 5])
-    take(members, index)
+    group.take(index)
     assert torch.allclose(layer.dense_weight(), u[:, index] @ s[index].diag() @ v[index], atol=1e-6)
 
 
 def test_set_aside_bases_come_back_bit_by_bit(task, ids):
     model = decompose(tiny(), task, examples=16)
-    whole, chosen = model(ids).logits, [(m, torch.arange(0, m[0][1].rank, 3)) for m in groups(model)]
+    whole, chosen = model(ids).logits, [(g, torch.arange(0, g.rank, 3)) for g in groups(model)]
     cut = copy.deepcopy(model)
-    for members, (_, index) in zip(groups(cut), chosen, strict=True):
-        take(members, index)
+    for group, (_, index) in zip(groups(cut), chosen, strict=True):
+        group.take(index)
     with only(chosen):
         assert torch.equal(model(ids).logits, cut(ids).logits)
     assert torch.equal(model(ids).logits, whole)

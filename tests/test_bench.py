@@ -11,12 +11,12 @@ from conftest import KINDS, make_tokenizer, tiny
 from typer.testing import CliRunner
 
 import basis_select as bs
-from basis_select.bases import groups, shape_of
 from basis_select.cli import app
 from basis_select.cost import Flops
 from basis_select.evaluation.bench import PARTS, bench, table, weights_read
 from basis_select.evaluation.profile import profile
 from basis_select.evaluation.speed import Generation, take_turns
+from basis_select.layers.group import groups
 from basis_select.sizes import layer_table
 
 QUICK = {"prompts": (4, 9), "tokens": 3, "rounds": 1}
@@ -158,7 +158,7 @@ def test_ranks_are_chosen_by_time(tmp_path, task):
     kept = {rank for rank in ranks.values() if rank}
     assert kept
     assert all(rank % 8 == 0 for rank in kept)
-    factored = [(shape_of(m), m[0][1].rank) for m in groups(model)]
+    factored = [((g.shape.inputs, g.shape.outputs), g.rank) for g in groups(model)]
     before = sum(2 * ms(reads, writes, None) for reads, writes in ((64, [64, 32, 32]), (64, [96, 96]), (96, [64])))
     dense = [(64, (64, 32, 32)), (64, (96, 96)), (96, (64,))] * 2
     for shape, _ in factored:
@@ -255,7 +255,7 @@ def test_the_commands_measure_folders(tmp_path, task):
 def test_a_compiled_group_computes_its_shared_product_once(task, training, ids):
     """In the graph of inference; that of training is merged later, by torch's partitioner."""
     model = cut(tiny(), task)
-    shared = [members for members in groups(model) if len(members) > 1]
+    shared = [group for group in groups(model) if len(group.names) > 1]
     assert shared
     seen = []
 
@@ -270,7 +270,7 @@ def test_a_compiled_group_computes_its_shared_product_once(task, training, ids):
         assert torch.equal(compiled(ids).logits, expected)
         assert torch.equal(model(ids).logits, expected)
     products = [m for m in model.modules() if type(m) is torch.nn.Linear]
-    twice = sum(len(members) - 1 for members in shared)
+    twice = sum(len(group.names) - 1 for group in shared)
     assert seen == [len(products) + (twice if training else 0)]
 
 

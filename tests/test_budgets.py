@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from basis_select.bases import LowRankLinear, groups, take
+from basis_select.layers.group import groups
+from basis_select.layers.low_rank import LowRankLinear
+from basis_select.layers.shape import Shape
 from basis_select.linalg.budget import linear_prices
 from basis_select.prune import select
 
@@ -51,11 +53,10 @@ def chosen_or_too_little(model, shapes, keep, multiple, **how):
 def prices_and_values(model, shapes, multiple):
     """Of every layer `[(price, energy kept), ...]` of what it may become, and the position of a rank among them."""
     found = []
-    for layer, c, d in zip(model, *costs_of(shapes), strict=True):
+    for layer, (i, o, *_) in zip(model, shapes, strict=True):
         energy = layer.s.double().square().sort(descending=True).values.cumsum(0)
-        found.append(
-            [(p, float(energy[-1 if r is None else r - 1])) for r, p in linear_prices(layer.rank, c, d, multiple)]
-        )
+        prices = linear_prices(Shape(i, (o,)), layer.rank, multiple)
+        found.append([(p, float(energy[-1 if r is None else r - 1])) for r, p in prices])
     return found
 
 
@@ -68,7 +69,8 @@ def test_uniform_keeps_the_same_fraction_of_every_layer_to_within_one_step(shape
         return
     taken, coming, spent = [], [], 0
     for index, layer, c, d in zip(kept, model, costs, dense, strict=True):
-        steps = [p / d for _, p in linear_prices(layer.rank, c, d, multiple)]
+        shape = Shape(layer.in_features, (layer.out_features,))
+        steps = [p / d for _, p in linear_prices(shape, layer.rank, multiple)]
         now = 1.0 if index is None else len(index) * c / d
         spent += now * d
         place = min(range(len(steps)), key=lambda i: abs(steps[i] - now))
@@ -174,10 +176,10 @@ def test_the_cuts_of_learning_each_leave_the_same_fraction(shapes, keep, multipl
         return
     for cuts in range(rounds, 0, -1):
         wanted = sizes[-1] * (target / sizes[-1]) ** (1 / cuts)
-        for members, index in select(model, keep, multiple_of=multiple, cuts=cuts, **how):
+        for group, index in select(model, keep, multiple_of=multiple, cuts=cuts, **how):
             if index is not None:
-                take(members, index)
-        sizes.append(sum(m[0][1].rank * c for m, c in zip(groups(model), costs, strict=True)))
+                group.take(index)
+        sizes.append(sum(g.rank * c for g, c in zip(groups(model), costs, strict=True)))
         if cuts > 1:
             assert wanted - step <= sizes[-1] <= wanted + 1
     deployed = sum(min(layer.rank * c, d) for layer, c, d in zip(model, costs, dense, strict=True))

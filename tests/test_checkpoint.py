@@ -16,8 +16,8 @@ from transformers.generation.configuration_utils import DYNAMIC_CACHE_IMPLEMENTA
 from transformers.utils import is_optimum_quanto_available
 
 import basis_select as bs
-from basis_select.bases import groups
 from basis_select.checkpoint.format import HINT
+from basis_select.layers.group import groups
 
 
 def compressed(task, kind="llama", **options):
@@ -42,8 +42,8 @@ def test_reloaded_logits_are_bit_equal(kind, tied, dtype, task, ids, tmp_path):
 
 def test_weighted_checkpoints_reload_bit_equal_and_can_be_pruned_later(task, ids, tokenizer, tmp_path):
     model = bs.decompose(tiny("qwen2"), task, examples=16)
-    for members in groups(model):
-        members[0][1].weight.data.uniform_(0.5, 1.5)
+    for group in groups(model):
+        group.leader.weight.data.uniform_(0.5, 1.5)
     bs.save(model, tokenizer, tmp_path / "a")
     again, _ = bs.load(tmp_path / "a")
     assert torch.equal(logits(again, ids), logits(model, ids))

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from test_unusual_layers import EXPERTS, experts
 
 from basis_select import decompose
-from basis_select.decompose import deal, factored, same_input, targets
+from basis_select.decompose import deal, dense_groups, factored, same_input, targets
+from basis_select.layers.group import Group
+from basis_select.layers.shape import Shape
 from basis_select.linalg.metrics import METRICS
 from basis_select.moments import moment_bytes, passes, second_moments
 from basis_select.training.data import Batches
@@ -69,7 +71,7 @@ def test_output_moments_are_those_of_the_stacked_gradients(task, monkeypatch):
     near = {"rtol": 1e-3, "atol": 1e-4 * float(total.abs().max()) / tokens}
     _, outputs, _ = second_moments(model, [names], few, 6, METRICS["kronecker"])
     assert torch.allclose(outputs[names[0]][0], total / tokens, **near)
-    monkeypatch.setattr(sys.modules[second_moments.__module__], "MAX_MOMENT", 40)
+    monkeypatch.setattr("basis_select.layers.shape.MAX_MOMENT", 40)
     labels.append(batch["targets"].clamp_min(0))
     _, apart, _ = second_moments(model, [names], few, 6, METRICS["kronecker"])
     sizes = [model.get_submodule(n).out_features for n in names]
@@ -115,10 +117,10 @@ def test_the_room_is_counted_as_it_is_taken(task):
         if uses.squares or not (uses.inputs or uses.outputs):
             continue
         inputs, outputs, _ = second_moments(model, members, task, 8, uses)
-        for g in members:
-            size = moment_bytes(layers[g[0]].in_features, [layers[n].out_features for n in g], uses)
-            drawn = sum(x.nbytes for x in outputs.get(g[0], []))  # of the size of those with the task's own labels
-            assert size == drawn * 2 + (inputs[g[0]].nbytes if uses.inputs else 0)
+        for g in dense_groups(model, layers, task):
+            size = moment_bytes(g.shape, uses)
+            drawn = sum(x.nbytes for x in outputs.get(g.name, []))  # of the size of those with the task's own labels
+            assert size == drawn * 2 + (inputs[g.name].nbytes if uses.inputs else 0)
 
 
 def in_one_of_two(rank, folder, task):
@@ -167,7 +169,7 @@ def test_two_processes_give_what_one_does(task, tmp_path):
 
 
 def test_layers_are_dealt_by_what_they_cost():
-    shapes = [(64, [64, 32]), (64, [64]), (64, [96, 96]), (96, [64])]
+    shapes = [Shape(64, (64, 32)), Shape(64, (64,)), Shape(64, (96, 96)), Shape(96, (64,))]
     assert deal(shapes, 1) == [0, 0, 0, 0]
     assert deal(shapes, 2) == [1, 0, 0, 1]
 
@@ -177,7 +179,7 @@ def test_layers_are_freed_without_the_garbage_collector():
     try:
         linears = [torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)]
         with torch.no_grad():
-            layers = factored(["a", "b"], linears, None, METRICS["plain"])
+            layers = factored(Group(("a", "b"), linears), None, METRICS["plain"])
         seen = [weakref.ref(layer) for layer in layers]
         del layers
         assert [ref() for ref in seen] == [None, None]

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny
 
 from basis_select import decompose, derivatives
-from basis_select.bases import groups
+from basis_select.layers.group import groups
 from basis_select.linalg.scores import SCORES
 from basis_select.training.data import Batches
 from basis_select.training.loss import task_loss
@@ -22,9 +22,9 @@ def one(task):
 def flipped(one, index):
     """A decomposed model in float64 in which some s of its first group are negative, its function unchanged."""
     model = decompose(tiny().double(), one, metric="plain", examples=8)
-    layer = groups(model)[0][0][1]
+    layer = groups(model)[0].leader
     layer.weight.data[index] *= -1
-    for _, member in groups(model)[0]:
+    for member in groups(model)[0].layers:
         member.u.weight.data[:, index] *= -1
     return model, layer
 
@@ -59,8 +59,8 @@ def test_a_weight_of_zero_has_none(one):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(value, one):
     model = decompose(tiny(), one, examples=8)
-    members = groups(model)[1]
-    members[0][1].weight.data[2] = value
-    with pytest.raises(ValueError, match=f"{members[0][0]}.*not all finite"):
+    group = groups(model)[1]
+    group.leader.weight.data[2] = value
+    with pytest.raises(ValueError, match=f"{group.name}.*not all finite"):
         derivatives(model, one, probes=1)
     assert not any(p.requires_grad and p.grad is not None for p in model.parameters())

@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import basis_select as bs
-from basis_select.bases import LowRankLinear, groups
 from basis_select.checkpoint.format import description
 from basis_select.decompose import is_plain, targets
+from basis_select.layers.group import groups
+from basis_select.layers.low_rank import LowRankLinear
 
 TASK, IDS = make_task(), torch.randint(3, 128, (2, 17), generator=torch.Generator().manual_seed(1))
 
@@ -25,8 +26,8 @@ TASK, IDS = make_task(), torch.randint(3, 128, (2, 17), generator=torch.Generato
 @pytest.fixture(scope="module")
 def weighted():
     model = bs.decompose(tiny(), TASK, examples=8)
-    for members in groups(model):
-        members[0][1].weight.data.uniform_(0.5, 1.5)
+    for group in groups(model):
+        group.leader.weight.data.uniform_(0.5, 1.5)
     return model
 
 
@@ -40,8 +41,8 @@ def learned(model, **options):
 
 
 def dense_layers(model, several=True):
-    for members in groups(model) if several else groups(model)[-1:]:
-        for name, layer in members:
+    for group in groups(model) if several else groups(model)[-1:]:
+        for name, layer in group.items():
             model.set_submodule(name, layer.to_linear())
     return model
 
@@ -134,15 +135,14 @@ def shorter_head(model):
 
 
 def without_leader(model):
-    name, leader = next(members for members in groups(model) if len(members) > 1)[0]
-    model.set_submodule(name, leader.to_linear())
+    group = next(group for group in groups(model) if len(group.names) > 1)
+    model.set_submodule(group.name, group.leader.to_linear())
     return model
 
 
 def half_folded(model):
-    from basis_select.bases import fold
 
-    fold(groups(model)[0])
+    groups(model)[0].fold()
     return model
 
 

@@ -9,7 +9,9 @@ from scipy import stats
 from torch import nn
 
 import basis_select as bs
-from basis_select.embedding import LowRankEmbedding, table_of
+from basis_select.layers.embedding import LowRankEmbedding
+from basis_select.layers.group import table_of
+from basis_select.layers.shape import Shape
 from basis_select.linalg.budget import keep_for, table_rank
 from basis_select.linalg.metrics import METRICS
 from basis_select.moments import second_moments
@@ -24,12 +26,12 @@ def test_embedding_as_bases(kind, tied, task, ids, tmp_path, tokenizer):
     before, dense = logits(model, ids), sum(p.numel() for p in model.parameters())
     bs.decompose(model, task, examples=16, embedding=True)
     assert torch.allclose(logits(model, ids), before, atol=2e-6)
-    assert (table_of(model) is model.get_output_embeddings()) == tied
+    assert (table_of(model).leader is model.get_output_embeddings()) == tied
     bs.prune(model, keep=0.5, keep_embedding=0.5, multiple_of=2)
     facts = bs.sizes(model)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     assert facts["parameters_dense"] == dense
-    assert table_of(model).rank == table_rank(0.5, 128, 64, 2)[0]
+    assert table_of(model).rank == table_rank(0.5, Shape(64, (128,)), 2)[0]
     bs.heal(model, task, steps=2, batch_size=4, lr=1e-4)
     bs.save(model, tokenizer, tmp_path / "model")
     again, _ = bs.load(tmp_path / "model")
@@ -106,7 +108,7 @@ def test_scores_of_the_embedding_order_its_bases(task):
     bs.tune(model, task, steps=30, batch_size=20, lr=3e-3)
     parent = copy.deepcopy(model)
     bs.decompose(model, task, examples=40, embedding=True)
-    table, batches = table_of(model), list(Batches(task.train, 20, 2, seed=0))
+    table, batches = table_of(model).leader, list(Batches(task.train, 20, 2, seed=0))
     estimates, found = [], []
     for i in range(0, 64, 4):
         weight = table.weight.data.clone()
@@ -145,5 +147,5 @@ def test_back_to_dense(task, ids, tmp_path, tokenizer):
 def test_a_decomposed_embedding_survives_deepcopy(task, ids):
     model = bs.decompose(tiny(tied=True), task, examples=16, embedding=True)
     again = copy.deepcopy(model)
-    assert table_of(again) is again.get_output_embeddings()
+    assert table_of(again).leader is again.get_output_embeddings()
     assert torch.equal(logits(again, ids), logits(model, ids))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import basis_select as bs
 from basis_select.cli import app
 from basis_select.export import to_int8
-from basis_select.int8 import FEW, Int8Linear, quantized
+from basis_select.layers.rounded import FEW, Int8Linear, quantized
 
 KINDS = [("llama", True), ("qwen2", False), ("gemma3_text", True), ("gpt_neox", False)]
 

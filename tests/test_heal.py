@@ -10,10 +10,9 @@ from conftest import KINDS, make_tokenizer, tiny
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from basis_select import decompose, heal, learn, load, prune, refine, save, stage_work, tune
-from basis_select.bases import groups
 from basis_select.checkpoint.files import probe_logits
-from basis_select.embedding import table_of
 from basis_select.heal import add_adapters, suitable_rate
+from basis_select.layers.group import groups, table_of
 from basis_select.training import precision
 from basis_select.training.collage import VARIANTS
 from basis_select.training.data import Batches
@@ -158,7 +157,7 @@ def test_weights_learned_in_bfloat16_stay_whole(task):
         learn(decompose(copy.deepcopy(parent), task), task, parent, keep=0.4, steps=8, batch_size=8, precision=kind)
         for kind in ("fp32", "plus")
     ]
-    fp32, plus = ([members[0][1].leader for members in groups(m)] for m in learned)
+    fp32, plus = ([group.leader for group in groups(m)] for m in learned)
     for a, b in zip(fp32, plus, strict=True):
         assert torch.equal(a.v.weight, b.v.weight)
         assert torch.equal(a.scale, b.scale)
@@ -206,8 +205,8 @@ def test_adapters_leave_the_bases_of_the_embedding_alone(task):
     parent = tiny(tied=True)
     start = prune(decompose(copy.deepcopy(parent), task, embedding=True), keep=0.5, keep_embedding=0.5, multiple_of=1)
     model = heal(copy.deepcopy(start), task, parent, steps=2, batch_size=8, lr=1e-2, lora=2)
-    assert torch.equal(table_of(model).u.weight, table_of(start).u.weight)
-    assert not torch.equal(groups(model)[0][0][1].u.weight, groups(start)[0][0][1].u.weight)
+    assert torch.equal(table_of(model).leader.u.weight, table_of(start).leader.u.weight)
+    assert not torch.equal(groups(model)[0].leader.u.weight, groups(start)[0].leader.u.weight)
 
 
 def test_healing_brings_the_loss_down(task, ids, tmp_path):

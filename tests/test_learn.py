@@ -8,14 +8,14 @@ import torch
 from conftest import logits, tiny
 
 from basis_select import decompose, learn, load, prune, save, sizes
-from basis_select.bases import basis_cost, dense_cost, groups, take
+from basis_select.layers.group import groups
 from basis_select.prune import select
 
 
 def test_learning_trains_the_weights_only_and_prunes_on_the_way(task):
     parent = tiny()
     model = decompose(copy.deepcopy(parent), task, examples=16)
-    q = groups(model)[0][0][1]
+    q = groups(model)[0].leader
     factors = q.u.weight.clone(), q.v.weight.clone()
     ranks = []
     handle = q.register_forward_hook(lambda m, a, y: ranks.append(m.rank))
@@ -28,20 +28,20 @@ def test_learning_trains_the_weights_only_and_prunes_on_the_way(task):
     assert len(set(ranks)) > 1
     assert ranks[-1] == (q.survived == 4).sum()
     prune(model, keep=0.25, multiple_of=2)  # exactly what learning left
-    assert {m[0][1].rank for m in groups(model) if m[0][1] is q} == {ranks[-1]}
+    assert {g.rank for g in groups(model) if g.leader is q} == {ranks[-1]}
 
 
 def test_every_cut_of_learning_leaves_the_same_fraction_of_what_was_there(task):
     model = decompose(tiny(), task, examples=16)
     found = groups(model)
-    left = [sum(m[0][1].rank * basis_cost(m) for m in found)]
+    left = [sum(g.parameters for g in found)]
 
     def watch(*_):
-        left.append(sum(m[0][1].rank * basis_cost(m) for m in found))
+        left.append(sum(g.parameters for g in found))
 
-    found[0][0][1].register_forward_hook(watch)
+    found[0].leader.register_forward_hook(watch)
     learn(model, task, keep=0.2, multiple_of=1, steps=8, batch_size=4, rounds=8)
-    goal = 0.2 * sum(map(dense_cost, found))
+    goal = 0.2 * sum(g.shape.dense_cost for g in found)
     for n, (before, after) in zip(range(8, 1, -1), itertools.pairwise(left[:-1]), strict=True):
         assert after == pytest.approx(before * (goal / before) ** (1 / n), rel=0.03)
     assert 0.97 * goal < sizes(prune(model, keep=0.2, multiple_of=1))["targeted"] <= goal
@@ -51,22 +51,22 @@ def test_every_cut_of_learning_leaves_the_same_fraction_of_what_was_there(task):
 def test_learning_to_a_share_of_the_mass_leaves_what_basels_rule_leaves(task, mass):
     model = decompose(tiny(), task, metric="plain", share=False)
     expected = {}
-    for members in groups(model):
-        s = members[0][1].s.sort(descending=True).values.double()
+    for group in groups(model):
+        s = group.s.sort(descending=True).values.double()
         for _ in range(4):  # the smallest set with the share K^(1/N) of what is left, N times
             s = s[: int((s.cumsum(0) < mass ** (1 / 4) * s.sum()).sum()) + 1]
-        expected[members[0][0]] = len(s)
+        expected[group.name] = len(s)
     learn(model, task, mass=mass, budget="mass", score="magnitude", steps=4, batch_size=4, rounds=4, lr=1e-7)
-    assert {m[0][0]: int((m[0][1].survived == 4).sum()) for m in groups(model)} == expected
-    shapes = {m[0][0]: (basis_cost(m), dense_cost(m)) for m in groups(model)}
+    assert {g.name: int((g.leader.survived == 4).sum()) for g in groups(model)} == expected
+    shapes = {g.name: g.shape for g in groups(model)}
     prune(model, mass=mass, budget="mass", score="magnitude")
-    deployed = {name: r for name, r in expected.items() if r * shapes[name][0] < shapes[name][1]}
-    assert {m[0][0]: m[0][1].rank for m in groups(model)} == deployed  # the others are dense
+    deployed = {name: r for name, r in expected.items() if r * shapes[name].basis_cost < shapes[name].dense_cost}
+    assert {g.name: g.rank for g in groups(model)} == deployed  # the others are dense
 
 
 def test_a_negative_weight_is_no_square(task):
     model = decompose(tiny(), task, metric="plain")
-    groups(model)[0][0][1].weight.data[3] = -1.0
+    groups(model)[0].leader.weight.data[3] = -1.0
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj has a negative weight"):
         learn(model, task, steps=2, square=True)
 
@@ -79,13 +79,13 @@ def test_one_learning_gives_nested_sizes(task, tmp_path, tokenizer):
     for keep in (0.7, 0.5, 0.4, 0.25, 0.125):
         again, _ = load(tmp_path / "learned")
         chosen = {
-            members[0][0]: set(range(members[0][1].rank) if index is None else index.tolist())
-            for members, index in select(again, keep, multiple_of=1)
+            group.name: set(range(group.rank) if index is None else index.tolist())
+            for group, index in select(again, keep, multiple_of=1)
         }
         assert previous is None or all(chosen[name] <= previous[name] for name in chosen)
         previous = chosen
         s = sizes(prune(again, keep=keep, multiple_of=1))
-        slack = max(basis_cost(m) for m in groups(model))
+        slack = max(g.shape.basis_cost for g in groups(model))
         assert keep * s["targeted_dense"] - slack < s["targeted"] <= keep * s["targeted_dense"]
 
 
@@ -95,7 +95,7 @@ def test_basel_learns_squares_beside_new_bases_that_are_never_pruned(task, ids):
     embedding = model.get_input_embeddings().weight.clone()
     steps = {"steps": 4, "batch_size": 4, "rounds": 2, "lr": 1e-2}
     learn(model, task, keep=0.5, budget="mass", multiple_of=1, square=True, new=3, rest=True, **steps)
-    layer = groups(model)[0][0][1]
+    layer = groups(model)[0].leader
     assert layer.power == 2
     assert layer.new.u.weight.abs().max() > 0
     assert not torch.equal(model.get_input_embeddings().weight, embedding)
@@ -103,15 +103,15 @@ def test_basel_learns_squares_beside_new_bases_that_are_never_pruned(task, ids):
     learned, kept = copy.deepcopy(model), int((layer.survived == 2).sum())
     prune(model, keep=0.5, budget="mass", multiple_of=1)
     assert sizes(model)["targeted"] <= 0.5 * sizes(model)["targeted_dense"]
-    assert groups(model)[0][0][1].rank == kept + 3
-    for members in groups(learned):
-        take(members, (members[0][1].survived == 2).nonzero()[:, 0])
+    assert groups(model)[0].rank == kept + 3
+    for group in groups(learned):
+        group.take((group.leader.survived == 2).nonzero()[:, 0])
     assert torch.allclose(logits(model, ids), logits(learned, ids), atol=1e-5)
 
 
 def test_the_forward_while_learning_is_the_formula(task):
     model = decompose(tiny("qwen2"), task, examples=16)
-    layer = groups(model)[0][0][1]
+    layer = groups(model)[0].leader
     layer.weight.data.uniform_(0.5, 1.5)
     x = torch.randn(3, 64)
     expected = (x @ layer.v.weight.T * layer.s) @ layer.u.weight.T + layer.u.bias

@@ -11,9 +11,9 @@ from conftest import tiny
 from safetensors.torch import load_file, save_file
 
 from basis_select import decompose, prune
-from basis_select.bases import groups
 from basis_select.decompose import targets
 from basis_select.fisher import squared_gradients
+from basis_select.layers.group import groups
 from basis_select.linalg import metrics
 from basis_select.linalg.budget import by_mass
 
@@ -135,7 +135,7 @@ def test_pruning_by_mass_leaves_what_basels_rule_leaves(few):
     model = tiny()
     dense = {name: layer.weight.detach().double() for name, layer in targets(model).items()}
     prune(decompose(model, metric="plain", share=False), mass=0.4, budget="mass", score="magnitude")
-    kept = {name: layer.rank for members in groups(model) for name, layer in members}
+    kept = {name: layer.rank for group in groups(model) for name, layer in group.items()}
     for name, weight in dense.items():
         rank = len(basel_masks(torch.linalg.svdvals(weight), 0.4, 1))
         smaller = rank * sum(weight.shape) < weight.numel()

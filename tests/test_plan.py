@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from basis_select import decompose, plan_measuring, prune, save
-from basis_select.bases import groups
 from basis_select.cost import Flops, moments_step, training_step
 from basis_select.decompose import targets
 from basis_select.evaluation.accuracy import evaluate
+from basis_select.layers.group import groups
 from basis_select.learn import weights
 from basis_select.plan import forecast
 from basis_select.recipe import Recipe, override
@@ -68,8 +68,8 @@ def test_what_saves_memory_is_seen_to(task):
 def test_factored_layers_cost_what_their_ranks_say(task):
     model = prune(decompose(tiny(), task), keep=0.4, multiple_of=4)
     described = {
-        "ranks": {name: layer.rank for members in groups(model) for name, layer in members},
-        "groups": [[name for name, _ in members] for members in groups(model) if len(members) > 1],
+        "ranks": {name: layer.rank for group in groups(model) for name, layer in group.items()},
+        "groups": [list(group.names) for group in groups(model) if len(group.names) > 1],
     }
     batch = next(iter(Batches(task.train, 8, 1, 0)))
     trainable(model)
@@ -81,7 +81,7 @@ def test_factored_layers_cost_what_their_ranks_say(task):
         task_loss(model, batch, mixed=False)[0].backward()
     assert counted.flops == pytest.approx(other.get_total_flops(), rel=0.1)  # how attention goes backward differs
     alone = training_step(tiny().config, shape_of(batch), weights, bases={**described, "weighted": 1})
-    assert alone.gradients == 4 * sum(members[0][1].rank for members in groups(model))
+    assert alone.gradients == 4 * sum(group.rank for group in groups(model))
     assert alone.flops < cost.flops
 
 

@@ -17,12 +17,11 @@ from typer.testing import CliRunner
 import basis_select as bs
 from basis_select import pipeline
 from basis_select import recipe as recipes
-from basis_select.bases import groups
 from basis_select.cli import app
-from basis_select.embedding import table_of
 from basis_select.evaluation import figures, html, spectra
 from basis_select.evaluation.report import HEAD, cells
 from basis_select.evaluation.run_report import SECTIONS_OF_A_RUN, report
+from basis_select.layers.group import groups, table_of
 from basis_select.prune import select
 from basis_select.sizes import layer_table
 
@@ -205,12 +204,11 @@ def test_the_bases_marked_as_kept_are_those_that_prune_chose(run, row):
     found, learned = stages(run, row), "learn" in stages(run, row)
     weighted = found["learn" if learned else "decompose"]
     model, weights = bs.load(weighted / "model")[0], spectra.weights(weighted)
-    for members in groups(model):
-        name, layer = members[0]
-        assert weights[name][0] == pytest.approx(layer.s.tolist())
+    for group in groups(model):
+        assert weights[group.name][0] == pytest.approx(group.s.tolist())
     options = json.loads((found["prune"] / "stage.json").read_text())["options"]
     how = {k: options[k] for k in ("keep", "budget", "score", "multiple_of", "reserve")}
-    chosen = {members[0][0]: index for members, index in select(model, **how)}
+    chosen = {group.name: index for group, index in select(model, **how)}
     ranks = spectra.kept_ranks(found["decompose"], found["prune"])
     marked = spectra.kept(weights, ranks)
     for name, index in chosen.items():

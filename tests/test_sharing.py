@@ -11,8 +11,9 @@ import torch
 from conftest import logits, tiny
 
 from basis_select import decompose
-from basis_select.bases import HALF_READ, LowRankLinear, _thread, groups
 from basis_select.decompose import same_input, targets
+from basis_select.layers.group import groups
+from basis_select.layers.low_rank import HALF_READ, LowRankLinear, _thread
 
 
 def test_layers_that_read_one_tensor_are_found_without_their_names(task):
@@ -150,16 +151,16 @@ def test_layers_compiled_one_by_one_share_nothing():
 
 def test_a_half_used_latent_survives_deepcopy_and_gradient_checkpointing(task, ids):
     model = decompose(tiny(), task, examples=16)
-    members = groups(model)[0]
-    members[0][1].weight.requires_grad_(True)
-    members[0][1](torch.randn(2, 64))
+    leader = groups(model)[0].leader
+    leader.weight.requires_grad_(True)
+    leader(torch.randn(2, 64))
     other = copy.deepcopy(model)
-    assert groups(other)[0][1][1].leader is groups(other)[0][0][1]
+    assert groups(other)[0].layers[1].leader is groups(other)[0].layers[0]
     for m in (model, other):
         m.train()
     other.gradient_checkpointing_enable({"use_reentrant": False})
     grads = []
     for m in (model, other):
         m(ids, labels=ids).loss.backward()
-        grads.append(groups(m)[0][0][1].weight.grad)
+        grads.append(groups(m)[0].leader.weight.grad)
     assert torch.allclose(*grads, atol=1e-7)

@@ -8,8 +8,8 @@ from conftest import tiny
 from safetensors.torch import load_file, save_file
 
 import basis_select as bs
-from basis_select.bases import groups
 from basis_select.decompose import same_input, targets
+from basis_select.layers.group import groups
 from basis_select.linalg.metrics import METRICS
 from basis_select.moments import second_moments
 
@@ -117,7 +117,7 @@ def test_keep_leaves_the_best_bases_and_is_no_larger(fraction, checkpoint, tmp_p
     part, _ = bs.load(bs.decompose_checkpoint(source, tmp_path / "b", metric="plain", keep=fraction))
     sizes = bs.sizes(part)
     assert 0.9 * fraction * sizes["targeted_dense"] < sizes["targeted"] < fraction * sizes["targeted_dense"]
-    for (_, mine), (_, full) in zip(*(((g[0]) for g in groups(m)) for m in (part, whole)), strict=True):
+    for mine, full in zip(*([g.leader for g in groups(m)] for m in (part, whole)), strict=True):
         assert torch.equal(mine.u.weight, full.u.weight[:, : mine.rank])
         assert torch.equal(mine.v.weight, full.v.weight[: mine.rank])
     pruned = [bs.prune(m, keep=fraction / 4, multiple_of=1) for m in (copy.deepcopy(part), whole)]

@@ -11,8 +11,9 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM, conversion_m
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
 from basis_select import decompose, load, prune, save, sizes
-from basis_select.bases import LowRankLinear, fold, groups
 from basis_select.decompose import factored, same_input, targets
+from basis_select.layers.group import Group, groups
+from basis_select.layers.low_rank import LowRankLinear
 from basis_select.linalg.metrics import METRICS
 from basis_select.moments import _both, second_moments
 from basis_select.sizes import layer_table
@@ -217,8 +218,8 @@ def test_layers_that_are_zero_or_without_effect(metric, task, caplog, ids):
     for layer in (model.model.layers[0].self_attn.o_proj, model.model.layers[1].mlp.up_proj):
         assert not layer.dense_weight().any()
     prune(model, keep=0.5, multiple_of=1)
-    for members in groups(model):
-        assert all(torch.isfinite(p).all() for _, layer in members for p in layer.parameters())
+    for group in groups(model):
+        assert all(torch.isfinite(p).all() for layer in group.layers for p in layer.parameters())
     assert torch.isfinite(model(ids).logits).all()
 
 
@@ -226,8 +227,9 @@ def test_fold_of_a_zero_layer_is_zero():
     linear = torch.nn.Linear(6, 4)
     torch.nn.init.zeros_(linear.weight)
     with torch.no_grad():
-        (layer,) = factored(["a"], [linear], None, METRICS["plain"])
-    fold([("a", layer)])
+        layers = factored(Group(("a",), (linear,)), None, METRICS["plain"])
+    Group(("a",), layers).fold()
+    (layer,) = layers
     assert not layer.dense_weight().any()
     assert all(torch.isfinite(p).all() for p in layer.parameters())
 
@@ -314,7 +316,7 @@ def test_layers_whose_factors_files_cannot_hold_stay_dense(
         model, _ = load(tmp_path / "dense")
     decompose(model, task, examples=8)
     prune(model, keep=0.5, multiple_of=1)
-    assert not any(name.endswith(tuple(names)) for members in groups(model) for name, _ in members)
+    assert not any(name.endswith(tuple(names)) for group in groups(model) for name in group.names)
     assert "have no place for their factors: model.layers.0." in caplog.text
     save(model, tokenizer, tmp_path / "saved")
     assert torch.equal(load(tmp_path / "saved")[0](ids).logits, model(ids).logits)

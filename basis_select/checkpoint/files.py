@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from .. import ranks, tuned_on
-from ..bases import groups
-from ..int8 import quantized
+from ..layers.group import groups
+from ..layers.rounded import quantized
 from ..reading import sha256
 from .checks import SIDECAR
 from .format import BasisSelectQuantizer, describe, guards, register

@@ -34,9 +34,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..bases import LowRankLinear, add_new, groups, to_dense
-from ..embedding import LowRankEmbedding, install, module_name, settle_ties, table_of, table_to_dense
-from ..int8 import Int8Linear, quantized
+from ..layers.embedding import LowRankEmbedding, install, module_name, settle_ties
+from ..layers.group import groups, table_of
+from ..layers.low_rank import LowRankLinear
+from ..layers.rounded import Int8Linear, quantized
 from .schema import VERSION, require_description
 
 METHOD = "basis_select"
@@ -120,12 +121,12 @@ def description(model):
     found, embedding, int8 = groups(model), _describe_embedding(model), quantized(model)
     if not found and not embedding and not int8:
         return None
-    first = found[0][0][1].leader if found else None
-    for members in found:
-        _require_alike(members, first)
+    first = found[0].leader if found else None
+    for group in found:
+        _require_alike(group, first)
     return BasisSelectConfig(
-        ranks={name: layer.rank for members in found for name, layer in members},
-        groups=[[name for name, _ in members] for members in found if len(members) > 1],
+        ranks={name: layer.rank for group in found for name, layer in group.items()},
+        groups=[list(group.names) for group in found if len(group.names) > 1],
         weighted=first.power if first and first.weighted else 0,
         new=first.new.rank if first and first.new else 0,
         embedding=embedding,
@@ -133,9 +134,9 @@ def description(model):
     )
 
 
-def _require_alike(members, first):
+def _require_alike(group, first):
     """All bases are weighted or none, and all have as many new ones: the format says it once for the whole model."""
-    for name, layer in members:
+    for name, layer in group.items():
         kinds = [(m.weighted and m.leader.power, m.new.rank if m.new else 0) for m in (first, layer)]
         if kinds[0] != kinds[1]:
             raise ValueError(
@@ -223,11 +224,11 @@ def build(model, config):
         leader = built.get(leaders.get(name))
         built[name] = LowRankLinear.like(linear, rank, weighted=bool(config.weighted), leader=leader)
         model.set_submodule(name, built[name])
-    for members in groups(model):
+    for group in groups(model):
         if config.weighted:
-            members[0][1].leader.power = config.weighted
+            group.leader.power = config.weighted
         if config.new:
-            add_new(members, config.new)
+            group.add_new(config.new)
     if config.embedding:
         _listed(model, config.embedding["name"], nn.Embedding)
         install(model, **config.embedding, weighted=bool(config.weighted))
@@ -317,10 +318,8 @@ class BasisSelectQuantizer(HfQuantizer):
     def _dequantize(self, model, dtype=None):
         for name in quantized(model):
             model.set_submodule(name, model.get_submodule(name).to_linear())
-        for members in groups(model):
-            to_dense(model, members)
-        if table_of(model) is not None:
-            table_to_dense(model)
+        for group in filter(None, [*groups(model), table_of(model)]):
+            group.to_dense(model)
         return model
 
     def is_serializable(self):

@@ -15,9 +15,9 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ..bases import LowRankLinear
 from ..cost import forward_pass
-from ..embedding import table_of
+from ..layers.group import table_of
+from ..layers.low_rank import LowRankLinear
 from ..refine import blocks
 from .speed import Generation, environment, spread, take_turns, wait
 
@@ -99,7 +99,7 @@ def _floors(model, prompts, generation):
 def weights_read(model):
     """Bytes of the weights that every token needs: all but an embedding of which only rows are looked up."""
     table, head = table_of(model), model.get_output_embeddings()
-    looked_up = (table.u if table is not None else model.get_input_embeddings()).weight
+    looked_up = (table.leader.u if table is not None else model.get_input_embeddings()).weight
     untied = not any(p is looked_up for p in head.parameters())
     return sum(p.nbytes for p in model.parameters()) - untied * looked_up.nbytes
 

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..bases import LowRankLinear
 from ..decompose import same_input, targets
+from ..layers.group import Group
+from ..layers.low_rank import LowRankLinear
+from ..layers.shape import Shape
 from ..reading import read_json
 from .speed import Generation, environment, take_turns
 
@@ -40,18 +42,18 @@ def profile(model, *, tokens=(1, 128), rounds=15, multiple_of=16):
     if min(tokens) < 1:
         raise ValueError(f"{min(tokens)} tokens cannot be timed, it should be at least 1")
     found = targets(model)
-    groups = [*same_input(model, found, None), *([name] for name in found)]
-    shapes = {(found[g[0]].in_features, tuple(found[name].out_features for name in g)): None for g in groups}
+    together = [*same_input(model, found, None), *([name] for name in found)]
+    shapes = dict.fromkeys(Group(names, [found[name] for name in names]).shape for names in together)
     weight = next(iter(found.values())).weight
-    head = (model.get_input_embeddings().embedding_dim, (model.get_output_embeddings().out_features,))
+    head = Shape(model.get_input_embeddings().embedding_dim, (model.get_output_embeddings().out_features,))
     shapes[head] = None
-    largest = max(reads * max(writes) for reads, writes in shapes)
+    largest = max(shape.inputs * max(shape.outputs) for shape in shapes)
     pool = torch.randn(max(POOL // weight.element_size(), largest), device=weight.device, dtype=weight.dtype)
     layers = []
     with tqdm(shapes, desc="profile", unit="shape") as bar:
         for shape in bar:
-            bar.set_postfix_str(f"{shape[0]} -> {'+'.join(map(str, shape[1]))}")
-            layers.append(_shape(*shape, tokens, shape == head, rounds, multiple_of, _Weights(pool)))
+            bar.set_postfix_str(str(shape))
+            layers.append(_timed(shape, tokens, shape == head, rounds, multiple_of, _Weights(pool)))
     runs = {n: Generation(model, n, 1).to_prefill for n in tokens if n > 1}
     if 1 in tokens:
         runs[1] = Generation(model, 16, 1).to_decode
@@ -75,28 +77,29 @@ class _Weights:
         return nn.Parameter(piece, requires_grad=False)
 
 
-def _shape(reads, writes, tokens, is_head, rounds, multiple_of, weights):
-    """The times of one shape, dense and at each rank of the grid; a head only ever computes the last token."""
-    largest = math.ceil(reads * sum(writes) / (reads + sum(writes))) - 1
+def _timed(shape, tokens, is_head, rounds, multiple_of, weights):
+    """The times of one Shape, dense and at each rank of the grid; a head only ever computes the last token."""
+    largest = shape.largest_rank
     step = multiple_of * max(1, -(-largest // (multiple_of * GRID)))
     device, dtype = weights.pool.device, weights.pool.dtype
     calls = {1: COPIES} if is_head else {n: COPIES if n == 1 else 1 for n in tokens}
     runs = {}
     for rank in (None, *range(step, largest + 1, step)):
         for n, copies in calls.items():
-            x = torch.randn(1, n, reads, device=device, dtype=dtype)
-            runs[rank, n] = _prepare(x, [_layers(reads, writes, rank, weights) for _ in range(copies)])
+            x = torch.randn(1, n, shape.inputs, device=device, dtype=dtype)
+            runs[rank, n] = _prepare(x, [_layers(shape, rank, weights) for _ in range(copies)])
     seconds = {key: min(found) for key, found in take_turns(runs, rounds, device=device).items()}
     times = {}
     for rank, _ in runs:
         times[rank] = {str(n): seconds[rank, 1 if is_head else n] / calls[1 if is_head else n] for n in tokens}
-    return {"in": reads, "out": list(writes), "dense": times.pop(None), "ranks": {str(r): t for r, t in times.items()}}
+    dense, ranks = times.pop(None), {str(rank): found for rank, found in times.items()}
+    return {"in": shape.inputs, "out": list(shape.outputs), "dense": dense, "ranks": ranks}
 
 
-def _layers(reads, writes, rank, weights):
+def _layers(shape, rank, weights):
     """Layers that read the same tensor, with weights from the pool: dense, or of one rank with a shared `v`."""
-    made = []
-    for out in writes:
+    made, reads = [], shape.inputs
+    for out in shape.outputs:
         if rank is None:
             layer = nn.Linear(reads, out, bias=False, device="meta")
             layer.weight = weights.take(out, reads)
@@ -133,7 +136,7 @@ def prices(path, latency, shapes, reserve=0, more=()):
     """What `linalg.budget.allocate` needs to choose ranks by time: `([(rank, seconds), ..., (None, seconds)] per shape,
     seconds that all of them may take)`.
 
-    path: a table that `profile` wrote; shapes: `[(in, (out, ...)), ...]`, one for every group of layers; `latency` is
+    path: a table that `profile` wrote; shapes: a Shape for every group of layers; `latency` is
     how fast the whole model should be, "2x decode" or "20ms decode", "1.5x prefill 128". `reserve`: bases that each
     layer gets later. more: `[(shape, rank), ...]` of layers whose ranks are settled. Raises ValueError if the table
     does not fit.
@@ -145,15 +148,13 @@ def prices(path, latency, shapes, reserve=0, more=()):
     number, unit, tokens = parse_latency(latency)
     if tokens not in costs["model"]:
         raise ValueError(f"{path} has no times of {tokens} tokens at once, only of {', '.join(costs['model'])}")
-    measured = {(layer["in"], tuple(layer["out"])): layer for layer in costs["layers"]}
-    for layer in costs["layers"]:
+    measured = {Shape(layer["in"], tuple(layer["out"])): layer for layer in costs["layers"]}
+    for shape, layer in measured.items():
         if any(tokens not in times for times in (layer["dense"], *layer["ranks"].values())):
-            raise ValueError(f"{path} has no times of {tokens} tokens at once for {layer['in']} -> {layer['out']}")
-    for reads, writes in (*shapes, *(shape for shape, _ in more)):
-        if (reads, writes) not in measured:
-            raise ValueError(
-                f"{path} has no layer {reads} -> {'+'.join(map(str, writes))}: profile this model's parent"
-            )
+            raise ValueError(f"{path} has no times of {tokens} tokens at once for {shape}")
+    for shape in (*shapes, *(shape for shape, _ in more)):
+        if shape not in measured:
+            raise ValueError(f"{path} has no layer {shape}: profile this model's parent")
     choices = []
     for shape in shapes:
         ranks = [(int(r) - reserve, t[tokens]) for r, t in measured[shape]["ranks"].items() if int(r) > reserve]

@@ -1,20 +1,21 @@
 """Which bases stay: scores and a budget in, ranks out. Maths on plain tensors and ints."""
 
 import itertools
-import math
 import re
 
 import torch
 
+from ..layers.shape import Shape
+
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def table_rank(keep, rows, columns, multiple_of=16):
-    """The rank of a (rows, columns) embedding of which the fraction `keep` may stay, and the parameters that saves."""
-    rank = int(keep * rows * columns / (rows + columns)) // multiple_of * multiple_of
-    if not 0 < rank <= columns:
-        raise ValueError(f"keep_embedding={keep} makes a rank of {rank}, not one from {multiple_of} to {columns}")
-    return rank, rows * columns - rank * (rows + columns)
+def table_rank(keep: float, shape: Shape, multiple_of: int = 16) -> tuple[int, int]:
+    """The rank of an embedding of which the fraction `keep` may stay, and the parameters that saves."""
+    rank = int(keep * shape.dense_cost / shape.basis_cost) // multiple_of * multiple_of
+    if not 0 < rank <= shape.inputs:
+        raise ValueError(f"keep_embedding={keep} makes a rank of {rank}, not one from {multiple_of} to {shape.inputs}")
+    return rank, shape.dense_cost - rank * shape.basis_cost
 
 
 def keep_for(total, targeted, dtype, keep=None, size=None, saved=0):
@@ -68,33 +69,39 @@ def by_mass(s, keep):
     return order[: min(count, len(s))].sort().values
 
 
-def linear_prices(bases, basis_cost, dense_cost, multiple_of=16):
-    """What a layer whose bases all cost the same may become once deployed: multiples below break-even, or dense.
+Choices = list[tuple[int | None, float]]  # what a group may become: (rank, or None for dense, price), ranks ascending
 
-    A layer that stays smaller factored even with all its `bases` may also keep every one.
+
+def linear_prices(shape: Shape, bases: int, multiple_of: int = 16) -> Choices:
+    """What a group of which `bases` are left may become once deployed: multiples below break-even, or dense.
+
+    One that stays smaller factored even with all its `bases` may also keep every one.
     """
-    largest = min(bases, math.ceil(dense_cost / basis_cost) - 1)
+    largest = min(bases, shape.largest_rank)
     ranks = list(range(multiple_of, largest + 1, multiple_of))
     if largest == bases and (not ranks or ranks[-1] < largest):
         ranks.append(largest)  # nothing to round
-    return [*((rank, rank * basis_cost) for rank in ranks), (None, dense_cost)]
+    return [*((rank, rank * shape.basis_cost) for rank in ranks), (None, shape.dense_cost)]
 
 
-def training_prices(bases, basis_cost, multiple_of=16):
-    """What such a layer may become while its weights are learned, when none is dense: multiples, or all its `bases`."""
-    return [(rank, rank * basis_cost) for rank in [*range(multiple_of, bases, multiple_of), bases]]
+def training_prices(shape: Shape, bases: int, multiple_of: int = 16) -> Choices:
+    """What such a group may become while its weights are learned, when none is dense: multiples, or all its `bases`."""
+    return [(rank, rank * shape.basis_cost) for rank in [*range(multiple_of, bases, multiple_of), bases]]
 
 
-def uniform(bases, shares, prices, budget, unit="parameters"):
+def uniform(
+    shapes: list[Shape], bases: list[int], prices: list[Choices], budget: float, unit: str = "parameters"
+) -> list[int | None]:
     """Ranks that are the same fraction of every layer, to within one of its steps, and use at most `budget`.
 
-    bases: how many each layer has. shares: the fraction of its dense parameters that one of its bases is. prices, what
-    is returned and what is raised as in `allocate`. The layer whose next step leads to the smallest fraction takes it,
-    the first of equals first, until that step does not fit; a dense layer is the fraction 1, so layers are dense only
-    where all others are past their last rank below break-even, or where there is no such rank.
+    bases: how many each group has. prices, what is returned and what is raised as in `allocate`. The layer whose next
+    step leads to the smallest fraction takes it, the first of equals first, until that step does not fit; a dense layer
+    is the fraction 1, so layers are dense only where all others are past their last rank below break-even, or where
+    there is no such rank.
     """
     ranks, steps = [], []  # (fraction, layer, rank or None it leads to, what it adds to the price)
-    for g, (most, share, choices) in enumerate(zip(bases, shares, prices, strict=True)):
+    for g, (shape, most, choices) in enumerate(zip(shapes, bases, prices, strict=True)):
+        share = shape.basis_cost / shape.dense_cost
         (cheapest, spent), *others = _undominated(choices, most)
         ranks.append(cheapest)
         budget -= spent
@@ -109,7 +116,9 @@ def uniform(bases, shares, prices, budget, unit="parameters"):
     return ranks
 
 
-def allocate(scores, prices, budget, unit="parameters"):
+def allocate(
+    scores: list[torch.Tensor], prices: list[Choices], budget: float, unit: str = "parameters"
+) -> list[int | None]:
     """Ranks that take the best score per price over all layers until `budget` is used.
 
     scores: list of (r_g,), each descending: what keeping the g-th layer's next basis is worth. prices: for each layer

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .. import ranks
-from ..bases import LowRankLinear, groups, take
+from ..layers.group import groups
+from ..layers.low_rank import LowRankLinear
 from ..reading import read_json, read_lines, sha256
 from ..rundir import replace_text, settle
 from ..tuned_on import remember
@@ -282,13 +283,13 @@ def _state(model):
 
 @torch.no_grad()
 def _restore(model, state):
-    for members in groups(model):
-        name, leader = members[0]
+    for group in groups(model):
+        name, leader = group.name, group.leader
         for buffer in LEARNED:
             if hasattr(leader, buffer):
                 setattr(leader, buffer, state.pop(f"{name}.{buffer}").to(model.device))
         if hasattr(leader, "kept") and len(leader.kept) < leader.rank:
-            take(members, leader.kept)
+            group.take(leader.kept)
     parameters = dict(model.named_parameters())
     for name, value in state.items():
         parameters[name].copy_(ranks.sharded_like(parameters[name], value))

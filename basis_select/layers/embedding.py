@@ -9,12 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from .bases import LowRankLinear
-from .int8 import Int8Linear
-from .linalg import metrics
-
-TABLE = "token embedding"  # its name among second moments
-SHIFT = 1e-2  # of their mean, added to the weights of rows and columns: eval/results/NOTES.md
+from .low_rank import LowRankLinear
+from .rounded import Int8Linear
 
 
 class LowRankEmbedding(nn.Module):
@@ -49,29 +45,6 @@ class LowRankEmbedding(nn.Module):
         return y if self.scale == 1 else y * torch.tensor(self.scale, dtype=y.dtype, device=y.device)
 
 
-@torch.no_grad()
-def decompose_embedding(model, task, moments=None):
-    """Write the embedding of `model`, and its head if tied, as weighted bases, in place.
-
-    moments: `(columns, rows)`, in which the weights of these bases compare with those of linear layers decomposed in
-    the kronecker metric. Without them the metric weighs every row by how often the training split of `task` has the
-    token. In both, rows are shrunk towards all alike: tokens that the task does not use stay roughly what they were.
-    """
-    embedding = model.get_input_embeddings()
-    scale = lookup_scale(embedding)
-    columns, rows = moments or (None, token_counts(task, embedding.num_embeddings))
-    weight = embedding.weight.detach()
-    rows = [metrics.shifted(rows.to(weight.device), SHIFT)]
-    u, s, v = metrics.decompose([weight], rows, None if columns is None else metrics.shifted(columns, SHIFT))
-    settle_ties(model)
-    table = install(model, module_name(model, embedding), len(s), is_tied(model), scale, weighted=True)
-    table.u.weight.copy_(u)
-    table.v.weight.copy_(v)
-    table.scale.copy_(s)
-    table.requires_grad_(False)
-    return model
-
-
 def is_tied(model):
     """Whether the output head's weight is the very parameter of the token embedding."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -96,20 +69,11 @@ def lookup_scale(embedding):
     return scale
 
 
-def token_counts(task, vocabulary):
-    """How often the training split of `task` has each token: (vocabulary,), float64."""
-    counts = torch.zeros(vocabulary, dtype=torch.float64)
-    for example in task.train:
-        counts += torch.bincount(torch.tensor(example.input_ids), minlength=vocabulary)
-    return counts
-
-
 def install(model, name, rank, tied, scale=1.0, weighted=False):
     """Replace the embedding `name`, and the head if `tied`, by a table of `rank` bases, uninitialised; returns it."""
     embedding = model.get_submodule(name)
     more = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
     table = LowRankLinear(embedding.embedding_dim, embedding.num_embeddings, rank, False, weighted, **more)
-    table.is_table = True
     model.set_submodule(name, LowRankEmbedding(table, tied, scale))
     if tied:  # by the modules themselves: transformers would look for a `weight` on both
         model.set_submodule(module_name(model, model.get_output_embeddings()), table)
@@ -119,12 +83,6 @@ def install(model, name, rank, tied, scale=1.0, weighted=False):
         ends = name, module_name(model, table)
         model._fsdp_plan = {n: style for n, style in getattr(model, "_fsdp_plan", {}).items() if n not in ends}
     return table
-
-
-def table_of(model):
-    """The table of a model whose embedding is written as bases, or None."""
-    embedding = model.get_input_embeddings()
-    return embedding.bases if isinstance(embedding, LowRankEmbedding) else None
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ leader, owns both; the others hold only their `u`. The product `(v x) * s` is th
 of them leaves for the next belongs to the thread that computes, never to the model.
 """
 
-import contextlib
 import threading
 import weakref
 
@@ -56,7 +55,6 @@ class LowRankLinear(nn.Module):
                 # How many prunings of `learn` each basis survived: the order in which `prune` removes them.
                 self.register_buffer("survived", torch.zeros(rank, dtype=torch.int16, device=device))
         self.new = None
-        self.is_table = False  # whether it is the token embedding, which has its own budget: embedding.py
         self.u = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         # In a tuple, so that nn.Module does not register it; never self, so that a dropped layer is freed at once.
         self._leader = (leader,)
@@ -194,124 +192,7 @@ class LowRankLinear(nn.Module):
         return linear
 
 
-def groups(model):
-    """`[[(name, layer), ...], ...]`: every factored layer, in model order, with those that share its `v`.
-
-    Neither the new bases that `learn` trains nor the token embedding's are among them.
-    """
-    found, new = {}, set()
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear) and not module.is_table and module not in new:
-            new.add(module.new)
-            found.setdefault(module.leader, []).append((name, module))
-    # A leader is not always first in model order.
-    return [sorted(members, key=lambda nm: nm[1] is not leader) for leader, members in found.items()]
-
-
-def shape_of(members):
-    """What a group reads and what its layers write: `(in, (out, ...))`."""
-    return members[0][1].in_features, tuple(layer.out_features for _, layer in members)
-
-
-def basis_cost(members):
-    """Parameters that one basis of this group costs: `in + sum(out)`."""
-    return members[0][1].in_features + sum(layer.out_features for _, layer in members)
-
-
-def dense_cost(members):
-    """Parameters of the dense weights that this group replaces: `in * sum(out)`."""
-    return members[0][1].in_features * sum(layer.out_features for _, layer in members)
-
-
-@torch.no_grad()
-def take(members, index):
-    """Keep only the bases `index` (1-D, long) of a group, in place; parameters keep their identity."""
-    leader = members[0][1].leader
-    for _, layer in members:
-        resize(layer.u, layer.u.weight[:, index])
-    resize(leader.v, leader.v.weight[index])
-    if leader.weighted:
-        leader.scale, leader.survived = leader.scale[index], leader.survived[index]
-        leader.weight.data = leader.weight.data[index]
-
-
-@contextlib.contextmanager
-def only(chosen):
-    """Within it, each group of weighted bases has only those of its `index`, all where that is None.
-
-    chosen: `[(members, index), ...]`. What is left is copied, the rest only set aside.
-    """
-    cut = [(members, index) for members, index in chosen if index is not None]
-    aside = []
-    for members, index in cut:
-        leader = members[0][1].leader
-        own = leader.scale, leader.survived, leader.weight.data
-        aside.append(([layer.u.weight.data for _, layer in members], leader.v.weight.data, own))
-        take(members, index.to(leader.scale.device))
-    try:
-        yield
-    finally:
-        for (members, _), (us, v, own) in zip(cut, aside, strict=True):
-            leader = members[0][1].leader
-            leader.scale, leader.survived, leader.weight.data = own
-            resize(leader.v, v)
-            for (_, layer), u in zip(members, us, strict=True):
-                resize(layer.u, u)
-
-
-def add_new(members, rank, generator=None):
-    """Give every layer of a weighted group `rank` new trainable bases: `u~ = 0`, `v~` random (Basel)."""
-    leader = members[0][1].leader
-    for _, layer in members:
-        more = {"device": layer.u.weight.device, "dtype": layer.u.weight.dtype}
-        shares = None if layer is leader else leader.new
-        layer.new = LowRankLinear(layer.in_features, layer.out_features, rank, bias=False, leader=shares, **more)
-        nn.init.zeros_(layer.new.u.weight)
-    v = leader.new.v.weight
-    v.data.copy_(torch.randn(v.shape, generator=generator) / rank**0.5)
-
-
 def resize(linear, weight):
     linear.weight.data = weight.contiguous()
     linear.weight.grad = None
     linear.out_features, linear.in_features = weight.shape
-
-
-@torch.no_grad()
-def fold(members):
-    """Merge `s` and new bases into the factors and balance them: `u <- U sqrt(S)`, `v <- sqrt(S) V` of the SVD.
-
-    The function does not change. Balanced factors have `u^T u = v v^T`, which suits one learning rate and
-    survives bf16 best. Cost: two QRs and an (r, r) SVD.
-    """
-    leader = members[0][1].leader
-    dtype = leader.v.weight.dtype
-    u = torch.cat([layer.u.weight for _, layer in members]).double()  # (sum out, r)
-    if leader.weighted:
-        u = u * leader.s.double()
-    # Columns are normalised before the QR: an unbalanced metric can spread their norms over many decades.
-    v = leader.v.weight.double()  # (r, in)
-    if leader.new is not None:
-        u = torch.cat([u, torch.cat([layer.new.u.weight for _, layer in members]).double()], dim=1)
-        v = torch.cat([v, leader.new.v.weight.double()])
-        for _, layer in members:
-            layer.new = None
-    norm = v.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-    q_u, r_u = torch.linalg.qr(u * norm)
-    q_v, r_v = torch.linalg.qr((v / norm[:, None]).T)
-    a, s, b = torch.linalg.svd(r_u @ r_v.T, full_matrices=False)
-    root = s.sqrt()
-    resize(leader.v, (root[:, None] * (b @ q_v.T)).to(dtype))
-    for (_, layer), block in zip(
-        members, (q_u @ (a * root)).split([layer.out_features for _, layer in members]), strict=True
-    ):
-        resize(layer.u, block.to(dtype))
-    if leader.weighted:
-        del leader.scale, leader.weight, leader.survived, leader.power
-
-
-def to_dense(model, members):
-    """Replace a group's layers by the equivalent nn.Linear."""
-    dense = [(name, layer.to_linear()) for name, layer in members]
-    for name, linear in dense:
-        model.set_submodule(name, linear)

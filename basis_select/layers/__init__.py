@@ -1,0 +1,1 @@
+"""Layers that are written as bases, the groups of them that read one tensor, and what a group costs."""

@@ -1,0 +1,179 @@
+"""Layers that read the same tensor: they share one `v` and one `s`, and are decomposed, priced and cut together."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .embedding import LowRankEmbedding, module_name, table_to_dense
+from .low_rank import LowRankLinear, resize
+from .shape import Shape
+
+
+def groups(model: nn.Module) -> list["Group"]:
+    """Every group of layers written as bases, in model order.
+
+    Neither the new bases that `learn` trains nor the token embedding's are among them.
+    """
+    found, apart = {}, {m.bases for m in model.modules() if isinstance(m, LowRankEmbedding)}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear) and module not in apart:
+            apart.add(module.new)
+            found.setdefault(module.leader, []).append((name, module))
+    # A leader is not always first in model order.
+    found = [sorted(members, key=lambda nm: nm[1] is not leader) for leader, members in found.items()]
+    return [Group(*zip(*members, strict=True)) for members in found]
+
+
+def table_of(model: nn.Module) -> "Group | None":
+    """The token embedding, and the head if tied to it, as a group of one layer; None if it is dense."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, LowRankEmbedding):
+        return None
+    return Group((module_name(model, embedding.bases),), (embedding.bases,))
+
+
+@contextlib.contextmanager
+def only(chosen: Iterable[tuple["Group", torch.Tensor | None]]) -> Iterator[None]:
+    """Within it, each group of weighted bases has only those of its `index`, all where that is None.
+
+    What is left is copied, the rest only set aside.
+    """
+    cut = [(group, index) for group, index in chosen if index is not None]
+    aside = [(group, group.factors()) for group, _ in cut]
+    for group, index in cut:
+        group.take(index)
+    try:
+        yield
+    finally:
+        for group, factors in aside:
+            group.put(factors)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """`layers` that read the same tensor, and their `names` in the model, the owner of `v` first.
+
+    They are all dense, or all written as bases; what is said of bases below needs the latter.
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[nn.Module, ...]
+
+    name = property(lambda self: self.names[0])
+    leader = property(lambda self: self.layers[0].leader)
+    rank = property(lambda self: self.layers[0].rank)
+    weighted = property(lambda self: self.layers[0].weighted)
+    s = property(lambda self: self.leader.s, doc="(r,)")
+
+    def __str__(self) -> str:
+        return " + ".join(self.names)
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        return zip(self.names, self.layers, strict=True)
+
+    @property
+    def shape(self) -> Shape:
+        first = self.layers[0]
+        if isinstance(first, nn.Embedding):
+            return Shape(first.embedding_dim, (first.num_embeddings,))
+        return Shape(first.in_features, tuple(layer.out_features for layer in self.layers))
+
+    @property
+    def new_rank(self) -> int:
+        """How many new bases each layer has beside those that can be pruned."""
+        return self.leader.new.rank if self.leader.new else 0
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the factors, those of new bases too, and without the weights `s`."""
+        return (self.rank + self.new_rank) * self.shape.basis_cost
+
+    @torch.no_grad()
+    def take(self, index: torch.Tensor) -> None:
+        """Keep only the bases `index` (1-D, long), in place; parameters keep their identity."""
+        leader = self.leader
+        index = index.to(leader.v.weight.device)
+        for layer in self.layers:
+            resize(layer.u, layer.u.weight[:, index])
+        resize(leader.v, leader.v.weight[index])
+        if leader.weighted:
+            leader.scale, leader.survived = leader.scale[index], leader.survived[index]
+            leader.weight.data = leader.weight.data[index]
+
+    def factors(self) -> tuple:
+        """The bases of a weighted group, not copied, for `put`."""
+        leader = self.leader
+        own = leader.scale, leader.survived, leader.weight.data
+        return [layer.u.weight.data for layer in self.layers], leader.v.weight.data, own
+
+    def put(self, factors: tuple) -> None:
+        """Give the group these bases in place of its own."""
+        us, v, own = factors
+        leader = self.leader
+        leader.scale, leader.survived, leader.weight.data = own
+        resize(leader.v, v)
+        for layer, u in zip(self.layers, us, strict=True):
+            resize(layer.u, u)
+
+    @torch.no_grad()
+    def append(self, v: torch.Tensor) -> None:
+        """Add bases that write nothing yet: their rows `v`: (r, in), their columns of `u` zero."""
+        own = self.leader.v
+        resize(own, torch.cat([own.weight, v]))
+        for layer in self.layers:
+            u = layer.u.weight
+            resize(layer.u, torch.cat([u, u.new_zeros(len(u), len(v))], dim=1))
+
+    def add_new(self, rank: int, generator: torch.Generator | None = None) -> None:
+        """Give every layer of a weighted group `rank` new trainable bases: `u~ = 0`, `v~` random (Basel)."""
+        leader = self.leader
+        for layer in self.layers:
+            more = {"device": layer.u.weight.device, "dtype": layer.u.weight.dtype}
+            shares = None if layer is leader else leader.new
+            layer.new = LowRankLinear(layer.in_features, layer.out_features, rank, bias=False, leader=shares, **more)
+            nn.init.zeros_(layer.new.u.weight)
+        v = leader.new.v.weight
+        v.data.copy_(torch.randn(v.shape, generator=generator) / rank**0.5)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Merge `s` and new bases into the factors and balance them: `u <- U sqrt(S)`, `v <- sqrt(S) V` of the SVD.
+
+        The function does not change. Balanced factors have `u^T u = v v^T`, which suits one learning rate and
+        survives bf16 best. Cost: two QRs and an (r, r) SVD.
+        """
+        leader = self.leader
+        dtype = leader.v.weight.dtype
+        u = torch.cat([layer.u.weight for layer in self.layers]).double()  # (sum out, r)
+        if leader.weighted:
+            u = u * leader.s.double()
+        # Columns are normalised before the QR: an unbalanced metric can spread their norms over many decades.
+        v = leader.v.weight.double()  # (r, in)
+        if leader.new is not None:
+            u = torch.cat([u, torch.cat([layer.new.u.weight for layer in self.layers]).double()], dim=1)
+            v = torch.cat([v, leader.new.v.weight.double()])
+            for layer in self.layers:
+                layer.new = None
+        norm = v.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        q_u, r_u = torch.linalg.qr(u * norm)
+        q_v, r_v = torch.linalg.qr((v / norm[:, None]).T)
+        a, s, b = torch.linalg.svd(r_u @ r_v.T, full_matrices=False)
+        root = s.sqrt()
+        resize(leader.v, (root[:, None] * (b @ q_v.T)).to(dtype))
+        blocks = (q_u @ (a * root)).split(self.shape.outputs)
+        for layer, block in zip(self.layers, blocks, strict=True):
+            resize(layer.u, block.to(dtype))
+        if leader.weighted:
+            del leader.scale, leader.weight, leader.survived, leader.power
+
+    def to_dense(self, model: nn.Module) -> None:
+        """Replace these layers of `model` by the equivalent nn.Linear, the token embedding's by an nn.Embedding."""
+        if self.leader is getattr(model.get_input_embeddings(), "bases", None):
+            table_to_dense(model)
+            return
+        dense = [(name, layer.to_linear()) for name, layer in self.items()]
+        for name, linear in dense:
+            model.set_submodule(name, linear)
