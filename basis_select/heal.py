@@ -59,6 +59,7 @@ def heal(
     train(
         model,
         task,
+        name="heal",
         steps=steps,
         batch_size=batch_size,
         lr=lr,

@@ -356,7 +356,7 @@ class Stages:
         if (partial / "model").exists():
             facts["weights_sha256"] = weight_hash(partial / "model")
         replace_text(partial / "stage.json", json.dumps(facts, indent=1))
-        shutil.rmtree(partial / "trainer", ignore_errors=True)
+        shutil.rmtree(partial / "training", ignore_errors=True)
         settle(partial)
         partial.rename(target)
         _collect_metrics(self.folder)

@@ -93,6 +93,15 @@ def agreed(decide):
     return _told(decide() if rank() == 0 else None)
 
 
+def gathered(value):
+    """What every rank gives, in their order, on every rank."""
+    if world() == 1:
+        return [value]
+    found = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def barrier():
     total(torch.zeros(1))
 

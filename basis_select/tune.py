@@ -25,7 +25,7 @@ def tune(
     """
     trainable(model)
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision}
-    train(model, task, seed=seed, folder=folder, checkpointing=checkpointing, **options)
+    train(model, task, name="tune", seed=seed, folder=folder, checkpointing=checkpointing, **options)
     return model
 
 

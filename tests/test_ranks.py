@@ -92,7 +92,7 @@ def test_after_one_rank_was_killed_the_same_command_ends_with_the_same_weights(s
     for case, steps in zip(cases, ("6", "11"), strict=True):
         status, _ = launch([*command, "--dies", steps], 1, 2)
         assert status != 0
-        assert list((tmp_path / case / "trainer").glob("checkpoint-*/complete"))
+        assert list((tmp_path / case / "training").glob("checkpoint-*/complete"))
         assert not (tmp_path / case / "model").exists()
     status, printed = launch([*command, "--dies", "0"], 1, 2)
     assert status == 0, printed

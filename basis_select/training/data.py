@@ -7,7 +7,6 @@ import random
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 LENGTH_MULTIPLE = 16  # tokens; on CPUs every new matmul shape costs the library a freshly generated kernel
 RESPONSE_MULTIPLE = 64
@@ -38,7 +37,7 @@ def require_fit(model, task):
         )
 
 
-class Batches(Dataset):
+class Batches:
     """`steps` collated batches; item i is what step i trains on, or of it the rows of one rank of several.
 
     Each is a dict of `input_ids: (B, L)` right-padded, `real: (B, L)` bool (not padding), `positions: (n,)` the
