@@ -1,7 +1,6 @@
 """Learn on task data which bases matter: only the weights s train, u and v are frozen."""
 
 import torch
-from transformers import TrainerCallback
 
 from .derivatives import derivatives
 from .layers.group import groups
@@ -69,6 +68,7 @@ def learn(
     train(
         model,
         task,
+        name="learn",
         steps=steps,
         batch_size=batch_size,
         lr=lr,
@@ -78,7 +78,7 @@ def learn(
         kl=kl,
         precision=precision,
         checkpointing=checkpointing,
-        callbacks=[prunings] if prunings else [],
+        before_step=prunings,
     )
     if prunings:
         prunings.restore()
@@ -98,7 +98,7 @@ def weights(model, rest=False):
         group.leader.weight.requires_grad_(True)
 
 
-class _Prunings(TrainerCallback):
+class _Prunings:
     """Sets bases aside while training, and brings them back afterwards.
 
     Leaders carry `kept`, which bases of the full set are alive, and of the full set `last`, the weight with which a
@@ -118,16 +118,15 @@ class _Prunings(TrainerCallback):
         self.at = {first + (steps - first) * k // rounds: rounds - k for k in range(rounds)}  # step: cuts still to come
         self.share = 1 / rounds
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        if state.global_step not in self.at:
+    def __call__(self, step, optimizer):
+        if step not in self.at:
             return
-        cut = {**self.cut, "cuts": self.at[state.global_step]}
+        cut = {**self.cut, "cuts": self.at[step]}
         if cut["mass"] is not None:
             cut["mass"] **= self.share  # of what is there now
         if SCORES[cut["score"]].derivatives:
-            cut["derivatives"] = derivatives(self.model, self.task, self.seed + state.global_step)
+            cut["derivatives"] = derivatives(self.model, self.task, self.seed + step)
         chosen = select(self.model, **cut)
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         for group, index in chosen:
             leader = group.leader
             index = torch.arange(leader.rank) if index is None else index

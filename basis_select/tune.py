@@ -1,6 +1,6 @@
 """Fine-tune the dense model on the task: the parent is a model that the task already runs well on."""
 
-from . import ranks
+from . import processes
 from .layers.embedding import LowRankEmbedding
 from .layers.low_rank import LowRankLinear
 from .layers.rounded import quantized
@@ -25,7 +25,7 @@ def tune(
     """
     trainable(model)
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision}
-    train(model, task, seed=seed, folder=folder, checkpointing=checkpointing, **options)
+    train(model, task, name="tune", seed=seed, folder=folder, checkpointing=checkpointing, **options)
     return model
 
 
@@ -33,7 +33,7 @@ def trainable(model, embeddings=False):
     """What tune and heal train: every parameter except, unless `embeddings`, the embedding and a dense output head."""
     if quantized(model):
         raise ValueError("int8 weights do not train: train the checkpoint that they were rounded from")
-    ranks.gather_no_more(model)
+    processes.gather_no_more(model)
     model.requires_grad_(True)
     if embeddings:
         return

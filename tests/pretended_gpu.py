@@ -136,7 +136,6 @@ class _Generator(torch.Generator):
 def pretended_gpu():
     """Within it torch has one GPU, `cuda:0`."""
     from accelerate import Accelerator
-    from transformers import TrainingArguments
 
     with contextlib.ExitStack() as stack:
         for where, name, value in (
@@ -150,7 +149,6 @@ def pretended_gpu():
             (torch.cuda, "synchronize", lambda device=None: None),
             (torch.cuda, "mem_get_info", lambda device=None: (2**34, 2**34)),
             (torch, "Generator", _Generator),
-            (TrainingArguments, "device", property(lambda self: (self._setup_devices, GPU)[1])),
             (Accelerator, "device", GPU),
         ):
             stack.enter_context(mock.patch.object(where, name, value))

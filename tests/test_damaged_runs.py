@@ -411,23 +411,22 @@ def killed(tmp_path_factory):
 
 def trained(folder):
     model = tiny(num_hidden_layers=1)
-    engine.train(model, make_task(), steps=7, batch_size=4, lr=1e-3, seed=0, folder=folder)
+    engine.train(model, make_task(), name="tune", steps=7, batch_size=4, lr=1e-3, seed=0, folder=folder)
     return files.probe_logits(model)
 
 
-NEWEST = "trainer/checkpoint-5"
+NEWEST = "training/checkpoint-5"
+STATE = f"{NEWEST}/{engine.STATE}"
 CHECKPOINTS = {
-    "weights are cut": lambda f: cut(f / NEWEST / "trainable.safetensors"),
-    "weights are gone": lambda f: (f / NEWEST / "trainable.safetensors").unlink(),
-    "the optimizer is cut": lambda f: cut(f / NEWEST / "optimizer.pt"),
-    "the optimizer is empty": lambda f: cut(f / NEWEST / "optimizer.pt", 0),
-    "the schedule is gone": lambda f: (f / NEWEST / "scheduler.pt").unlink(),
-    "random numbers are cut": lambda f: cut(f / NEWEST / "rng_state.pth"),
-    "the trainer's state is text": lambda f: (f / NEWEST / "trainer_state.json").write_text("text"),
-    "a bit is flipped": lambda f: flip(f / NEWEST / "trainable.safetensors"),
+    "the state is cut": lambda f: cut(f / STATE),
+    "the state is empty": lambda f: cut(f / STATE, 0),
+    "the state is gone": lambda f: (f / STATE).unlink(),
+    "the state is text": lambda f: (f / STATE).write_text("text"),
+    "a bit is flipped": lambda f: flip(f / STATE),
+    "the mark is of another file": lambda f: (f / NEWEST / engine.COMPLETE).write_text('{"optimizer.pt": "0"}'),
     "the mark is empty": lambda f: cut(f / NEWEST / engine.COMPLETE, 0),
     "the mark is gone": lambda f: (f / NEWEST / engine.COMPLETE).unlink(),
-    "a file is a folder": lambda f: into_folder(f / NEWEST / "optimizer.pt"),
+    "a file is a folder": lambda f: into_folder(f / STATE),
     "the metrics end before": lambda f: cut(f / "metrics.jsonl", 0.85),
 }
 
@@ -452,9 +451,9 @@ def test_a_damaged_training_checkpoint_does_not_block(name, killed, tmp_path, ca
 def test_training_goes_on_from_the_checkpoint_before_bit_for_bit(killed, tmp_path):
     shutil.copytree(killed[0], tmp_path / "one")
     shutil.copytree(killed[0], tmp_path / "both")
-    flip(tmp_path / "one" / NEWEST / "optimizer.pt")
-    for path in (tmp_path / "both" / "trainer").iterdir():
-        cut(path / "trainable.safetensors")
+    flip(tmp_path / "one" / STATE)
+    for path in (tmp_path / "both" / "training").iterdir():
+        cut(path / engine.STATE)
     for folder in ("one", "both"):
         assert torch.equal(trained(tmp_path / folder), killed[1])
 
@@ -464,7 +463,7 @@ def test_a_full_disk_in_the_middle_of_training_is_one_sentence(fails, tmp_path, 
     save = torch.save
 
     def full(content, path, *args, **kwargs):
-        if "checkpoint-3/optimizer" in str(path):
+        if "checkpoint-3" in str(path):
             Path(path).write_bytes(b"half")
             raise OSError(28, fails) if "space" in fails else RuntimeError(fails)
         return save(content, path, *args, **kwargs)
@@ -473,4 +472,4 @@ def test_a_full_disk_in_the_middle_of_training_is_one_sentence(fails, tmp_path, 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="training checkpoint of step 3 could not be written, the one before it is kept"):
         trained(tmp_path)
-    assert sorted(p.name for p in (tmp_path / "trainer").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(p.name for p in (tmp_path / "training").iterdir()) == ["checkpoint-1", "checkpoint-2"]

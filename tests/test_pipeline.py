@@ -146,7 +146,7 @@ def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):
 def test_inspect_verify_and_plan(recipe, tmp_path):
     out = tmp_path / "run"
     runner = CliRunner()
-    assert "GiB of memory a process" in runner.invoke(app, ["plan", str(recipe), "--ranks", "4"]).output
+    assert "GiB of memory a process" in runner.invoke(app, ["plan", str(recipe), "--processes", "4"]).output
     text = runner.invoke(app, ["plan", str(recipe)]).output
     assert re.search(r"result: 0.0\d M targeted parameters \(2.50x fewer\)", text)
     assert not out.exists()
@@ -185,7 +185,7 @@ def test_a_stage_stopped_in_its_middle_continues_bit_for_bit(stage, recipe, tmp_
     with pytest.raises(Killed):
         compress(read, tmp_path / "killed")
     partial = next((tmp_path / "killed" / "stages").glob(f".{stage}-*"))
-    assert list(partial.glob("trainer/checkpoint-3"))
+    assert list(partial.glob("training/checkpoint-3"))
     compress(read, tmp_path / "killed")
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "calm")
     a, b = ((tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("calm", "killed"))
@@ -206,7 +206,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(recipe, t
     result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
     assert result.exit_code == 1
     assert "error: the loss became nan at step 4" in result.output
-    assert (next((tmp_path / "run" / "stages").glob(".tune-*")) / "trainer" / "checkpoint-3" / "complete").exists()
+    assert (next((tmp_path / "run" / "stages").glob(".tune-*")) / "training" / "checkpoint-3" / "complete").exists()
 
 
 @pytest.mark.parametrize(

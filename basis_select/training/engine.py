@@ -1,28 +1,28 @@
-"""One training loop for tune, learn and heal: transformers' Trainer with our batches, our loss, and
-checkpoints that hold only what trains, so that a killed stage continues bit for bit.
+"""One training loop for tune, learn and heal, with checkpoints that hold only what trains, so that a killed stage
+continues bit for bit.
+
+A plain loop, not transformers' Trainer: batches, loss, rates, what is saved and when, and what processes share are all
+decided here, and a subclass would have to override Trainer's private methods for most of them.
 """
 
-import functools
 import json
 import logging
 import math
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import set_seed
 
-from .. import ranks
+from .. import processes
 from ..layers.group import groups
 from ..layers.low_rank import LowRankLinear
+from ..progress import progress
 from ..reading import read_json, read_lines, sha256
 from ..rundir import replace_text, settle
 from ..tuned_on import remember
@@ -33,7 +33,7 @@ from .precision import products
 
 log = logging.getLogger(__name__)
 LEARNED = ("kept", "last", "rounds")  # what `learn` keeps beside the weights, see there
-COMPLETE = "complete"  # in a training checkpoint: the sha256 of its files
+STATE, COMPLETE = "state.pt", "complete"  # in a training checkpoint: the state, and last of all its sha256
 SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
 MEASURE_EVERY = 10  # steps between measurements of what bfloat16 has lost
 
@@ -42,107 +42,131 @@ def train(
     model,
     task,
     *,
-    steps,
-    batch_size,
-    lr,
-    seed,
-    folder=None,
+    name: str,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    folder: str | Path | None = None,
     teacher=None,
-    kl=1.0,
-    warmup=0.05,
-    precision="fp32",
-    checkpointing=False,
-    callbacks=(),
-):
+    kl: float = 1.0,
+    warmup: float = 0.05,
+    precision: str = "fp32",
+    checkpointing: bool = False,
+    before_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
+) -> list[dict]:
     """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
 
     AdamW, gradient clipping at 1, and in step i of w + n, the first w being the share `warmup` of them, rounded up and
     at least one, the rate lr * min((i + 1) / w, (1 + cos(pi t)) / 2), t = max(0, i + 1 - w) / (n + 1): no step is at 0,
-    step w - 1 is at lr. `precision`: "fp32", or one of collage.VARIANTS, with which the
-    model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype: parameters that
-    trained with all that was carried for them, other parameters rounded, buffers as they were. `checkpointing` keeps
-    only the inputs of the decoder layers and computes the rest anew in the backward pass.
+    step w - 1 is at lr. `name` is what the progress bar calls this. `precision`: "fp32", or one of collage.VARIANTS,
+    with which the model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype:
+    parameters that trained with all that was carried for them, other parameters rounded, buffers as they were.
+    `checkpointing` keeps only the inputs of the decoder layers and computes the rest anew in the backward pass.
+    `before_step(i, optimizer)` is called before step i, from 0 on, and may change shapes of parameters in place.
     `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
-    same arguments continues. On several ranks all call this and each trains on its rows of every batch; gradients and
+    same arguments continues. Several processes all call this and each trains on its rows of every batch; gradients and
     metrics are those of the whole batch, a model or teacher may be sharded (`load(..., sharded=True)`), and checkpoints
     are whole. Raises FloatingPointError when the loss is not finite; the last checkpoint then still holds the last good
     state.
     """
     if steps == 0:
         return []
-    if folder is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return train(
-                model,
-                task,
-                steps=steps,
-                batch_size=batch_size,
-                lr=lr,
-                seed=seed,
-                folder=folder,
-                teacher=teacher,
-                kl=kl,
-                warmup=warmup,
-                precision=precision,
-                checkpointing=checkpointing,
-                callbacks=callbacks,
-            )
     require_fit(model, task)
-    ranks.join()
-    folder = Path(folder)
-    optimizer, own, buffers = None, model.dtype, _buffers(model)
+    processes.join()
+    own, buffers = model.dtype, _buffers(model)
     if precision != "fp32":
         _narrow(model, buffers)
-        optimizer = CollageAdamW([p for p in model.parameters() if p.requires_grad], lr=lr, variant=precision)
     if isinstance(teacher, nn.Module):
         teacher.eval().requires_grad_(False)
     if checkpointing:
         checkpoint_layers(model)
-    args = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=1,  # one item of Batches is one whole batch
-        train_sampling_strategy="sequential",
-        learning_rate=lr,
-        weight_decay=0.0,
-        optim="adamw_torch_fused",
-        # Trainer writes this into the config, which is saved with the model.
-        use_cache=getattr(model.config.get_text_config(), "use_cache", True),
-        # Not bf16=True for mixed precision: that stays with the model. `task_loss` sees to it.
-        seed=seed,
-        save_strategy="no",  # Clock asks for checkpoints by time
-        save_total_limit=2,
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to="none",
-        remove_unused_columns=False,
-        use_cpu=model.device.type == "cpu",
-        dataloader_pin_memory=model.device.type != "cpu",
-    )
-    args._n_gpu = min(args.n_gpu, 1)  # on the GPU where the model is, not split over all that are there
-    resume = ranks.agreed(lambda: _last_checkpoint(folder))
-    done = int(resume.name.rpartition("-")[2]) if resume else 0
-    record = Record(folder / "metrics.jsonl", keep=done)
-    trainer = _Trainer(
-        model=model,
-        args=args,
-        train_dataset=Batches(task.train, batch_size, steps, seed, task.pad_id, ranks.rank(), ranks.world()),
-        data_collator=lambda items: items[0],
-        callbacks=[*callbacks, record, Clock()],
-        optimizers=(optimizer, None),
-        teacher=teacher,
-        kl=kl,
-        record=record,
-        schedule=functools.partial(share_of_rate, steps=steps, warmup=max(1, math.ceil(warmup * steps))),
-    )
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    set_seed(seed)
+    optimizer = _optimizer(model, lr, precision)
+    batches = Batches(task.train, batch_size, steps, seed, task.pad_id, processes.index(), processes.count())
+    warm = max(1, math.ceil(warmup * steps))
+    rates = [lr * share_of_rate(i, steps, warm) for i in range(steps)]
+
+    def loss(batch):
+        return task_loss(model, batch, teacher, kl)
+
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        rows = _run(model, optimizer, batches, rates, loss, before_step, Path(place), name)
     remember(model, task.train, task.validation)
-    if optimizer:
+    if precision != "fp32":
         _widen(model, optimizer, own, buffers)
     if checkpointing:
         model.activation_checkpointing_disable()
     model.eval()
-    return record.rows
+    return rows
+
+
+def _optimizer(model, lr, precision):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if precision == "fp32":
+        return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
+    return CollageAdamW(trained, lr=lr, variant=precision)
+
+
+def _run(model, optimizer, batches, rates, loss, before_step, folder, name):
+    """All steps that the checkpoints in `folder` have not done yet; returns the metrics of these and those."""
+    checkpoint = processes.agreed(lambda: _last_checkpoint(folder))
+    done = _resume(checkpoint, model, optimizer) if checkpoint else 0
+    processes.unify(model.parameters())
+    rows = _recorded(folder / "metrics.jsonl", done)
+    model.zero_grad()
+    saved, steps = time.monotonic(), len(batches)
+
+    def due():
+        return time.monotonic() - saved > SAVE_EVERY
+
+    for i in progress(range(done, steps), name, "step", total=steps, done=done, quiet=processes.index() > 0):
+        batch = batches[i]
+        if before_step:
+            before_step(i, optimizer)
+        began = time.monotonic()
+        values = _step(model, optimizer, batch, i, rates[i], loss)
+        rows.append({"step": i + 1, **values, "seconds": round(time.monotonic() - began, 4)})
+        if processes.index() == 0:
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+        if i + 1 < steps and processes.agreed(due):
+            _save(model, optimizer, folder / "training", i + 1)
+            saved = time.monotonic()
+    return rows
+
+
+def _step(model, optimizer, batch, i, rate, loss):
+    """Step i, in place; returns the metrics of the whole batch."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if isinstance(optimizer, CollageAdamW):
+        optimizer.measure = i % MEASURE_EVERY == 0
+    model.train()
+    parts = loss(batch)
+    values = dict(zip(("loss", "ce", "kl"), processes.total(torch.stack(parts).detach()).tolist(), strict=True))
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(
+            f"the loss became {values['loss']} at step {i + 1}; "
+            f"the state before it is kept, a learning rate below {optimizer.defaults['lr']:g} may help"
+        )
+    (parts[0] * processes.count()).backward()  # gradients are averaged over processes
+    processes.average_gradients(model.parameters())
+    nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
+    optimizer.step()
+    model.zero_grad()
+    lost = optimizer.quality if getattr(optimizer, "measure", False) else {}
+    return {**values, "tokens": batch["tokens"], "lr": rate, **lost}
+
+
+def _recorded(path, steps):
+    """The lines of the first `steps` steps in the metrics; those after them are dropped from the file."""
+    rows = read_lines(path, stop=steps) if steps else []
+    processes.barrier()  # all have read the file
+    if processes.index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def share_of_rate(i, steps, warmup):
@@ -193,86 +217,54 @@ def _widen(model, optimizer, dtype, buffers):
         m._buffers[key] = buffer
 
 
-class _Trainer(Trainer):
-    def __init__(self, *args, teacher, kl, record, schedule, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.teacher, self.kl, self.record, self.schedule = teacher, kl, record, schedule
-        self.loss_is_scaled_for_ga = False
-        if ranks.started():
-            self.is_distributed_loading_by_transformers = True  # no DDP: `learn` changes shapes while it trains
-
-    def get_train_dataloader(self):
-        return DataLoader(self.train_dataset, collate_fn=self.data_collator)  # Batches has dealt the rows already
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule)
-        return self.lr_scheduler
-
-    def _sync_replicated_trainable_parameters(self, model):
-        ranks.unify(model.parameters())
-
-    def training_step(self, model, *args, **kwargs):
-        loss = super().training_step(model, *args, **kwargs)
-        ranks.average_gradients(model.parameters())
-        return loss
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        parts = task_loss(model, inputs, self.teacher, self.kl)
-        values = dict(zip(("loss", "ce", "kl"), ranks.total(torch.stack(parts).detach()).tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss became {values['loss']} at step {self.state.global_step + 1}; "
-                f"the state before it is kept, a learning rate below {self.args.learning_rate:g} may help"
-            )
-        self.record.values = {**values, "tokens": inputs["tokens"]}
-        return parts[0] * ranks.world()  # gradients are averaged over ranks
-
-    def _save_checkpoint(self, model, trial):
+def _save(model, optimizer, folder, step):
+    """Write what continues after `step`, by all processes; this checkpoint and the one before it are kept."""
+    state = optimizer.state_dict()
+    state["state"] = {i: {k: processes.whole(v) for k, v in s.items()} for i, s in state["state"].items()}
+    content = {"weights": _state(model), "optimizer": state, "random": processes.gathered(_random_state())}
+    if processes.index() == 0:
+        checkpoint = folder / f"checkpoint-{step}"
         try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            torch.save(content, checkpoint / STATE)
+            settle(checkpoint)
+            replace_text(checkpoint / COMPLETE, json.dumps({STATE: sha256(checkpoint / STATE)}))
+        except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer
                 raise
-            shutil.rmtree(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", ignore_errors=True)
-            folder, free = self.args.output_dir, shutil.disk_usage(self.args.output_dir).free
+            shutil.rmtree(checkpoint, ignore_errors=True)
             raise OSError(
-                f"the training checkpoint of step {self.state.global_step} could not be written, the one before it is "
-                f"kept: {free / 1e9:.1f} GB are free in {folder} ({str(error)[:100]})"
+                f"the training checkpoint of step {step} could not be written, the one before it is kept: "
+                f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free in {folder.parent} ({str(error)[:100]})"
             ) from error
+        for old in list(_checkpoints(folder).values())[2:]:
+            shutil.rmtree(old)
 
-    def _save(self, output_dir=None, state_dict=None):
-        state = _state(self.model)
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(state, Path(output_dir) / "trainable.safetensors")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        _restore(self.model, load_file(Path(resume_from_checkpoint) / "trainable.safetensors"))
+def _resume(checkpoint, model, optimizer):
+    """Put model, optimizer and random numbers into the state of a checkpoint; returns how many steps are done."""
+    saved = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    _restore(model, saved["weights"])
+    trained = [p for group in optimizer.param_groups for p in group["params"]]  # numbered in that order
+    for i, state in saved["optimizer"]["state"].items():
+        saved["optimizer"]["state"][i] = {k: processes.sharded_like(trained[i], v) for k, v in state.items()}
+    optimizer.load_state_dict(saved["optimizer"])
+    if len(saved["random"]) == processes.count():
+        generators = saved["random"][processes.index()]
+        torch.set_rng_state(generators["cpu"])
+        if "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"])
+    return _step_of(checkpoint)
 
-    def _save_optimizer_and_scheduler(self, output_dir):
-        state = self.optimizer.state_dict()
-        state["state"] = {i: {k: ranks.whole(v) for k, v in s.items()} for i, s in state["state"].items()}
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None:
-            return
-        saved = {
-            name: torch.load(Path(checkpoint) / f"{name}.pt", map_location="cpu", weights_only=True)
-            for name in ("optimizer", "scheduler")
-        }
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for i, state in saved["optimizer"]["state"].items():  # numbered in that order
-            saved["optimizer"]["state"][i] = {k: ranks.sharded_like(trained[i], v) for k, v in state.items()}
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.lr_scheduler.load_state_dict(saved["scheduler"])
+def _random_state():
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
 
 
 def _state(model):
     """What training changes: parameters with gradients, and which bases are still alive."""
-    trained = [(name, ranks.whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [(name, processes.whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad]
     state = {name: p.clone() for name, p in trained if p is not None}
     for name, module in model.named_modules():
         for buffer in LEARNED:
@@ -292,13 +284,21 @@ def _restore(model, state):
             group.take(leader.kept)
     parameters = dict(model.named_parameters())
     for name, value in state.items():
-        parameters[name].copy_(ranks.sharded_like(parameters[name], value))
+        parameters[name].copy_(processes.sharded_like(parameters[name], value))
+
+
+def _step_of(checkpoint):
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _checkpoints(folder):
+    """`{step: path}` of the training checkpoints in a folder, the newest first."""
+    return {_step_of(p): p for p in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True)}
 
 
 def _last_checkpoint(folder):
     """The newest training checkpoint in the folder of a stage that is whole; what is not is said, and removed."""
-    found = {int(p.name.rpartition("-")[2]): p for p in (folder / "trainer").glob("checkpoint-*")}
-    for step, path in sorted(found.items(), reverse=True):
+    for step, path in _checkpoints(folder / "training").items():
         if (path / COMPLETE).exists():
             try:
                 _check(path, folder / "metrics.jsonl", step)
@@ -311,64 +311,9 @@ def _last_checkpoint(folder):
 
 
 def _check(checkpoint, metrics, step):
-    """Raise ValueError or OSError unless the files of a training checkpoint are those written, and its metrics too."""
-    for name, digest in read_json(checkpoint / COMPLETE, {str: str}).items():
-        if sha256(checkpoint / name) != digest:
-            raise ValueError(f"{name} is not the file that was written")
+    """Raise ValueError or OSError unless the state in a training checkpoint is that written, and its metrics too."""
+    if sha256(checkpoint / STATE) != read_json(checkpoint / COMPLETE, {STATE: str})[STATE]:
+        raise ValueError(f"{STATE} is not the file that was written")
     lines = read_lines(metrics, {"step": int, "loss": float}, step)
     if [line["step"] for line in lines] != list(range(1, step + 1)):
         raise ValueError(f"{metrics} does not hold its {step} steps")
-
-
-class Clock(TrainerCallback):
-    """Asks for a checkpoint every SAVE_EVERY seconds and marks, with hashes, those that are on disk to the end."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.last = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if ranks.agreed(lambda: time.monotonic() - self.last > SAVE_EVERY) and state.global_step < state.max_steps:
-            control.should_save = True
-
-    def on_save(self, args, state, control, **kwargs):
-        ranks.barrier()  # all have written the state of their random numbers
-        if args.should_save:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            settle(checkpoint)
-            replace_text(checkpoint / COMPLETE, json.dumps({p.name: sha256(p) for p in checkpoint.iterdir()}))
-        self.last = time.monotonic()
-
-
-class Record(TrainerCallback):
-    """Writes one line per step to metrics.jsonl; lines after the step that is resumed from are dropped."""
-
-    def __init__(self, path, keep):
-        self.rows = read_lines(path, stop=keep) if keep else []
-        self.path, self.values, self.writes = path, {}, ranks.rank() == 0
-        ranks.barrier()  # all have read the file
-        if self.writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def on_step_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
-        self.began, self.rate = time.monotonic(), lr_scheduler.get_last_lr()[0]
-        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        self.measures = isinstance(self.optimizer, CollageAdamW) and state.global_step % MEASURE_EVERY == 0
-        if self.measures:
-            self.optimizer.measure = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        seconds = time.monotonic() - self.began
-        row = {
-            "step": state.global_step,
-            **self.values,
-            "lr": self.rate,
-            "seconds": round(seconds, 4),
-        }
-        if self.measures:
-            self.optimizer.measure = False
-            row |= self.optimizer.quality
-        self.rows.append(row)
-        if self.writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
