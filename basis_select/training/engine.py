@@ -21,8 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .. import ranks
-from ..layers.group import groups
-from ..layers.low_rank import LowRankLinear
+from ..layers.learning import Weights
 from ..reading import read_json, read_lines, sha256
 from ..rundir import replace_text, settle
 from ..tuned_on import remember
@@ -32,7 +31,7 @@ from .loss import task_loss
 from .precision import products
 
 log = logging.getLogger(__name__)
-LEARNED = ("kept", "last", "rounds")  # what `learn` keeps beside the weights, see there
+BESIDE = "beside/"  # before the names of what a callback keeps, in a training checkpoint
 COMPLETE = "complete"  # in a training checkpoint: the sha256 of its files
 SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
 MEASURE_EVERY = 10  # steps between measurements of what bfloat16 has lost
@@ -52,7 +51,7 @@ def train(
     warmup=0.05,
     precision="fp32",
     checkpointing=False,
-    callbacks=(),
+    callback=None,
 ):
     """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
 
@@ -61,7 +60,8 @@ def train(
     step w - 1 is at lr. `precision`: "fp32", or one of collage.VARIANTS, with which the
     model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype: parameters that
     trained with all that was carried for them, other parameters rounded, buffers as they were. `checkpointing` keeps
-    only the inputs of the decoder layers and computes the rest anew in the backward pass.
+    only the inputs of the decoder layers and computes the rest anew in the backward pass. `callback` may change shapes
+    between steps; its `state_dict` is part of the checkpoints, and given to its `load_state_dict` before the weights.
     `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
     same arguments continues. On several ranks all call this and each trains on its rows of every batch; gradients and
     metrics are those of the whole batch, a model or teacher may be sharded (`load(..., sharded=True)`), and checkpoints
@@ -85,7 +85,7 @@ def train(
                 warmup=warmup,
                 precision=precision,
                 checkpointing=checkpointing,
-                callbacks=callbacks,
+                callback=callback,
             )
     require_fit(model, task)
     ranks.join()
@@ -128,7 +128,8 @@ def train(
         args=args,
         train_dataset=Batches(task.train, batch_size, steps, seed, task.pad_id, ranks.rank(), ranks.world()),
         data_collator=lambda items: items[0],
-        callbacks=[*callbacks, record, Clock()],
+        callbacks=[*([callback] if callback else ()), record, Clock()],
+        callback=callback,
         optimizers=(optimizer, None),
         teacher=teacher,
         kl=kl,
@@ -159,7 +160,7 @@ def checkpoint_layers(model):
 
 def _buffers(model):
     """`[(module, its name, name of a buffer, buffer), ...]`, but those of bases, which training may change."""
-    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, LowRankLinear)]
+    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, Weights)]
     return [(m, name, key, buffer) for name, m in modules for key, buffer in m._buffers.items() if buffer is not None]
 
 
@@ -169,13 +170,12 @@ def _narrow(model, buffers):
     And but the buffers that stay fp32 where transformers loads such a model in bfloat16: the frequencies of rotary
     embeddings, which bfloat16 would round to other angles than those that the trained model will see.
     """
-    weighted = [m for m in model.modules() if isinstance(m, LowRankLinear) and hasattr(m, "scale")]
-    kept = [(m, m.weight.data, m.scale) for m in weighted]
+    kept = [(m, m.scale, m.learned.data, m.survived) for m in model.modules() if isinstance(m, Weights)]
     with torch.device("meta"):
         loaded = dict(type(model)._from_config(model.config, dtype=torch.bfloat16).named_buffers())
     model.to(torch.bfloat16)
-    for m, weight, scale in kept:
-        m.weight.data, m.scale = weight, scale
+    for m, *tensors in kept:
+        m.put(*tensors)
     for m, path, key, buffer in buffers:
         like = loaded.get(f"{path}.{key}" if path else key)
         if like is not None and like.dtype == torch.float32:
@@ -194,9 +194,9 @@ def _widen(model, optimizer, dtype, buffers):
 
 
 class _Trainer(Trainer):
-    def __init__(self, *args, teacher, kl, record, schedule, **kwargs):
+    def __init__(self, *args, teacher, kl, record, schedule, callback, **kwargs):
         super().__init__(*args, **kwargs)
-        self.teacher, self.kl, self.record, self.schedule = teacher, kl, record, schedule
+        self.teacher, self.kl, self.record, self.schedule, self.callback = teacher, kl, record, schedule, callback
         self.loss_is_scaled_for_ga = False
         if ranks.started():
             self.is_distributed_loading_by_transformers = True  # no DDP: `learn` changes shapes while it trains
@@ -241,13 +241,18 @@ class _Trainer(Trainer):
             ) from error
 
     def _save(self, output_dir=None, state_dict=None):
-        state = _state(self.model)
+        beside = self.callback.state_dict() if self.callback else {}
+        state = _state(self.model) | {f"{BESIDE}{name}": tensor for name, tensor in beside.items()}
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_file(state, Path(output_dir) / "trainable.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        _restore(self.model, load_file(Path(resume_from_checkpoint) / "trainable.safetensors"))
+        state = load_file(Path(resume_from_checkpoint) / "trainable.safetensors")
+        if self.callback:
+            own = [name for name in state if name.startswith(BESIDE)]
+            self.callback.load_state_dict({name.removeprefix(BESIDE): state.pop(name) for name in own})
+        _restore(self.model, state)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         state = self.optimizer.state_dict()
@@ -271,25 +276,13 @@ class _Trainer(Trainer):
 
 
 def _state(model):
-    """What training changes: parameters with gradients, and which bases are still alive."""
+    """What training changes: parameters with gradients."""
     trained = [(name, ranks.whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad]
-    state = {name: p.clone() for name, p in trained if p is not None}
-    for name, module in model.named_modules():
-        for buffer in LEARNED:
-            if isinstance(module, LowRankLinear) and hasattr(module, buffer):
-                state[f"{name}.{buffer}"] = getattr(module, buffer).clone()
-    return state
+    return {name: p.clone() for name, p in trained if p is not None}
 
 
 @torch.no_grad()
 def _restore(model, state):
-    for group in groups(model):
-        name, leader = group.name, group.leader
-        for buffer in LEARNED:
-            if hasattr(leader, buffer):
-                setattr(leader, buffer, state.pop(f"{name}.{buffer}").to(model.device))
-        if hasattr(leader, "kept") and len(leader.kept) < leader.rank:
-            group.take(leader.kept)
     parameters = dict(model.named_parameters())
     for name, value in state.items():
         parameters[name].copy_(ranks.sharded_like(parameters[name], value))
