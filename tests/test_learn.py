@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
@@ -117,3 +118,24 @@ def test_the_forward_while_learning_is_the_formula(task):
     expected = (x @ layer.v.weight.T * layer.s()) @ layer.u.weight.T + layer.u.bias
     assert torch.allclose(layer(x), expected, atol=1e-6)
     assert torch.allclose(layer.to_linear()(x), expected, atol=1e-5)
+
+
+def test_a_learning_that_was_stopped_between_cuts_continues_bit_for_bit(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("basis_select.training.engine.SAVE_EVERY", 0)
+    whole, left = decompose(tiny(), task, metric="plain"), itertools.count()
+    options = {"keep": 0.3, "multiple_of": 2, "steps": 6, "batch_size": 4, "rounds": 3, "lr": 1e-2}
+    expected = learn(copy.deepcopy(whole), task, folder=tmp_path / "a", **options).state_dict()
+
+    def stopped(*args, **kwargs):
+        if next(left) == 2:
+            raise InterruptedError
+        return select(*args, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(sys.modules[learn.__module__], "select", stopped)
+        with pytest.raises(InterruptedError):
+            learn(copy.deepcopy(whole), task, folder=tmp_path / "b", **options)
+    assert list((tmp_path / "b").rglob("checkpoint-4"))  # after two of three cuts
+    found = learn(copy.deepcopy(whole), task, folder=tmp_path / "b", **options).state_dict()
+    assert all(torch.equal(x, found[name]) for name, x in expected.items())
+    assert max(int(x.max()) for name, x in found.items() if name.endswith("survived")) == 3
