@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from .checkpoint.format import BasisSelectConfig, build
 from .decompose import targets
-from .layers.low_rank import LowRankLinear
+from .layers.learning import Weights
 from .training.collage import CollageAdamW
 from .training.engine import checkpoint_layers
 from .training.loss import activation_gradients, task_loss
@@ -68,9 +68,9 @@ def _model(config, dtype=torch.float32, **bases):
     if bases:
         build(model, BasisSelectConfig(**bases))
     for module in model.modules():
-        if isinstance(module, LowRankLinear) and hasattr(module, "scale"):
+        if isinstance(module, Weights):
             module.scale = module.scale.float()
-            module.weight = torch.nn.Parameter(module.weight.float())
+            module.learned = torch.nn.Parameter(module.learned.float())
     return model
 
 

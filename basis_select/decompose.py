@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,17 +10,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .checkpoint.format import register, require_loadable, unstorable
 from .layers.embedding import install, is_tied, lookup_scale, module_name, settle_ties
 from .layers.group import Group
+from .layers.learning import LearningLinear
 from .layers.low_rank import LowRankLinear
 from .layers.rounded import Int8Linear
 from .layers.shape import Shape
 from .linalg import metrics
 from .linalg.metrics import METRICS
-from .moments import TABLE, layer_input, moment_bytes, moment_room, passes, second_moments, token_counts, trace
+from .moments import TABLE, Moments, layer_input, moment_bytes, moment_room, passes, second_moments, token_counts, trace
+from .tasks import Task
 from .training.data import Batches, require_fit
 
 log = logging.getLogger(__name__)
@@ -28,7 +32,7 @@ WATCHED = 8  # examples in which layers that read the same tensor are looked for
 SHIFT = 1e-2  # of their mean, added to the weights of rows and columns of an embedding: eval/results/NOTES.md
 
 
-def targets(model, required=True):
+def targets(model: nn.Module, required: bool = True) -> dict[str, nn.Module]:
     """`{name: nn.Linear}` that can be decomposed, in model order.
 
     The output head counts unless it is tied to the embedding. Layers that compute something else than nn.Linear does,
@@ -72,7 +76,7 @@ def targets(model, required=True):
     return found
 
 
-def is_plain(module):
+def is_plain(module: nn.Module) -> bool:
     """Whether a module computes what nn.Linear does, and is called to do so.
 
     The output projection of nn.MultiheadAttention is not called: its weights are read. Of a subclass with a forward of
@@ -227,7 +231,7 @@ def _from_owner(model, dense, layers, source, group):
     return layers
 
 
-def reached(group, moments, uses):
+def reached(group: Group, moments: Moments | None, uses: metrics.Metric) -> bool:
     """Whether there are moments of this Group that are not zero, where the metric uses any; a warning if not."""
     for side, used in zip(moments or (), (uses.inputs, uses.outputs), strict=False):
         if not used:
@@ -243,8 +247,10 @@ def reached(group, moments, uses):
     return True
 
 
-def factored(dense, moments, uses, rank=None):
-    """A weighted LowRankLinear for every layer of a `dense` Group, leader first: all bases or only the best `rank`.
+def factored(
+    dense: Group, moments: Moments | None, uses: metrics.Metric, rank: int | None = None
+) -> list[LearningLinear]:
+    """A LearningLinear for every layer of a `dense` Group, leader first: all bases or only the best `rank`.
 
     moments: `(inputs, outputs, samples)` as from `second_moments`, read only where the metric uses them. At most one
     group's float64 work exists at a time. Raises ValueError with the names for non-finite weights or moments.
@@ -260,22 +266,24 @@ def factored(dense, moments, uses, rank=None):
     return fill(dense.layers, u[:, :rank], s[:rank], v[:rank])
 
 
-def fill(linears, u, s, v):
+def fill(linears: Sequence[nn.Linear], u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> list[LearningLinear]:
     """The layers that `u: (sum out, r)`, `s: (r,)`, `v: (r, in)` make of nn.Linear that share one `v`."""
     made = []
     for linear, block in zip(linears, u.split([m.out_features for m in linears]), strict=True):
-        layer = LowRankLinear.like(linear, len(s), weighted=True, leader=made[0] if made else None)
+        layer = LearningLinear.like(linear, len(s), leader=made[0] if made else None)
         layer.u.weight.copy_(block)
         if linear.bias is not None:
             layer.u.bias.copy_(linear.bias)
         made.append(layer.requires_grad_(False))
     made[0].v.weight.copy_(v)
-    made[0].scale.copy_(s)
+    made[0].s.scale.copy_(s)
     return made
 
 
 @torch.no_grad()
-def decompose_embedding(model, task, moments=None):
+def decompose_embedding(
+    model: PreTrainedModel, task: Task, moments: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> PreTrainedModel:
     """Write the embedding of `model`, and its head if tied, as weighted bases, in place.
 
     moments: `(columns, rows)`, in which the weights of these bases compare with those of linear layers decomposed in
@@ -292,7 +300,7 @@ def decompose_embedding(model, task, moments=None):
     table = install(model, module_name(model, embedding), len(s), is_tied(model), scale, weighted=True)
     table.u.weight.copy_(u)
     table.v.weight.copy_(v)
-    table.scale.copy_(s)
+    table.s.scale.copy_(s)
     table.requires_grad_(False)
     return model
 
@@ -314,7 +322,7 @@ class _Called(nn.Module):
         return getattr(layer, attribute)
 
 
-def dense_groups(model, layers, task, share=True):
+def dense_groups(model: nn.Module, layers: dict[str, nn.Module], task: Task | None, share: bool = True) -> list[Group]:
     """The `layers`, `{name: nn.Linear}`, that are only called, as Groups of those that read one tensor, if they `share`
     an input basis, and one by one if not.
     """
@@ -324,7 +332,7 @@ def dense_groups(model, layers, task, share=True):
 
 
 @torch.no_grad()
-def only_called(model, layers, task):
+def only_called(model: nn.Module, layers: dict[str, nn.Module], task: Task | None) -> dict[str, nn.Module]:
     """Those of `layers` whose weights the model does not read by itself, as it could no longer; a warning of others.
 
     A forward of one example of `task` shows it, or of any tokens if it is None, in both modes: some models rescale
@@ -370,7 +378,7 @@ def _watched_ids(task, i):
 
 
 @torch.no_grad()
-def same_input(model, layers, task):
+def same_input(model: nn.Module, layers: dict[str, nn.Module], task: Task | None) -> list[list[str]]:
     """Names of layers that read the very same tensors, found by watching a forward: `[[q, k, v], [o], ...]`.
 
     One of an example of `task`, or of any tokens if it is None; of some more if there are layers that it does not call,

@@ -21,15 +21,14 @@ def derivatives(model, task, seed=0, *, probes: int = PROBES, batch_size: int = 
     reconstructed from its abstract.
     """
     found = groups(model)
-    leaders = [group.leader for group in found]
-    if not leaders or not all(leader.weighted for leader in leaders):
+    if not found or not all(group.weighted for group in found):
         raise ValueError("there are no weighted bases to differentiate by: call decompose first")
     for group in found:
         if not torch.isfinite(group.s).all():
             raise ValueError(f"{group}: the weights of bases are not all finite")
     require_fit(model, task)
-    generator = torch.Generator().manual_seed(seed)
-    weights, scales = [leader.weight for leader in leaders], [leader.scale for leader in leaders]
+    generator, bases = torch.Generator().manual_seed(seed), [group.leader.s for group in found]
+    weights, scales = [s.learned for s in bases], [s.scale for s in bases]
     # t_i stands for s_i (1 + t_i): its derivatives are s dL/ds and s^2 d2L/ds2, finite whatever scale and sign of s.
     first = [torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in weights]
     second = [torch.zeros_like(f) for f in first]
@@ -39,21 +38,21 @@ def derivatives(model, task, seed=0, *, probes: int = PROBES, batch_size: int = 
                 signs = [torch.randint(2, w.shape, generator=generator).mul(2).sub(1).to(w) for w in weights]
                 for side in (1, -1):
                     shifts = [1 + side * step * z for z in signs]
-                    for leader, scale, shift in zip(leaders, scales, shifts, strict=True):
-                        leader.scale = scale * shift
+                    for s, scale, shift in zip(bases, scales, shifts, strict=True):
+                        s.scale = scale * shift
                     loss = task_loss(model, batch, mixed=False)[0]
                     if not torch.isfinite(loss):
                         raise FloatingPointError(f"the loss is {loss.item()} when the bases are perturbed by {step:g}")
                     grads = torch.autograd.grad(loss, weights)
                     for i, (grad, w, shift) in enumerate(zip(grads, weights, shifts, strict=True)):
-                        along = (grad * w.detach() / leaders[i].power / shift).double()
+                        along = (grad * w.detach() / bases[i].power / shift).double()
                         first[i] += along / (2 * probes)
                         second[i] += side * signs[i] * along / (2 * step * probes)
     finally:
-        for leader, scale in zip(leaders, scales, strict=True):
-            leader.scale = scale
+        for s, scale in zip(bases, scales, strict=True):
+            s.scale = scale
     for group, g, h in zip(found, first, second, strict=True):
         if not (torch.isfinite(g).all() and torch.isfinite(h).all()):
             raise FloatingPointError(f"{group}: a derivative by the weights of bases is not finite")
-    sizes = [torch.where(leader.s == 0, torch.inf, leader.s.detach().double()) for leader in leaders]
+    sizes = [torch.where(group.s == 0, torch.inf, group.s.detach().double()) for group in found]
     return [(g / s, h / s**2) for g, h, s in zip(first, second, sizes, strict=True)]

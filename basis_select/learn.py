@@ -55,12 +55,10 @@ def learn(
         raise ValueError(f"rounds={rounds} prunings do not fit into steps={steps} with unpruned={unpruned}")
     generator = torch.Generator().manual_seed(seed)
     for group in found:
-        leader = group.leader
-        if square and (leader.s < 0).any():
+        if square and (group.s < 0).any():
             raise ValueError(f"{group.name} has a negative weight, which no square is: learn it with square=False")
-        if square and leader.power == 1:
-            leader.weight.data, leader.power = leader.s.detach().sqrt(), 2
-            leader.scale = torch.ones_like(leader.scale)
+        if square:
+            group.leader.s.square()
         if new:
             group.add_new(new, generator)
     weights(model, rest)
@@ -78,7 +76,7 @@ def learn(
         kl=kl,
         precision=precision,
         checkpointing=checkpointing,
-        before_step=prunings,
+        beside=prunings,
     )
     if prunings:
         prunings.restore()
@@ -95,30 +93,29 @@ def weights(model, rest=False):
             if layer.new is not None:
                 layer.new.requires_grad_(True)
         group.leader.v.weight.requires_grad_(False)
-        group.leader.weight.requires_grad_(True)
+        group.leader.s.requires_grad_(True)
 
 
 class _Prunings:
     """Sets bases aside while training, and brings them back afterwards.
 
-    Leaders carry `kept`, which bases of the full set are alive, and of the full set `last`, the weight with which a
-    basis was set aside, and `rounds`, the cuts it survived: what an interrupted learn needs to continue.
+    Of each group: `kept`, which bases of the full set are alive, and of the full set `last`, the learned weight with
+    which a basis was set aside, and `survived`, the cuts that it outlived: what an interrupted learn needs to continue.
     """
 
     def __init__(self, model, task, seed, steps, rounds, unpruned, cut):
         self.model, self.task, self.seed, self.cut = model, task, seed, cut
-        self.full = []  # views of all bases; `take` copies what stays, so these are not touched
-        for group in groups(model):
-            leader = group.leader
-            self.full.append(group.factors())
-            leader.kept = torch.arange(leader.rank, device=leader.scale.device)
-            leader.last = leader.weight.detach().clone()
-            leader.rounds = torch.zeros_like(leader.kept, dtype=torch.int16)
+        self.groups = groups(model)
+        self.full = [group.factors() for group in self.groups]  # `take` copies what stays, so these are not touched
+        weights = [group.leader.s for group in self.groups]
+        self.kept = [torch.arange(len(s.scale), device=s.scale.device) for s in weights]
+        self.last = [s.learned.detach().clone() for s in weights]
+        self.survived = [torch.zeros_like(s.survived) for s in weights]
         first = int(unpruned * steps)
         self.at = {first + (steps - first) * k // rounds: rounds - k for k in range(rounds)}  # step: cuts still to come
         self.share = 1 / rounds
 
-    def __call__(self, step, optimizer):
+    def before_step(self, step, optimizer):
         if step not in self.at:
             return
         cut = {**self.cut, "cuts": self.at[step]}
@@ -126,23 +123,34 @@ class _Prunings:
             cut["mass"] **= self.share  # of what is there now
         if SCORES[cut["score"]].derivatives:
             cut["derivatives"] = derivatives(self.model, self.task, self.seed + step)
-        chosen = select(self.model, **cut)
-        for group, index in chosen:
-            leader = group.leader
-            index = torch.arange(leader.rank) if index is None else index
-            index = index.to(leader.kept.device)
-            leader.last[leader.kept] = leader.weight.detach()
-            leader.kept = leader.kept[index]
-            leader.rounds[leader.kept] += 1
+        for i, (group, index) in enumerate(select(self.model, **cut)):
+            index = torch.arange(group.rank) if index is None else index
+            learned, index = group.leader.s.learned, index.to(self.kept[i].device)
+            self.last[i][self.kept[i]] = learned.detach()
+            self.kept[i] = self.kept[i][index]
+            self.survived[i][self.kept[i]] += 1
             group.take(index)
-            moments = optimizer.state.get(leader.weight, {})
+            moments = optimizer.state.get(learned, {})
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in moments:
                     moments[name] = moments[name][index]
 
+    def state_dict(self):
+        """`{key: tensor}` of what the optimizer and the weights do not say."""
+        lists = {"kept": self.kept, "last": self.last, "survived": self.survived}
+        return {f"{name}.{i}": x.clone() for name, tensors in lists.items() for i, x in enumerate(tensors)}
+
+    def load_state_dict(self, state):
+        """Cut the bases of a model that has all of them as they were when this state was saved."""
+        for i, group in enumerate(self.groups):
+            for name, tensors in (("kept", self.kept), ("last", self.last), ("survived", self.survived)):
+                tensors[i] = state[f"{name}.{i}"].to(tensors[i].device)
+            group.take(self.kept[i])
+
     def restore(self):
-        for group, (us, v, (scale, _, _)) in zip(groups(self.model), self.full, strict=True):
-            leader = group.leader
-            leader.last[leader.kept] = leader.weight.detach()
-            group.put((us, v, (scale, leader.rounds, leader.last)))
-            del leader.kept, leader.last, leader.rounds
+        for group, full, kept, last, survived in zip(
+            self.groups, self.full, self.kept, self.last, self.survived, strict=True
+        ):
+            us, v, (scale, _, _) = full
+            last[kept] = group.leader.s.learned.detach()
+            group.put((us, v, (scale, last, survived)))

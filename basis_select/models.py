@@ -19,6 +19,7 @@ from . import processes, tuned_on
 from .checkpoint import checks, hub
 from .checkpoint.bounds import require_bounds
 from .checkpoint.cleaning import masked
+from .checkpoint.format import in_files
 from .layers.embedding import settle_ties
 from .layers.rounded import quantized
 from .reading import read_json
@@ -176,10 +177,10 @@ def _check_tokens(model, tokenizer, source):
 def _check_dtypes(model, path, dtype):
     """Raise ValueError, naming the tensor, unless the model holds what was saved, not rounded."""
     saved = {name: checks.DTYPES.get(place.dtype) for name, place in checks.stored(path).items()}
-    whole = {*dict(model.named_buffers()), *(f"{name}.q" for name in quantized(model))}  # of any dtype
-    for name, tensor in model.state_dict().items():
+    of_any = {*in_files(model, dict(model.named_buffers())), *(f"{name}.q" for name in quantized(model))}
+    for name, tensor in in_files(model, model.state_dict()).items():
         kept = saved.get(name, tensor.dtype)
-        if kept == tensor.dtype and name in whole:
+        if kept == tensor.dtype and name in of_any:
             continue
         rounded = not dtype and kept and torch.promote_types(kept, tensor.dtype) != tensor.dtype
         if kept is None or not kept.is_floating_point or rounded:

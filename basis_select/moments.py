@@ -1,6 +1,7 @@
 """Second moments of what layers read and of the loss's gradients at what they write, over the tokens of a task."""
 
 import os
+from collections.abc import Iterable, Sequence
 
 import psutil
 import torch
@@ -13,15 +14,25 @@ from .layers.embedding import lookup_scale
 from .layers.group import Group
 from .layers.shape import Shape, moment_shape
 from .linalg import metrics
+from .tasks import Task
 from .training.data import Batches, drawn
 from .training.loss import activation_gradients, response_logits
 from .training.precision import autocast
 
 EXAMPLES_TOGETHER = 8  # a batch of those that second moments are averaged over
+Moments = tuple[dict, dict, dict]  # of inputs, of outputs, and of how many tokens, by name of the leader
 TABLE = "token embedding"  # its name among second moments
 
 
-def second_moments(model, members, task, examples, uses, embedding=False, group=None):
+def second_moments(
+    model: nn.Module,
+    members: Sequence[Sequence[str]],
+    task: Task,
+    examples: int,
+    uses: metrics.Metric,
+    embedding: bool = False,
+    group: "dist.ProcessGroup | None" = None,
+) -> Moments:
     """`A = E[x x^T]` and `G = E[g g^T]`, fp32, and of how many tokens, padding not counted: three dicts by leader name.
 
     members: names of the layers that read the same tensor, leader first; A is that tensor's, G a list: one moment of
@@ -150,7 +161,7 @@ def second_moments(model, members, task, examples, uses, embedding=False, group=
     return inputs, found, {name: int(n) for name, n in read.items() if n}
 
 
-def layer_input(args, kwargs):
+def layer_input(args: tuple, kwargs: dict) -> torch.Tensor:
     """The tensor that an nn.Linear is called with."""
     return args[0] if args else kwargs["input"]
 
@@ -265,7 +276,7 @@ def _sum(store, device, group):
         store[key] = total
 
 
-def token_counts(task, vocabulary):
+def token_counts(task: Task, vocabulary: int) -> torch.Tensor:
     """How often the training split of `task` has each token: (vocabulary,), float64."""
     counts = torch.zeros(vocabulary, dtype=torch.float64)
     for example in task.train:
@@ -273,7 +284,7 @@ def token_counts(task, vocabulary):
     return counts
 
 
-def trace(moment):
+def trace(moment: torch.Tensor) -> torch.Tensor:
     """Of (n, n), of its diagonal (n,), or of its mean eigenvalue ()."""
     return (moment.diagonal() if moment.dim() == 2 else moment).sum()
 
@@ -283,7 +294,7 @@ def _complete(moment):
     return moment.copy_(moment.tril() + moment.tril(-1).T) if moment.dim() else moment
 
 
-def passes(members, sizes, room):
+def passes(members: Iterable, sizes: Iterable[int], room: int) -> list[list]:
     """`members` cut, in order, into parts whose `sizes` sum to at most `room`; a larger one is a part of its own."""
     parts, left = [], 0
     for names, size in zip(members, sizes, strict=True):
@@ -303,7 +314,7 @@ def moment_bytes(shape: Shape, uses: metrics.Metric) -> int:
     return 4 * (bool(uses.inputs) * shape.input_moment + 2 * bool(uses.outputs) * shape.output_moment)
 
 
-def moment_room(device, coming):
+def moment_room(device: torch.device, coming: int) -> int:
     """Bytes that second moments may take: half of the memory free now after the `coming` bytes are held as well.
 
     The other half is for activations and the float64 work on one layer. Processes of one machine share its memory.

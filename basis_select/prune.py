@@ -89,7 +89,7 @@ def prune(
             group.to_dense(model)
         else:
             group.take(index)
-            group.fold()
+            group.fold(model)
     return model
 
 
@@ -193,10 +193,10 @@ def _survivors(found, free, multiple_of):
     Of the nested sets that the prunings of `learn` left, the smallest that fills what is `free`, or the one that
     meets it as closely as one step of one layer allows. Without learning it is all bases.
     """
-    rounds = max(int(group.leader.survived.max()) for group in found)
+    rounds = max(int(group.leader.s.survived.max()) for group in found)
     step = multiple_of * max(group.shape.basis_cost for group in found)
     for least in range(rounds, -1, -1):
-        alive = [(group.leader.survived >= least).nonzero()[:, 0].cpu() for group in found]
+        alive = [(group.leader.s.survived >= least).nonzero()[:, 0].cpu() for group in found]
         size = sum(group.shape.deployed(len(index)) for group, index in zip(found, alive, strict=True))
         if free is None or size > free:
             return alive, free is None and rounds > 0

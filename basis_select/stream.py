@@ -21,7 +21,7 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 from . import tuned_on
 from .checkpoint.checks import DTYPES, is_compressed
 from .checkpoint.files import whole
-from .checkpoint.format import BasisSelectConfig, build, describe, guards
+from .checkpoint.format import BasisSelectConfig, build, describe, guards, in_files
 from .decompose import dense_groups, factored, reached, targets
 from .layers.group import Group
 from .linalg.budget import BYTES
@@ -180,7 +180,7 @@ def _read(files, name):
 
 def _tensors(model):
     """`{name: tensor, on the meta device or empty}` of everything that a checkpoint of this model holds."""
-    state, tied = model.state_dict() | guards(model), model.all_tied_weights_keys
+    state, tied = in_files(model, model.state_dict()) | guards(model), model.all_tied_weights_keys
     names = sorted((name for name in state if name not in tied), key=dot_natural_key)  # as a loaded model is saved
     stored = revert_weight_conversion(model, {name: state[name] for name in names})
     return {name: tensor.clone() for name, tensor in stored.items()}  # not a view: its own size is what is asked for
@@ -201,7 +201,7 @@ def _factors(model, group, files, moments, uses, rank):
     dense = Group(group.names, [_linear(model, name, layer, files) for name, layer in group.items()])
     made = zip(group.names, factored(dense, moments, uses, rank), strict=True)
     state = {f"{name}.{key}": tensor for name, layer in made for key, tensor in layer.state_dict().items()}
-    return revert_weight_conversion(model, state)
+    return revert_weight_conversion(model, in_files(model, state))
 
 
 def _linear(model, name, meta, files):

@@ -12,6 +12,7 @@ from basis_select.decompose import targets
 from basis_select.extend import INITS
 from basis_select.layers.group import groups, only
 from basis_select.layers.low_rank import LowRankLinear
+from basis_select.layers.shape import Shape
 from basis_select.linalg.scores import taylor
 from basis_select.training.data import Batches
 from basis_select.training.loss import response_nll, task_loss
@@ -30,7 +31,7 @@ def test_full_rank_is_the_dense_model(kind, tied, task, ids):
     assert sum(len(g.layers) for g in groups(model)) == count
     assert isinstance(model.get_output_embeddings(), LowRankLinear) != tied
     for group in groups(model):
-        group.fold()
+        group.fold(model)
     assert torch.allclose(logits(model, ids), before, atol=2e-6)
 
 
@@ -135,15 +136,15 @@ def test_taylor_scores_rank_bases_like_the_true_loss_change(task):
     predicted, actual = [], []
     for group, (g, h) in list(zip(groups(model), found, strict=True))[:3]:
         leader = group.leader
-        estimate = taylor(leader.s.detach().double(), g, h, None)
+        estimate = taylor(leader.s().detach().double(), g, h, None)
         for i in range(0, leader.rank, 4):
             with torch.no_grad():
-                kept = leader.weight[i].item()
+                kept = leader.s.learned[i].item()
                 losses = []
                 for weight in (0.0, kept * 1.01, kept * 0.99):
-                    leader.weight[i] = weight
+                    leader.s.learned[i] = weight
                     losses.append(task_loss(model, batch, mixed=False)[0].double().item())
-                leader.weight[i] = kept
+                leader.s.learned[i] = kept
             predicted.append(estimate[i].item())
             actual.append(losses[0] - loss)
     assert stats.spearmanr(predicted, actual).statistic > 0.9
@@ -155,12 +156,12 @@ def test_hutchinson_approaches_the_exact_diagonal(task):
     model.set_attn_implementation("eager")  # the fused one has no second derivative
     batch = next(iter(Batches(one.train, 8, 1, 0)))
     leader = groups(model)[0].leader
-    leader.weight.requires_grad_(True)
-    gradient = torch.autograd.grad(task_loss(model, batch)[0], leader.weight, create_graph=True)[0]
-    rows = [torch.autograd.grad(gradient[i], leader.weight, retain_graph=True)[0][i] for i in range(leader.rank)]
+    leader.s.learned.requires_grad_(True)
+    gradient = torch.autograd.grad(task_loss(model, batch)[0], leader.s.learned, create_graph=True)[0]
+    rows = [torch.autograd.grad(gradient[i], leader.s.learned, retain_graph=True)[0][i] for i in range(leader.rank)]
     exact = torch.stack(rows)
     g, h = derivatives(model, one, probes=300, batch_size=8, step=1e-4)[0]
-    s = leader.s.detach()
+    s = leader.s().detach()
     assert torch.allclose(g * s, gradient.detach(), atol=1e-6)
     noise = (h * s**2 - exact).square().mean() / exact.square().mean()
     few = derivatives(model, one, probes=10, batch_size=8, step=1e-4)[0][1]
@@ -239,11 +240,38 @@ def test_take_keeps_the_chosen_bases(task):
     model = decompose(tiny(), task, examples=16)
     group = groups(model)[0]
     layer = group.layers[1]
-    layer.leader.weight.data.uniform_(0.5, 1.5)
-    u, s, v = layer.u.weight.clone(), layer.s.clone(), layer.leader.v.weight.clone()
+    layer.leader.s.learned.data.uniform_(0.5, 1.5)
+    u, s, v = layer.u.weight.clone(), group.s.clone(), layer.leader.v.weight.clone()
     index = torch.tensor([1, 4, 5])
     group.take(index)
     assert torch.allclose(layer.dense_weight(), u[:, index] @ s[index].diag() @ v[index], atol=1e-6)
+
+
+def test_what_prune_leaves_computes_its_formula(task):
+    model = prune(decompose(tiny("qwen2"), task, examples=16), keep=0.5, multiple_of=1)
+    x = torch.randn(2, 3, 64)
+    for group in (g for g in groups(model) if g.shape.inputs == 64):
+        for layer in group.layers:
+            assert type(layer) is LowRankLinear
+            assert torch.equal(layer(x), layer.u(group.leader.v(x)))
+            assert dict(layer.named_children()).keys() == ({"v", "u"} if layer is group.leader else {"u"})
+
+
+@pytest.mark.parametrize("longest", [16384, 50, 30])
+def test_a_shape_says_what_its_layers_cost(longest, monkeypatch):
+    monkeypatch.setattr("basis_select.layers.shape.MAX_MOMENT", longest)
+    shape = Shape(40, (48, 20))
+    u, v = torch.empty(68, shape.full_rank), torch.empty(shape.full_rank, 40)
+    assert shape.full_rank == 40
+    assert shape.full_cost == u.numel() + v.numel() == 40 * shape.basis_cost
+    assert shape.dense_cost == (u @ v).numel()
+    assert shape.largest_rank * shape.basis_cost < shape.dense_cost <= (shape.largest_rank + 1) * shape.basis_cost
+    assert shape.deployed(25) == 25 * 108
+    assert shape.deployed(26) == shape.dense_cost
+    assert str(shape) == "40 -> 48+20"
+    sides = {16384: (68,), 50: (48, 20), 30: (48, 20)}[longest]
+    assert shape.output_sides == sides
+    assert shape.output_moment == sum(n * n if n <= longest else 1 for n in sides)
 
 
 def test_set_aside_bases_come_back_bit_by_bit(task, ids):

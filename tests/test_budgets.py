@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from basis_select.layers.group import groups
-from basis_select.layers.low_rank import LowRankLinear
+from basis_select.layers.learning import LearningLinear
 from basis_select.layers.shape import Shape
 from basis_select.linalg.budget import linear_prices
 from basis_select.prune import select
@@ -26,10 +26,10 @@ def weighted(shapes):
     model = torch.nn.ModuleList()
     for inputs, outputs, decay, seed in shapes:
         rank = min(inputs, outputs)
-        layer = LowRankLinear(inputs, outputs, rank, bias=False, weighted=True)
+        layer = LearningLinear(inputs, outputs, rank, bias=False)
         noise = torch.rand(rank, generator=torch.Generator().manual_seed(seed)) + 0.1
         order = torch.randperm(rank, generator=torch.Generator().manual_seed(seed))
-        layer.scale = (noise * torch.arange(1.0, rank + 1) ** -decay)[order]
+        layer.s.scale = (noise * torch.arange(1.0, rank + 1) ** -decay)[order]
         model.append(layer)
     return model.requires_grad_(False)
 
@@ -54,7 +54,7 @@ def prices_and_values(model, shapes, multiple):
     """Of every layer `[(price, energy kept), ...]` of what it may become, and the position of a rank among them."""
     found = []
     for layer, (i, o, *_) in zip(model, shapes, strict=True):
-        energy = layer.s.double().square().sort(descending=True).values.cumsum(0)
+        energy = layer.s().double().square().sort(descending=True).values.cumsum(0)
         prices = linear_prices(Shape(i, (o,)), layer.rank, multiple)
         found.append([(p, float(energy[-1 if r is None else r - 1])) for r, p in prices])
     return found
@@ -77,7 +77,7 @@ def test_uniform_keeps_the_same_fraction_of_every_layer_to_within_one_step(shape
         taken += [now] if place else []  # every layer has at least its first step
         coming += [(steps[place + 1], (steps[place + 1] - now) * d)] if place + 1 < len(steps) else []
         if index is not None:  # the best of each layer
-            assert layer.s[index].min() >= layer.s.sort(descending=True).values[len(index) - 1]
+            assert layer.s()[index].min() >= layer.s().sort(descending=True).values[len(index) - 1]
     budget = int(keep * sum(dense))
     assert spent <= budget * (1 + 1e-12)
     if coming:
@@ -106,7 +106,7 @@ def test_global_keeps_what_no_other_choice_of_this_size_betters_by_more_than_a_s
     spent = value = 0
     for index, layer, c, d, options in zip(kept, model, costs, dense, choices, strict=True):
         price = d if index is None else len(index) * c
-        energy = float(layer.s.double()[slice(None) if index is None else index].square().sum())
+        energy = float(layer.s().double()[slice(None) if index is None else index].square().sum())
         spent, value = spent + price, value + energy
         assert dict(options)[price] == pytest.approx(energy)  # the best of each layer
     assert spent <= budget
@@ -130,8 +130,8 @@ def test_mass_keeps_the_smallest_set_that_holds_the_share(shapes, share):
     deployed = select(model, mass=share, budget="mass", score="magnitude")
     trained = select(model, mass=share, budget="mass", score="magnitude", cuts=3)
     for (_, index), (_, alive), layer, c, d in zip(deployed, trained, model, costs, dense, strict=True):
-        s = layer.s.double().sort(descending=True).values
-        kept = layer.s.double()[alive].sort(descending=True).values
+        s = layer.s().double().sort(descending=True).values
+        kept = layer.s().double()[alive].sort(descending=True).values
         assert torch.equal(kept, s[: len(kept)])
         assert kept.sum() >= share * s.sum() * (1 - 1e-9)
         assert kept[:-1].sum() < share * s.sum()
@@ -148,7 +148,7 @@ def test_mass_within_a_size_is_one_share_for_all_layers(shapes, keep, multiple):
         return
     spent, at_least, at_most = 0, [0.0], [1.0]
     for index, layer, c, d in zip(kept, model, costs, dense, strict=True):
-        mass = layer.s.double().sort(descending=True).values.cumsum(0) / layer.s.double().sum()
+        mass = layer.s().double().sort(descending=True).values.cumsum(0) / layer.s().double().sum()
         spent += d if index is None else len(index) * c
         if index is None:  # some rank at or past break-even
             at_least.append(float(mass[max(-(-d // c) - multiple - 1, 0)]) if -(-d // c) > multiple else 0.0)

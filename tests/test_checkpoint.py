@@ -43,8 +43,11 @@ def test_reloaded_logits_are_bit_equal(kind, tied, dtype, task, ids, tmp_path):
 def test_weighted_checkpoints_reload_bit_equal_and_can_be_pruned_later(task, ids, tokenizer, tmp_path):
     model = bs.decompose(tiny("qwen2"), task, examples=16)
     for group in groups(model):
-        group.leader.weight.data.uniform_(0.5, 1.5)
+        group.leader.s.learned.data.uniform_(0.5, 1.5)
     bs.save(model, tokenizer, tmp_path / "a")
+    names, first = load_file(tmp_path / "a" / "model.safetensors").keys(), groups(model)[0].name
+    assert {f"{first}.{part}" for part in ("scale", "weight", "survived")} < names  # as the format has always had them
+    assert not any(".s." in name for name in names)
     again, _ = bs.load(tmp_path / "a")
     assert torch.equal(logits(again, ids), logits(model, ids))
     for m in (model, again):

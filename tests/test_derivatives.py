@@ -23,7 +23,7 @@ def flipped(one, index):
     """A decomposed model in float64 in which some s of its first group are negative, its function unchanged."""
     model = decompose(tiny().double(), one, metric="plain", examples=8)
     layer = groups(model)[0].leader
-    layer.weight.data[index] *= -1
+    layer.s.learned.data[index] *= -1
     for member in groups(model)[0].layers:
         member.u.weight.data[:, index] *= -1
     return model, layer
@@ -37,11 +37,11 @@ def test_negative_weights_have_the_derivatives_of_their_sign(one):
     sign = torch.ones_like(g).index_fill(0, index, -1)
     assert torch.allclose(g, g0 * sign, atol=1e-9)
     assert torch.allclose(h, h0, atol=1e-6 * float(h0.abs().max()))
-    s = layer.s.detach()
+    s = layer.s().detach()
     assert (s[index] < 0).all()
     exact = derivatives(model, one, probes=1, batch_size=8, step=1e-5)[0][0]  # a small step: the slope itself
-    layer.weight.requires_grad_(True)
-    slope = torch.autograd.grad(task_loss(model, batch)[0], layer.weight)[0] / layer.scale
+    layer.s.learned.requires_grad_(True)
+    slope = torch.autograd.grad(task_loss(model, batch)[0], layer.s.learned)[0] / layer.s.scale
     assert torch.allclose(exact, slope, rtol=1e-4, atol=1e-7)
     score = SCORES["taylor"].of
     assert torch.allclose(score(s, g, h, None), score(s.abs(), g0, h0, None), atol=1e-8)
@@ -49,7 +49,7 @@ def test_negative_weights_have_the_derivatives_of_their_sign(one):
 
 def test_a_weight_of_zero_has_none(one):
     model, layer = flipped(one, torch.tensor([1]))
-    layer.weight.data[2] = 0
+    layer.s.learned.data[2] = 0
     g, h = derivatives(model, one, probes=2, batch_size=8)[0]
     assert torch.isfinite(g).all()
     assert torch.isfinite(h).all()
@@ -60,7 +60,7 @@ def test_a_weight_of_zero_has_none(one):
 def test_weights_that_are_not_finite_are_refused_by_name(value, one):
     model = decompose(tiny(), one, examples=8)
     group = groups(model)[1]
-    group.leader.weight.data[2] = value
+    group.leader.s.learned.data[2] = value
     with pytest.raises(ValueError, match=f"{group.name}.*not all finite"):
         derivatives(model, one, probes=1)
     assert not any(p.requires_grad and p.grad is not None for p in model.parameters())

@@ -27,7 +27,7 @@ TASK, IDS = make_task(), torch.randint(3, 128, (2, 17), generator=torch.Generato
 def weighted():
     model = bs.decompose(tiny(), TASK, examples=8)
     for group in groups(model):
-        group.leader.weight.data.uniform_(0.5, 1.5)
+        group.leader.s.learned.data.uniform_(0.5, 1.5)
     return model
 
 
@@ -142,7 +142,7 @@ def without_leader(model):
 
 def half_folded(model):
 
-    groups(model)[0].fold()
+    groups(model)[0].fold(model)
     return model
 
 

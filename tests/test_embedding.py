@@ -111,12 +111,12 @@ def test_scores_of_the_embedding_order_its_bases(task):
     table, batches = table_of(model).leader, list(Batches(task.train, 20, 2, seed=0))
     estimates, found = [], []
     for i in range(0, 64, 4):
-        weight = table.weight.data.clone()
-        table.weight.data[i] = 0
+        learned = table.s.learned.data.clone()
+        table.s.learned.data[i] = 0
         with torch.no_grad():
             found.append(sum(float(task_loss(model, b, parent, mixed=False)[2]) * b["responses"] for b in batches))
-        table.weight.data = weight
-        estimates.append(float(table.s[i]) ** 2)
+        table.s.learned.data = learned
+        estimates.append(float(table.s()[i]) ** 2)
     assert stats.spearmanr(estimates, found).statistic > 0.9
 
 

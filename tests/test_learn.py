@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
@@ -15,20 +16,20 @@ from basis_select.prune import select
 def test_learning_trains_the_weights_only_and_prunes_on_the_way(task):
     parent = tiny()
     model = decompose(copy.deepcopy(parent), task, examples=16)
-    q = groups(model)[0].leader
+    name, q = groups(model)[0].name, groups(model)[0].leader
     factors = q.u.weight.clone(), q.v.weight.clone()
     ranks = []
     handle = q.register_forward_hook(lambda m, a, y: ranks.append(m.rank))
     learn(model, task, parent, keep=0.25, multiple_of=2, steps=8, batch_size=4, rounds=4)
     handle.remove()
-    assert (q.weight != 1).any()
+    assert (q.s.learned != 1).any()
     assert torch.equal(q.u.weight, factors[0])
     assert torch.equal(q.v.weight, factors[1])
     assert ranks == sorted(ranks, reverse=True)
     assert len(set(ranks)) > 1
-    assert ranks[-1] == (q.survived == 4).sum()
+    assert ranks[-1] == (q.s.survived == 4).sum()
     prune(model, keep=0.25, multiple_of=2)  # exactly what learning left
-    assert {g.rank for g in groups(model) if g.leader is q} == {ranks[-1]}
+    assert {g.rank for g in groups(model) if g.name == name} == {ranks[-1]}
 
 
 def test_every_cut_of_learning_leaves_the_same_fraction_of_what_was_there(task):
@@ -57,7 +58,7 @@ def test_learning_to_a_share_of_the_mass_leaves_what_basels_rule_leaves(task, ma
             s = s[: int((s.cumsum(0) < mass ** (1 / 4) * s.sum()).sum()) + 1]
         expected[group.name] = len(s)
     learn(model, task, mass=mass, budget="mass", score="magnitude", steps=4, batch_size=4, rounds=4, lr=1e-7)
-    assert {g.name: int((g.leader.survived == 4).sum()) for g in groups(model)} == expected
+    assert {g.name: int((g.leader.s.survived == 4).sum()) for g in groups(model)} == expected
     shapes = {g.name: g.shape for g in groups(model)}
     prune(model, mass=mass, budget="mass", score="magnitude")
     deployed = {name: r for name, r in expected.items() if r * shapes[name].basis_cost < shapes[name].dense_cost}
@@ -66,7 +67,7 @@ def test_learning_to_a_share_of_the_mass_leaves_what_basels_rule_leaves(task, ma
 
 def test_a_negative_weight_is_no_square(task):
     model = decompose(tiny(), task, metric="plain")
-    groups(model)[0].leader.weight.data[3] = -1.0
+    groups(model)[0].leader.s.learned.data[3] = -1.0
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj has a negative weight"):
         learn(model, task, steps=2, square=True)
 
@@ -96,24 +97,45 @@ def test_basel_learns_squares_beside_new_bases_that_are_never_pruned(task, ids):
     steps = {"steps": 4, "batch_size": 4, "rounds": 2, "lr": 1e-2}
     learn(model, task, keep=0.5, budget="mass", multiple_of=1, square=True, new=3, rest=True, **steps)
     layer = groups(model)[0].leader
-    assert layer.power == 2
+    assert layer.s.power == 2
     assert layer.new.u.weight.abs().max() > 0
     assert not torch.equal(model.get_input_embeddings().weight, embedding)
     assert not torch.allclose(logits(model, ids), before, atol=1e-3)
-    learned, kept = copy.deepcopy(model), int((layer.survived == 2).sum())
+    learned, kept = copy.deepcopy(model), int((layer.s.survived == 2).sum())
     prune(model, keep=0.5, budget="mass", multiple_of=1)
     assert sizes(model)["targeted"] <= 0.5 * sizes(model)["targeted_dense"]
     assert groups(model)[0].rank == kept + 3
     for group in groups(learned):
-        group.take((group.leader.survived == 2).nonzero()[:, 0])
+        group.take((group.leader.s.survived == 2).nonzero()[:, 0])
     assert torch.allclose(logits(model, ids), logits(learned, ids), atol=1e-5)
 
 
 def test_the_forward_while_learning_is_the_formula(task):
     model = decompose(tiny("qwen2"), task, examples=16)
     layer = groups(model)[0].leader
-    layer.weight.data.uniform_(0.5, 1.5)
+    layer.s.learned.data.uniform_(0.5, 1.5)
     x = torch.randn(3, 64)
-    expected = (x @ layer.v.weight.T * layer.s) @ layer.u.weight.T + layer.u.bias
+    expected = (x @ layer.v.weight.T * layer.s()) @ layer.u.weight.T + layer.u.bias
     assert torch.allclose(layer(x), expected, atol=1e-6)
     assert torch.allclose(layer.to_linear()(x), expected, atol=1e-5)
+
+
+def test_a_learning_that_was_stopped_between_cuts_continues_bit_for_bit(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("basis_select.training.engine.SAVE_EVERY", 0)
+    whole, left = decompose(tiny(), task, metric="plain"), itertools.count()
+    options = {"keep": 0.3, "multiple_of": 2, "steps": 6, "batch_size": 4, "rounds": 3, "lr": 1e-2}
+    expected = learn(copy.deepcopy(whole), task, folder=tmp_path / "a", **options).state_dict()
+
+    def stopped(*args, **kwargs):
+        if next(left) == 2:
+            raise InterruptedError
+        return select(*args, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(sys.modules[learn.__module__], "select", stopped)
+        with pytest.raises(InterruptedError):
+            learn(copy.deepcopy(whole), task, folder=tmp_path / "b", **options)
+    assert list((tmp_path / "b").rglob("checkpoint-4"))  # after two of three cuts
+    found = learn(copy.deepcopy(whole), task, folder=tmp_path / "b", **options).state_dict()
+    assert all(torch.equal(x, found[name]) for name, x in expected.items())
+    assert max(int(x.max()) for name, x in found.items() if name.endswith("survived")) == 3

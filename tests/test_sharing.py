@@ -13,7 +13,8 @@ from conftest import logits, tiny
 from basis_select import decompose
 from basis_select.decompose import same_input, targets
 from basis_select.layers.group import groups
-from basis_select.layers.low_rank import HALF_READ, LowRankLinear, _thread
+from basis_select.layers.learning import LearningLinear
+from basis_select.layers.sharing import HALF_READ, _latents
 
 
 def test_layers_that_read_one_tensor_are_found_without_their_names(task):
@@ -31,7 +32,7 @@ def test_sharing_stores_and_computes_v_once(task, ids):
     q.v.register_forward_hook(lambda *a: calls.append(1))
     logits(model, ids)
     assert len(calls) == 1
-    assert not {*model.modules()} & _thread.latents.keys()  # nothing is kept alive
+    assert not {*model.modules()} & _latents.held.keys()  # nothing is kept alive
 
 
 def _scale_input(q, x):
@@ -47,7 +48,7 @@ def _other_weights(q, x):
 
 
 def _other_scales(q, x):
-    q.scale = q.scale * 2
+    q.s.scale = q.s.scale * 2
 
 
 CHANGES = [_scale_input, _step_of_an_optimizer, _other_weights, _other_scales]
@@ -59,8 +60,8 @@ MODES = [contextlib.nullcontext, torch.no_grad, torch.inference_mode]
 def pair():
     """Two layers that share `v` and `s`, their weights frozen."""
     torch.manual_seed(0)
-    q = LowRankLinear(16, 16, 4, False, weighted=True)
-    k = LowRankLinear(16, 16, 4, False, weighted=True, leader=q)
+    q = LearningLinear(16, 16, 4, False)
+    k = LearningLinear(16, 16, 4, False, leader=q)
     return q.requires_grad_(False), k.requires_grad_(False)
 
 
@@ -75,16 +76,16 @@ def test_a_shared_latent_is_of_the_input_and_weights_that_there_are_now(read_in,
     with changed_in() if read_in is not torch.inference_mode else read_in():
         change(q, own)
     with read_in():
-        assert torch.equal(k(own), k.u(q._project(own)))
+        assert torch.equal(k(own), k.u(q.project(own)))
 
 
 def test_a_shared_latent_is_never_one_of_another_call():
     (q, k), (x, y) = pair(), torch.randn(2, 3, 16)
     q(x)
-    assert torch.equal(k(y), k.u(q._project(y)))
+    assert torch.equal(k(y), k.u(q.project(y)))
     q(x)
     x.data.mul_(2)  # which torch does not count
-    assert torch.equal(q(x), q.u(q._project(x)))  # what it has read already it computes anew
+    assert torch.equal(q(x), q.u(q.project(x)))  # what it has read already it computes anew
 
 
 def test_a_shared_latent_has_the_graph_and_the_precision_of_its_reader():
@@ -101,7 +102,7 @@ def test_a_shared_latent_has_the_graph_and_the_precision_of_its_reader():
         with torch.autocast("cpu", torch.bfloat16, enabled=first):
             q(x)
         with torch.autocast("cpu", torch.bfloat16, enabled=second):
-            assert torch.equal(k(x), k.u(q._project(x)))
+            assert torch.equal(k(x), k.u(q.project(x)))
 
 
 @pytest.mark.parametrize("same_tensor", [False, True])
@@ -110,7 +111,7 @@ def test_threads_share_a_model_and_no_latents(same_tensor):
     (q, k), inputs = pair(), list(torch.randn(8, 3, 16))
     inputs = inputs[:1] * 8 if same_tensor else inputs
     with torch.no_grad():
-        expected = [(layer.u(q._project(x)),) for x in inputs for layer in (q, k)]
+        expected = [(layer.u(q.project(x)),) for x in inputs for layer in (q, k)]
     wrong, start = [], threading.Barrier(8)
 
     def work(i):
@@ -135,8 +136,8 @@ def test_a_thread_keeps_few_latents_that_were_not_read_by_all():
     x = torch.randn(3, 16)
     for _ in range(HALF_READ + 2):
         pair()[0](x)
-    assert len(_thread.latents) == HALF_READ
-    _thread.latents.clear()
+    assert len(_latents.held) == HALF_READ
+    _latents.held.clear()
 
 
 def test_layers_compiled_one_by_one_share_nothing():
@@ -146,13 +147,13 @@ def test_layers_compiled_one_by_one_share_nothing():
         for _ in range(2):
             first(x)
             x.mul_(2)
-            assert torch.equal(second(x), k.u(q._project(x)))
+            assert torch.equal(second(x), k.u(q.project(x)))
 
 
 def test_a_half_used_latent_survives_deepcopy_and_gradient_checkpointing(task, ids):
     model = decompose(tiny(), task, examples=16)
     leader = groups(model)[0].leader
-    leader.weight.requires_grad_(True)
+    leader.s.learned.requires_grad_(True)
     leader(torch.randn(2, 64))
     other = copy.deepcopy(model)
     assert groups(other)[0].layers[1].leader is groups(other)[0].layers[0]
@@ -162,5 +163,5 @@ def test_a_half_used_latent_survives_deepcopy_and_gradient_checkpointing(task, i
     grads = []
     for m in (model, other):
         m(ids, labels=ids).loss.backward()
-        grads.append(groups(m)[0].leader.weight.grad)
+        grads.append(groups(m)[0].leader.s.learned.grad)
     assert torch.allclose(*grads, atol=1e-7)

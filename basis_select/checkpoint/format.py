@@ -36,6 +36,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.embedding import LowRankEmbedding, install, module_name, settle_ties
 from ..layers.group import groups, table_of
+from ..layers.learning import LearningLinear
 from ..layers.low_rank import LowRankLinear
 from ..layers.rounded import Int8Linear, quantized
 from .schema import VERSION, require_description
@@ -47,6 +48,7 @@ REMEDIES = {  # by what the names of tensors hold
     ".modules_to_save.": "merge the adapters first (merge_and_unload)",
     "_orig_mod.": "compile the whole model, or its layers in place (layer.compile())",
 }
+WEIGHTS = {"s.scale": "scale", "s.learned": "weight", "s.survived": "survived"}  # of bases: in a model, in a file
 HINT = "import_basis_select_before_loading"  # an empty tensor too: transformers' report of what does not fit shows it
 
 
@@ -121,14 +123,14 @@ def description(model):
     found, embedding, int8 = groups(model), _describe_embedding(model), quantized(model)
     if not found and not embedding and not int8:
         return None
-    first = found[0].leader if found else None
+    first = found[0] if found else None
     for group in found:
         _require_alike(group, first)
     return BasisSelectConfig(
         ranks={name: layer.rank for group in found for name, layer in group.items()},
         groups=[list(group.names) for group in found if len(group.names) > 1],
-        weighted=first.power if first and first.weighted else 0,
-        new=first.new.rank if first and first.new else 0,
+        weighted=first.leader.s.power if first and first.weighted else 0,
+        new=first.new_rank if first else 0,
         embedding=embedding,
         int8=int8,
     )
@@ -137,12 +139,18 @@ def description(model):
 def _require_alike(group, first):
     """All bases are weighted or none, and all have as many new ones: the format says it once for the whole model."""
     for name, layer in group.items():
-        kinds = [(m.weighted and m.leader.power, m.new.rank if m.new else 0) for m in (first, layer)]
-        if kinds[0] != kinds[1]:
+        if _kind(layer) != _kind(first.leader):
             raise ValueError(
                 f"{name} differs from the other layers of bases in whether they are weighted or have new bases: "
                 "give all of them to learn and prune, none alone"
             )
+
+
+def _kind(layer):
+    """The power of a layer's weights, 0 if it has none, and how many new bases are beside them."""
+    if not isinstance(layer, LearningLinear):
+        return 0, 0
+    return layer.leader.s.power, layer.new.rank if layer.new else 0
 
 
 def _describe_embedding(model):
@@ -191,9 +199,20 @@ def plain_config(config):
     return config
 
 
+def in_files(model, state):
+    """`state`, tensors by their names in `model`, by the names that they have in checkpoints."""
+    names = {f"{layer}.{here}": f"{layer}.{there}" for layer in _weighted(model) for here, there in WEIGHTS.items()}
+    return {names.get(name, name): tensor for name, tensor in state.items()}
+
+
+def _weighted(model):
+    """Names of the layers that own weights of bases."""
+    return [n for n, m in model.named_modules() if isinstance(m, LearningLinear) and m.leader is m]
+
+
 def guards(model):
     """`{name: empty tensor}` of what a checkpoint of `model` holds beside its state: nothing if no layer is bases."""
-    found, state = description(model), model.state_dict()
+    found, state = description(model), in_files(model, model.state_dict())
     # The `weight` of weighted bases can have the name: its shape is not the dense one either.
     names = _guard_names(model, found) if found else []
     return {name: torch.empty(0, dtype=model.dtype) for name in names if name not in state}
@@ -218,15 +237,15 @@ def build(model, config):
     Raises ValueError, naming the layer, if the model cannot have such layers.
     """
     leaders = _leaders(config)
-    built = {}
+    built, kind = {}, LearningLinear if config.weighted else LowRankLinear
     for name, rank in sorted(config.ranks.items(), key=lambda item: item[0] in leaders):
         linear = _listed(model, name, nn.Linear)
         leader = built.get(leaders.get(name))
-        built[name] = LowRankLinear.like(linear, rank, weighted=bool(config.weighted), leader=leader)
+        built[name] = kind.like(linear, rank, leader=leader)
         model.set_submodule(name, built[name])
     for group in groups(model):
         if config.weighted:
-            group.leader.power = config.weighted
+            group.leader.s.power = config.weighted
         if config.new:
             group.add_new(config.new)
     if config.embedding:
@@ -290,8 +309,16 @@ class BasisSelectQuantizer(HfQuantizer):
 
         model.initialize_weights = initialize_weights  # of this load alone
 
+    def update_weight_conversions(self, weight_conversions, model):
+        layers = "|".join(map(re.escape, _weighted(model)))
+        names = WEIGHTS.items() if layers else ()
+        self.renamings = [WeightRenaming(rf"^({layers})\.{there}$", rf"\1.{here}") for here, there in names]
+        return [*super().update_weight_conversions(weight_conversions, model), *self.renamings]
+
     def _process_model_after_weight_loading(self, model, **kwargs):
         del model.initialize_weights
+        # They are no part of what transformers would revert: `in_files` does it for models that were never loaded too.
+        model._weight_conversions = [c for c in model._weight_conversions if c not in self.renamings]
         # Tensors read from a file start where the file has them; matmul kernels round differently off the 64-byte
         # boundaries that allocations have, and a reloaded model must give the bits of the one that was saved.
         moved = {}
@@ -313,7 +340,7 @@ class BasisSelectQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):  # transformers then writes the adapter alone
             return model.state_dict(), {}
         describe(model)
-        return {**model.state_dict(), **guards(model)}, {}
+        return {**in_files(model, model.state_dict()), **guards(model)}, {}
 
     def _dequantize(self, model, dtype=None):
         for name in quantized(model):

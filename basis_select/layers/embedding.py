@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from .learning import LearningLinear
 from .low_rank import LowRankLinear
 from .rounded import Int8Linear
 
@@ -19,7 +20,7 @@ class LowRankEmbedding(nn.Module):
     `scale` multiplies what is looked up, for models whose embedding module does so (Gemma); 1 for all others.
     """
 
-    def __init__(self, table, tied, scale=1.0):
+    def __init__(self, table: LowRankLinear, tied: bool, scale: float = 1.0):
         super().__init__()
         if tied:
             self._table = (table,)  # a tuple, so that nn.Module does not register it as a child
@@ -32,7 +33,7 @@ class LowRankEmbedding(nn.Module):
     bases = property(lambda self: self._table[0] if self.tied else self.table)
     weight = property(lambda self: self.bases.dense_weight(), doc="The dense table (vocabulary, d), made on demand.")
 
-    def forward(self, ids):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
         bases = self.bases
         plain = nn.Linear | Int8Linear  # the weights alone are read here
         if not isinstance(bases.u, plain) or not isinstance(bases.v, plain):
@@ -41,18 +42,18 @@ class LowRankEmbedding(nn.Module):
         if u.weight.is_meta and not ids.is_meta:
             raise ValueError("the token embedding and the head tied to it cannot be offloaded: name a device for both")
         z = u.rows(ids) if isinstance(u, Int8Linear) else F.embedding(ids, u.weight)
-        y = F.linear(z * bases.s if bases.weighted else z, bases.v.weight.T)
+        y = F.linear(z * bases.s() if isinstance(bases, LearningLinear) else z, bases.v.weight.T)
         return y if self.scale == 1 else y * torch.tensor(self.scale, dtype=y.dtype, device=y.device)
 
 
-def is_tied(model):
+def is_tied(model: PreTrainedModel) -> bool:
     """Whether the output head's weight is the very parameter of the token embedding."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     weights = [m._parameters.get("weight") if isinstance(m, nn.Module) else None for m in (head, embedding)]
     return weights[0] is not None and weights[0] is weights[1]
 
 
-def settle_ties(model):
+def settle_ties(model: PreTrainedModel) -> None:
     """Let the config, and transformers' list of tied tensors, say of heads and embeddings what their tensors do."""
     for part in model.modules():
         has_head = isinstance(part, PreTrainedModel) and part._tied_weights_keys and part.get_output_embeddings()
@@ -61,7 +62,7 @@ def settle_ties(model):
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def lookup_scale(embedding):
+def lookup_scale(embedding: nn.Module) -> float:
     """What an embedding multiplies its rows by. Raises ValueError for one that is no nn.Embedding but for that."""
     scale = float(getattr(embedding, "embed_scale", 1.0))
     if type(embedding).forward is not nn.Embedding.forward and scale == 1:
@@ -69,11 +70,14 @@ def lookup_scale(embedding):
     return scale
 
 
-def install(model, name, rank, tied, scale=1.0, weighted=False):
+def install(
+    model: PreTrainedModel, name: str, rank: int, tied: bool, scale: float = 1.0, weighted: bool = False
+) -> LowRankLinear:
     """Replace the embedding `name`, and the head if `tied`, by a table of `rank` bases, uninitialised; returns it."""
     embedding = model.get_submodule(name)
     more = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
-    table = LowRankLinear(embedding.embedding_dim, embedding.num_embeddings, rank, False, weighted, **more)
+    kind = LearningLinear if weighted else LowRankLinear
+    table = kind(embedding.embedding_dim, embedding.num_embeddings, rank, bias=False, **more)
     model.set_submodule(name, LowRankEmbedding(table, tied, scale))
     if tied:  # by the modules themselves: transformers would look for a `weight` on both
         model.set_submodule(module_name(model, model.get_output_embeddings()), table)
@@ -85,8 +89,18 @@ def install(model, name, rank, tied, scale=1.0, weighted=False):
     return table
 
 
+def set_table(model: PreTrainedModel, table: LowRankLinear) -> None:
+    """Give an embedding of bases, and the head tied to it, another table."""
+    embedding = model.get_input_embeddings()
+    if embedding.tied:
+        model.set_submodule(module_name(model, embedding.bases), table)
+        embedding._table = (table,)
+    else:
+        embedding.table = table
+
+
 @torch.no_grad()
-def table_to_dense(model):
+def table_to_dense(model: PreTrainedModel) -> None:
     """Put the equivalent nn.Embedding back, and the head tied to it (no smaller, any tool reads it)."""
     embedding = model.get_input_embeddings()
     if embedding.scale != 1:
@@ -101,5 +115,5 @@ def table_to_dense(model):
     model.set_submodule(name, dense)
 
 
-def module_name(model, module):
+def module_name(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, m in model.named_modules() if m is module)

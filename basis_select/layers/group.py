@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .embedding import LowRankEmbedding, module_name, table_to_dense
+from .embedding import LowRankEmbedding, module_name, set_table, table_to_dense
+from .learning import LearningLinear
 from .low_rank import LowRankLinear, resize
 from .shape import Shape
 
@@ -20,7 +21,7 @@ def groups(model: nn.Module) -> list["Group"]:
     found, apart = {}, {m.bases for m in model.modules() if isinstance(m, LowRankEmbedding)}
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear) and module not in apart:
-            apart.add(module.new)
+            apart.add(getattr(module, "new", None))
             found.setdefault(module.leader, []).append((name, module))
     # A leader is not always first in model order.
     found = [sorted(members, key=lambda nm: nm[1] is not leader) for leader, members in found.items()]
@@ -52,6 +53,20 @@ def only(chosen: Iterable[tuple["Group", torch.Tensor | None]]) -> Iterator[None
             group.put(factors)
 
 
+def balanced(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of the product of `u: (m, r)` and `v: (r, n)`, in float64: `U sqrt(S)` and `sqrt(S) V` of its SVD.
+
+    They have `u^T u = v v^T`, which suits one learning rate and survives bf16 best. Cost: two QRs and an (r, r) SVD.
+    """
+    # Columns are normalised before the QR: an unbalanced metric can spread their norms over many decades.
+    norm = v.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    q_u, r_u = torch.linalg.qr(u * norm)
+    q_v, r_v = torch.linalg.qr((v / norm[:, None]).T)
+    a, s, b = torch.linalg.svd(r_u @ r_v.T, full_matrices=False)
+    root = s.sqrt()
+    return q_u @ (a * root), root[:, None] * (b @ q_v.T)
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """`layers` that read the same tensor, and their `names` in the model, the owner of `v` first.
@@ -65,8 +80,8 @@ class Group:
     name = property(lambda self: self.names[0])
     leader = property(lambda self: self.layers[0].leader)
     rank = property(lambda self: self.layers[0].rank)
-    weighted = property(lambda self: self.layers[0].weighted)
-    s = property(lambda self: self.leader.s, doc="(r,)")
+    weighted = property(lambda self: isinstance(self.layers[0], LearningLinear))
+    s = property(lambda self: self.leader.s(), doc="The weights of its bases: (r,).")
 
     def __str__(self) -> str:
         return " + ".join(self.names)
@@ -84,7 +99,8 @@ class Group:
     @property
     def new_rank(self) -> int:
         """How many new bases each layer has beside those that can be pruned."""
-        return self.leader.new.rank if self.leader.new else 0
+        new = getattr(self.leader, "new", None)
+        return new.rank if new else 0
 
     @property
     def parameters(self) -> int:
@@ -99,22 +115,19 @@ class Group:
         for layer in self.layers:
             resize(layer.u, layer.u.weight[:, index])
         resize(leader.v, leader.v.weight[index])
-        if leader.weighted:
-            leader.scale, leader.survived = leader.scale[index], leader.survived[index]
-            leader.weight.data = leader.weight.data[index]
+        if self.weighted:
+            leader.s.take(index)
 
     def factors(self) -> tuple:
         """The bases of a weighted group, not copied, for `put`."""
-        leader = self.leader
-        own = leader.scale, leader.survived, leader.weight.data
-        return [layer.u.weight.data for layer in self.layers], leader.v.weight.data, own
+        v, s = self.leader.v, self.leader.s
+        return [layer.u.weight.data for layer in self.layers], v.weight.data, (s.scale, s.learned.data, s.survived)
 
     def put(self, factors: tuple) -> None:
         """Give the group these bases in place of its own."""
-        us, v, own = factors
-        leader = self.leader
-        leader.scale, leader.survived, leader.weight.data = own
-        resize(leader.v, v)
+        us, v, s = factors
+        self.leader.s.put(*s)
+        resize(self.leader.v, v)
         for layer, u in zip(self.layers, us, strict=True):
             resize(layer.u, u)
 
@@ -139,41 +152,37 @@ class Group:
         v.data.copy_(torch.randn(v.shape, generator=generator) / rank**0.5)
 
     @torch.no_grad()
-    def fold(self) -> None:
-        """Merge `s` and new bases into the factors and balance them: `u <- U sqrt(S)`, `v <- sqrt(S) V` of the SVD.
-
-        The function does not change. Balanced factors have `u^T u = v v^T`, which suits one learning rate and
-        survives bf16 best. Cost: two QRs and an (r, r) SVD.
-        """
+    def fold(self, model: nn.Module) -> None:
+        """Replace these layers of `model` by deployed ones: `s` and new bases merged into `balanced` factors."""
         leader = self.leader
-        dtype = leader.v.weight.dtype
         u = torch.cat([layer.u.weight for layer in self.layers]).double()  # (sum out, r)
-        if leader.weighted:
-            u = u * leader.s.double()
-        # Columns are normalised before the QR: an unbalanced metric can spread their norms over many decades.
+        if self.weighted:
+            u = u * self.s.double()
         v = leader.v.weight.double()  # (r, in)
-        if leader.new is not None:
+        if self.new_rank:
             u = torch.cat([u, torch.cat([layer.new.u.weight for layer in self.layers]).double()], dim=1)
             v = torch.cat([v, leader.new.v.weight.double()])
-            for layer in self.layers:
-                layer.new = None
-        norm = v.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-        q_u, r_u = torch.linalg.qr(u * norm)
-        q_v, r_v = torch.linalg.qr((v / norm[:, None]).T)
-        a, s, b = torch.linalg.svd(r_u @ r_v.T, full_matrices=False)
-        root = s.sqrt()
-        resize(leader.v, (root[:, None] * (b @ q_v.T)).to(dtype))
-        blocks = (q_u @ (a * root)).split(self.shape.outputs)
-        for layer, block in zip(self.layers, blocks, strict=True):
-            resize(layer.u, block.to(dtype))
-        if leader.weighted:
-            del leader.scale, leader.weight, leader.survived, leader.power
+        u, v = (x.to(leader.v.weight.dtype) for x in balanced(u, v))
+        resize(leader.v, v)
+        deployed = []
+        for layer, block in zip(self.layers, u.split(self.shape.outputs), strict=True):
+            resize(layer.u, block)
+            deployed.append(LowRankLinear.of(layer, deployed[0] if deployed else None))
+        if self._is_table(model):
+            set_table(model, deployed[0])
+        else:
+            self._replace(model, deployed)
 
     def to_dense(self, model: nn.Module) -> None:
         """Replace these layers of `model` by the equivalent nn.Linear, the token embedding's by an nn.Embedding."""
-        if self.leader is getattr(model.get_input_embeddings(), "bases", None):
+        if self._is_table(model):
             table_to_dense(model)
-            return
-        dense = [(name, layer.to_linear()) for name, layer in self.items()]
-        for name, linear in dense:
-            model.set_submodule(name, linear)
+        else:
+            self._replace(model, [layer.to_linear() for layer in self.layers])
+
+    def _is_table(self, model):
+        return any(isinstance(m, LowRankEmbedding) and m.bases is self.leader for m in model.modules())
+
+    def _replace(self, model, layers):
+        for name, layer in zip(self.names, layers, strict=True):
+            model.set_submodule(name, layer)

@@ -11,17 +11,16 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import set_seed
 
 from .. import processes
-from ..layers.group import groups
-from ..layers.low_rank import LowRankLinear
+from ..layers.learning import Weights
 from ..progress import progress
 from ..reading import read_json, read_lines, sha256
 from ..rundir import replace_text, settle
@@ -32,10 +31,22 @@ from .loss import task_loss
 from .precision import products
 
 log = logging.getLogger(__name__)
-LEARNED = ("kept", "last", "rounds")  # what `learn` keeps beside the weights, see there
 STATE, COMPLETE = "state.pt", "complete"  # in a training checkpoint: the state, and last of all its sha256
 SAVE_EVERY = 60.0  # seconds between checkpoints within a stage
 MEASURE_EVERY = 10  # steps between measurements of what bfloat16 has lost
+
+
+class Beside(Protocol):
+    """What goes along with a training, and may change shapes of parameters in place."""
+
+    def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called before every step, from 0 on."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint has to hold of it."""
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Called before the weights of a checkpoint are put back: brings all shapes to what they were."""
 
 
 def train(
@@ -53,7 +64,7 @@ def train(
     warmup: float = 0.05,
     precision: str = "fp32",
     checkpointing: bool = False,
-    before_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
+    beside: Beside | None = None,
 ) -> list[dict]:
     """Train the parameters of `model` that require gradients, in place; returns the metrics, one dict a step.
 
@@ -63,7 +74,7 @@ def train(
     with which the model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype:
     parameters that trained with all that was carried for them, other parameters rounded, buffers as they were.
     `checkpointing` keeps only the inputs of the decoder layers and computes the rest anew in the backward pass.
-    `before_step(i, optimizer)` is called before step i, from 0 on, and may change shapes of parameters in place.
+    `beside` is asked before every step; what it keeps is part of the checkpoints.
     `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
     same arguments continues. Several processes all call this and each trains on its rows of every batch; gradients and
     metrics are those of the whole batch, a model or teacher may be sharded (`load(..., sharded=True)`), and checkpoints
@@ -91,7 +102,7 @@ def train(
         return task_loss(model, batch, teacher, kl)
 
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        rows = _run(model, optimizer, batches, rates, loss, before_step, Path(place), name)
+        rows = _run(model, optimizer, batches, rates, loss, beside, Path(place), name)
     remember(model, task.train, task.validation)
     if precision != "fp32":
         _widen(model, optimizer, own, buffers)
@@ -108,10 +119,10 @@ def _optimizer(model, lr, precision):
     return CollageAdamW(trained, lr=lr, variant=precision)
 
 
-def _run(model, optimizer, batches, rates, loss, before_step, folder, name):
+def _run(model, optimizer, batches, rates, loss, beside, folder, name):
     """All steps that the checkpoints in `folder` have not done yet; returns the metrics of these and those."""
     checkpoint = processes.agreed(lambda: _last_checkpoint(folder))
-    done = _resume(checkpoint, model, optimizer) if checkpoint else 0
+    done = _resume(checkpoint, model, optimizer, beside) if checkpoint else 0
     processes.unify(model.parameters())
     rows = _recorded(folder / "metrics.jsonl", done)
     model.zero_grad()
@@ -122,8 +133,8 @@ def _run(model, optimizer, batches, rates, loss, before_step, folder, name):
 
     for i in progress(range(done, steps), name, "step", total=steps, done=done, quiet=processes.index() > 0):
         batch = batches[i]
-        if before_step:
-            before_step(i, optimizer)
+        if beside:
+            beside.before_step(i, optimizer)
         began = time.monotonic()
         values = _step(model, optimizer, batch, i, rates[i], loss)
         rows.append({"step": i + 1, **values, "seconds": round(time.monotonic() - began, 4)})
@@ -131,7 +142,7 @@ def _run(model, optimizer, batches, rates, loss, before_step, folder, name):
             with (folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
         if i + 1 < steps and processes.agreed(due):
-            _save(model, optimizer, folder / "training", i + 1)
+            _save(model, optimizer, beside, folder / "training", i + 1)
             saved = time.monotonic()
     return rows
 
@@ -183,7 +194,7 @@ def checkpoint_layers(model):
 
 def _buffers(model):
     """`[(module, its name, name of a buffer, buffer), ...]`, but those of bases, which training may change."""
-    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, LowRankLinear)]
+    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, Weights)]
     return [(m, name, key, buffer) for name, m in modules for key, buffer in m._buffers.items() if buffer is not None]
 
 
@@ -193,13 +204,12 @@ def _narrow(model, buffers):
     And but the buffers that stay fp32 where transformers loads such a model in bfloat16: the frequencies of rotary
     embeddings, which bfloat16 would round to other angles than those that the trained model will see.
     """
-    weighted = [m for m in model.modules() if isinstance(m, LowRankLinear) and hasattr(m, "scale")]
-    kept = [(m, m.weight.data, m.scale) for m in weighted]
+    kept = [(m, m.scale, m.learned.data, m.survived) for m in model.modules() if isinstance(m, Weights)]
     with torch.device("meta"):
         loaded = dict(type(model)._from_config(model.config, dtype=torch.bfloat16).named_buffers())
     model.to(torch.bfloat16)
-    for m, weight, scale in kept:
-        m.weight.data, m.scale = weight, scale
+    for m, *tensors in kept:
+        m.put(*tensors)
     for m, path, key, buffer in buffers:
         like = loaded.get(f"{path}.{key}" if path else key)
         if like is not None and like.dtype == torch.float32:
@@ -217,11 +227,13 @@ def _widen(model, optimizer, dtype, buffers):
         m._buffers[key] = buffer
 
 
-def _save(model, optimizer, folder, step):
+def _save(model, optimizer, beside, folder, step):
     """Write what continues after `step`, by all processes; this checkpoint and the one before it are kept."""
     state = optimizer.state_dict()
     state["state"] = {i: {k: processes.whole(v) for k, v in s.items()} for i, s in state["state"].items()}
     content = {"weights": _state(model), "optimizer": state, "random": processes.gathered(_random_state())}
+    if beside:
+        content["beside"] = beside.state_dict()
     if processes.index() == 0:
         checkpoint = folder / f"checkpoint-{step}"
         try:
@@ -241,9 +253,11 @@ def _save(model, optimizer, folder, step):
             shutil.rmtree(old)
 
 
-def _resume(checkpoint, model, optimizer):
+def _resume(checkpoint, model, optimizer, beside):
     """Put model, optimizer and random numbers into the state of a checkpoint; returns how many steps are done."""
     saved = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    if beside:
+        beside.load_state_dict(saved["beside"])
     _restore(model, saved["weights"])
     trained = [p for group in optimizer.param_groups for p in group["params"]]  # numbered in that order
     for i, state in saved["optimizer"]["state"].items():
@@ -263,25 +277,13 @@ def _random_state():
 
 
 def _state(model):
-    """What training changes: parameters with gradients, and which bases are still alive."""
+    """What training changes: parameters with gradients."""
     trained = [(name, processes.whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad]
-    state = {name: p.clone() for name, p in trained if p is not None}
-    for name, module in model.named_modules():
-        for buffer in LEARNED:
-            if isinstance(module, LowRankLinear) and hasattr(module, buffer):
-                state[f"{name}.{buffer}"] = getattr(module, buffer).clone()
-    return state
+    return {name: p.clone() for name, p in trained if p is not None}
 
 
 @torch.no_grad()
 def _restore(model, state):
-    for group in groups(model):
-        name, leader = group.name, group.leader
-        for buffer in LEARNED:
-            if hasattr(leader, buffer):
-                setattr(leader, buffer, state.pop(f"{name}.{buffer}").to(model.device))
-        if hasattr(leader, "kept") and len(leader.kept) < leader.rank:
-            group.take(leader.kept)
     parameters = dict(model.named_parameters())
     for name, value in state.items():
         parameters[name].copy_(processes.sharded_like(parameters[name], value))

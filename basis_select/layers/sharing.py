@@ -1,0 +1,89 @@
+"""The product of layers that read the same tensor, computed once: what one of them leaves for the next.
+
+It belongs to the thread that computes, never to the model.
+"""
+
+import threading
+import weakref
+
+import torch
+
+HALF_READ = 8  # groups of which a thread keeps a latent that some of their layers have not read
+
+
+def latent(reader: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`v x`, or `(v x) * s`: (..., r), computed once when several layers read the same `x` one after the other."""
+    leader = reader.leader
+    if leader.readers == 1:
+        return leader.project(x)
+    if torch.compiler.is_compiling():
+        # A compiler that traces training merges equal products itself.
+        return leader.project(x) if torch.is_grad_enabled() else _once_in_graph(leader, x)
+    return _latents.of(leader, reader, x)
+
+
+class _Latents(threading.local):
+    """What layers of this thread's forward have yet to read: `{leader: (x, sources, state, z, who has read it)}`."""
+
+    def __init__(self):
+        self.held = {}
+
+    def of(self, leader, reader, x):
+        held = self.held.get(leader)
+        if held is not None:
+            y, sources, state, z, read = held
+            # None reads it twice: a second reading is another call.
+            if y() is x and reader not in read and state == _state(x, leader.sources()):
+                read.append(reader)
+                if len(read) == leader.readers:  # do not keep activations or their graph alive
+                    del self.held[leader]
+                return z
+            del self.held[leader]
+        z = leader.project(x)
+        # After the product: where weights are offloaded, the next reader finds what stands for them then.
+        sources = leader.sources()
+        state = _state(x, sources)
+        if state is not None:
+            self.held[leader] = weakref.ref(x), sources, state, z, [reader]
+            if len(self.held) > HALF_READ:
+                del self.held[next(iter(self.held))]
+        return z
+
+
+_latents = _Latents()
+
+
+def _state(x, sources):
+    """Which tensors the product is of and all else that it depends on.
+
+    None if one of them was made in inference mode: torch does not count how often those are overwritten.
+    """
+    device, grad = x.device.type, torch.is_grad_enabled()
+    mixed = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    try:
+        state = [x._version, grad and x.requires_grad, grad, torch.is_inference_mode_enabled(), mixed]
+        for source in sources:
+            state += id(source), source._version, grad and source.requires_grad
+    except RuntimeError:
+        return None
+    return state
+
+
+@torch.compiler.assume_constant_result
+def _graph():
+    """Which graph a compiler is tracing, None for one that runs Python as it is."""
+    return str(torch._guards.CompileContext.current_compile_id())
+
+
+def _once_in_graph(leader, x):
+    """`latent` for a compiler that traces inference, which follows no weak references.
+
+    What is left for the next reader is an attribute of `x` until the last has been traced. Where a graph ends in
+    between, that remains on a real tensor, whose values may change before the next graph runs: that one ignores it.
+    """
+    held, graph = getattr(x, "_latent", None), _graph()
+    if held is None or held[0] is not leader or held[1] != graph:
+        held = leader, graph, leader.project(x), leader.readers
+    _, _, z, left = held
+    x._latent = (leader, graph, z, left - 1) if left > 1 else None
+    return z
