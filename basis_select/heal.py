@@ -48,9 +48,7 @@ def heal(
     if any(group.weighted for group in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")
     if lora and processes.is_sharded(model):
-        raise ValueError(
-            "adapters cannot be merged into a model that is spread over processes: load it whole, or lora=0"
-        )
+        raise ValueError("a model that is spread over processes cannot take in adapters: load it whole, or pass lora=0")
     if lr is None and steps:
         if precision != "fp32" and processes.is_sharded(model):
             raise ValueError("FSDP cannot measure a model in fp32 and then train it in another precision: pass lr")

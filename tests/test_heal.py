@@ -203,7 +203,7 @@ def test_adapters_are_merged_and_change_no_rank(task, broken, tmp_path, kind):
 
 def test_adapters_are_refused_on_a_sharded_model(task, monkeypatch):
     monkeypatch.setattr(processes, "is_sharded", lambda model: True)
-    with pytest.raises(ValueError, match="spread over processes: load it whole"):
+    with pytest.raises(ValueError, match="spread over processes cannot take in adapters: load it whole"):
         heal(tiny(), task, steps=1, lr=1e-3, lora=2)
 
 
