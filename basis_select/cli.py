@@ -66,7 +66,7 @@ def run(
 
     Under torchrun all processes train together.
     """
-    from . import ranks
+    from . import processes
 
     def work():
         read = _recipe(recipe, changes)
@@ -78,19 +78,19 @@ def run(
         typer.echo(table(results))
         typer.echo(f"checkpoint: {folder / 'final'}   report: {folder / 'report.html'}")
 
-    ranks.lead(work)
+    processes.lead(work)
 
 
 @_command
 def plan(
     recipe: RecipeFile,
     changes: Changes = None,
-    ranks: Annotated[int, typer.Option(min=1, max=4096, help="processes that share the work, a machine each")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=4096, help="how many share the work, a machine each")] = 1,
 ):
     """Say what a recipe will do and cost, without doing it."""
     from .plan import plan as make
 
-    typer.echo(make(_recipe(recipe, changes), ranks))
+    typer.echo(make(_recipe(recipe, changes), processes))
 
 
 @_command

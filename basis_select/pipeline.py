@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, set_seed
 
-from . import ranks
+from . import processes
 from . import recipe as recipes
 from .checkpoint.checks import weight_hash
 from .checkpoint.files import save, verify
@@ -55,13 +55,13 @@ from .rundir import (
 )
 from .sizes import sizes
 from .stage_work import (
-    decompose_on_ranks,
+    decompose_in_each,
     examples_to_label,
-    label_on_ranks,
+    label_in_each,
     load_here,
     measured,
     sendable,
-    train_on_ranks,
+    train_in_each,
 )
 from .tasks import load_task
 from .training.precision import fast_bf16
@@ -77,7 +77,7 @@ def run(recipe, folder, shard=False):
     The folder receives recipe.yaml (every default written out), manifest.json, metrics.jsonl, stages/, final/
     (the checkpoint), results.json, results.md and report.html; for a recipe with `sizes` also final-SIZE/, curve.csv
     and curve.png. What an earlier run published stays until all of this one is there, and only what a run wrote is
-    replaced. On several ranks the first runs this and the others train with it (ranks.lead); `shard` spreads
+    replaced. Of several processes the first runs this and the others train with it (processes.lead); `shard` spreads
     parent, model and optimizer over them while they tune and heal. Raises ValueError, before any work, if another run
     uses the folder, if it holds a damaged stage or files of somebody else where the run would write.
     """
@@ -121,7 +121,7 @@ class Stages:
     """The chain of stages of one recipe and its rows; every method returns the folder of a finished stage."""
 
     def __init__(self, recipe, folder, shard=False):
-        self.recipe, self.folder, self.shard = recipe, folder, shard and ranks.world() > 1
+        self.recipe, self.folder, self.shard = recipe, folder, shard and processes.count() > 1
 
     @cached_property
     def source(self):
@@ -159,7 +159,7 @@ class Stages:
             if self.shard:  # a whole copy in every process is what must not be
                 return self.change(decompose, parent, out, r.decompose, self.task, moments())
             options = dataclasses.asdict(r.decompose)
-            return ranks.everywhere(decompose_on_ranks, parent, sendable(self.task), moments(), out, options)
+            return processes.everywhere(decompose_in_each, parent, sendable(self.task), moments(), out, options)
 
         return self.stage("decompose", r.decompose, [parent], work)
 
@@ -228,10 +228,10 @@ class Stages:
         digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
 
         def work(out):
-            for part in out.iterdir():  # of more ranks, killed while they wrote
+            for part in out.iterdir():  # of more processes, killed while they wrote
                 part.unlink()
             task = sendable(dataclasses.replace(self.task, train=[self.task.train[i] for i in examples]))
-            ranks.everywhere(label_on_ranks, parent, r.teacher, self.shard, task, r.soft_labels, out)
+            processes.everywhere(label_in_each, parent, r.teacher, self.shard, task, r.soft_labels, out)
 
         return self.stage("soft_labels", {**found, "examples": digest}, [parent], work)
 
@@ -282,7 +282,7 @@ class Stages:
 
     def load_final(self, final):
         """A published checkpoint, in fp32 where the device would only emulate its dtype: the values are the same."""
-        native = self.recipe.dtype == "bfloat16" and fast_bf16(ranks.device())
+        native = self.recipe.dtype == "bfloat16" and fast_bf16(processes.device())
         return load_here(final / "model", None if native else "float32")
 
     def evaluated(self, final):
@@ -308,12 +308,12 @@ class Stages:
         return measured(model, self.task, out)
 
     def train(self, verb, source, out, options, parent=None, **more):
-        """A verb that trains, on all ranks: `verb(model, task[, teacher], folder=, seed=, **options)`.
+        """A verb that trains, in all processes: `verb(model, task[, teacher], folder=, seed=, **options)`.
 
         parent: the stage and the dtype of the teacher.
         """
         options = {"seed": self.recipe.seed, **dataclasses.asdict(options), **more}
-        return ranks.everywhere(train_on_ranks, verb, source, parent, sendable(self.task), out, options, self.shard)
+        return processes.everywhere(train_in_each, verb, source, parent, sendable(self.task), out, options, self.shard)
 
     @cached_property
     def task(self):

@@ -20,7 +20,7 @@ from .linalg.scores import SCORES
 from .models import config_and_tokenizer
 from .moments import EXAMPLES_TOGETHER, MAX_MOMENT, moment_bytes, moment_room, passes
 from .plan_measuring import Stage
-from .ranks import device
+from .processes import device
 from .recipe import RESULT
 from .rundir import resident_memory
 from .stage_work import examples_to_label
@@ -31,12 +31,12 @@ from .tune import trainable
 LIBRARIES = 2**28  # bytes more that libraries and the kernels they generate take in a run than when its plan starts
 
 
-def plan(recipe, ranks=1):
-    """The text of `basis-select plan` for `ranks` processes. Raises ValueError, like `run`, for data or budgets that
+def plan(recipe, processes=1):
+    """The text of `basis-select plan` for so many processes. Raises ValueError, like `run`, for data or budgets that
     cannot work.
     """
     base, rates = resident_memory() + LIBRARIES, measuring.machine_rates()
-    model, task, rows, stages = forecast(recipe, ranks, rates)
+    model, task, rows, stages = forecast(recipe, processes, rates)
     layers = targets(model)
     total = sum(p.numel() for p in model.parameters())
     targeted = sum(m.weight.numel() for m in layers.values())
@@ -65,18 +65,18 @@ def plan(recipe, ranks=1):
             f"{name[:20]:22}{s.name:12}{s.steps or '':>7}{s.tokens or '':>11}{s.flops / 1e12:>11.1f}"
             f"{s.seconds:>9.0f} s{memory:>11}"
         )
-    where = "here" if ranks == 1 else f"on {ranks} machines like this one"
+    where = "here" if processes == 1 else f"on {processes} machines like this one"
     lines += [
         "",
         f"about {sum(s.seconds for _, s in stages) / 60:.0f} minutes {where} "
         f"({rates['train'] / 1e9:.0f} GFLOP/s in training matmuls), "
         f"{(base + max(s.memory for _, s in stages)) / 2**30:.1f} GiB of memory"
-        f"{'' if ranks == 1 else ' a process'}, {disk / 1e9:.1f} GB of disk for stages",
+        f"{'' if processes == 1 else ' a process'}, {disk / 1e9:.1f} GB of disk for stages",
     ]
     return "\n".join(lines)
 
 
-def forecast(recipe, ranks=1, rates=None):
+def forecast(recipe, processes=1, rates=None):
     """`(model on the meta device, task, {row: (its recipe, fraction kept)}, [(row, Stage), ...])` of a recipe.
 
     A stage that rows share is there once. rates: FLOP/s, measured if not given.
@@ -94,7 +94,7 @@ def forecast(recipe, ranks=1, rates=None):
         keep = _fraction(row, model, shapes)
         rows[name] = row, keep
         finals[name] = _final(row, model, targeted + _shared_table(row, model), keep, _saved(row, model))
-        for stage in _stages(row, task, model, shapes, keep, rates, ranks, known):
+        for stage in _stages(row, task, model, shapes, keep, rates, processes, known):
             stages.setdefault((stage.name, stage.options), (name, stage))
     measured = [(name, measuring.saving(final)) for name, final in finals.items()]
     measured += [(name, measuring.evaluating(task, final, rates)) for name, final in finals.items()]

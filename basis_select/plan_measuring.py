@@ -11,7 +11,7 @@ import torch
 from .evaluation.accuracy import LOGITS, ROWS
 from .evaluation.speed import wait
 from .linalg.budget import BYTES
-from .ranks import device
+from .processes import device
 from .training.precision import fast_bf16
 
 EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores

@@ -1,6 +1,6 @@
 """What a stage does in every process: it reads checkpoints, works with the others, and the first of them writes.
 
-Arguments are pickled and sent to all (ranks.everywhere).
+Arguments are pickled and sent to all (processes.everywhere).
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import dataclasses
 import torch
 from transformers import set_seed
 
-from . import ranks
+from . import processes
 from .checkpoint.files import save
 from .decompose import decompose, targets
 from .heal import heal, probes, suitable_rate
@@ -36,22 +36,22 @@ def sendable(task):
     return dataclasses.replace(task, score=None)  # functions of its own cannot be sent
 
 
-def decompose_on_ranks(source, task, moments, out, options):
+def decompose_in_each(source, task, moments, out, options):
     model, tokenizer = load_here(source / "model")
-    decompose(model, task, moments, ranks.everyone(), **options)
+    decompose(model, task, moments, processes.everyone(), **options)
     remember(model, task.train, task.validation)
     save(model, tokenizer, out / "model")
-    return measured(model, task, out) if ranks.rank() == 0 else None
+    return measured(model, task, out) if processes.index() == 0 else None
 
 
-def label_on_ranks(parent, dtype, shard, task, top, out):
+def label_in_each(parent, dtype, shard, task, top, out):
     soft_labels(load_teacher(parent, dtype, shard), task, top).save(out)
 
 
-def train_on_ranks(verb, source, parent, task, out, options, shard):
+def train_in_each(verb, source, parent, task, out, options, shard):
     set_seed(options["seed"])
     teacher = [load_teacher(*parent, shard)] if parent else []
-    # `learn` changes shapes while it trains, and adapters are added later: there every rank has the whole model.
+    # `learn` changes shapes while it trains, and adapters are added later: there every process has the whole model.
     shard = shard and verb is not learn and not options.get("lora")
     if shard and verb is heal and options["lr"] is None:
         # On a copy, because FSDP stays with the dtype in which a model was first used.
@@ -59,7 +59,7 @@ def train_on_ranks(verb, source, parent, task, out, options, shard):
     model, tokenizer = load_here(source / "model", None, shard)
     verb(model, task, *teacher, folder=out, **options)
     save(model, tokenizer, out / "model")
-    ranks.barrier()
+    processes.barrier()
     if shard:  # for the same reason
         model, _ = load_here(out / "model", None, shard)
     return measured(model, task, out)
@@ -89,9 +89,9 @@ def load_teacher(parent, dtype, shard):
 
 
 def load_here(source, dtype=None, shard=False):
-    """`load` onto the device where this rank computes: every model that a stage runs, not only rewrites, comes so."""
+    """`load` onto the device where this process computes: so comes every model that a stage runs, not only rewrites."""
     model, tokenizer = load(source, dtype, sharded=shard)
-    return model if shard else model.to(ranks.device()), tokenizer
+    return model if shard else model.to(processes.device()), tokenizer
 
 
 def measured(model, task, out):

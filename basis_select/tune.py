@@ -1,6 +1,6 @@
 """Fine-tune the dense model on the task: the parent is a model that the task already runs well on."""
 
-from . import ranks
+from . import processes
 from .bases import LowRankLinear
 from .embedding import LowRankEmbedding
 from .int8 import quantized
@@ -33,7 +33,7 @@ def trainable(model, embeddings=False):
     """What tune and heal train: every parameter except, unless `embeddings`, the embedding and a dense output head."""
     if quantized(model):
         raise ValueError("int8 weights do not train: train the checkpoint that they were rounded from")
-    ranks.gather_no_more(model)
+    processes.gather_no_more(model)
     model.requires_grad_(True)
     if embeddings:
         return

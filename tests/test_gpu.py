@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
 import basis_select as bs
-from basis_select import pipeline, ranks
+from basis_select import pipeline, processes
 from basis_select.recipe import Recipe, override
 
 
@@ -56,11 +56,11 @@ def test_what_is_refused_on_a_gpu_is_refused_here(gpu):
 def test_a_process_computes_on_its_gpu(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ranks.device() == torch.device("cpu")
+    assert processes.device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert ranks.device() == torch.device("cuda", 0)
+    assert processes.device() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert ranks.device() == torch.device("cuda", 2)
+    assert processes.device() == torch.device("cuda", 2)
 
 
 ROWS = {

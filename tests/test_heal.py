@@ -9,7 +9,7 @@ import torch
 from conftest import KINDS, make_tokenizer, tiny
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from basis_select import decompose, heal, learn, load, prune, refine, save, stage_work, tune
+from basis_select import decompose, heal, learn, load, processes, prune, refine, save, stage_work, tune
 from basis_select.bases import groups
 from basis_select.checkpoint.files import probe_logits
 from basis_select.embedding import table_of
@@ -200,6 +200,12 @@ def test_adapters_are_merged_and_change_no_rank(task, broken, tmp_path, kind):
         before = start.get_parameter(name)
         before = before.bfloat16().float() if kind == "plus" else before
         assert (p != before).any() == (".u." in name or ".v." in name), name
+
+
+def test_adapters_are_refused_on_a_sharded_model(task, monkeypatch):
+    monkeypatch.setattr(processes, "is_sharded", lambda model: True)
+    with pytest.raises(ValueError, match="spread over processes cannot take in adapters: load it whole"):
+        heal(tiny(), task, steps=1, lr=1e-3, lora=2)
 
 
 def test_adapters_leave_the_bases_of_the_embedding_alone(task):

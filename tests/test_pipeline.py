@@ -146,7 +146,7 @@ def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):
 def test_inspect_verify_and_plan(recipe, tmp_path):
     out = tmp_path / "run"
     runner = CliRunner()
-    assert "GiB of memory a process" in runner.invoke(app, ["plan", str(recipe), "--ranks", "4"]).output
+    assert "GiB of memory a process" in runner.invoke(app, ["plan", str(recipe), "--processes", "4"]).output
     text = runner.invoke(app, ["plan", str(recipe)]).output
     assert re.search(r"result: 0.0\d M targeted parameters \(2.50x fewer\)", text)
     assert not out.exists()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import VOCABULARY, tiny
 
-from basis_select import decompose, heal, prune, ranks, soft_labels
+from basis_select import decompose, heal, processes, prune, soft_labels
 from basis_select.heal import distance
 from basis_select.training.data import Batches
 from basis_select.training.loss import log_probabilities, response_logits, task_loss
@@ -66,12 +66,12 @@ def test_healing_from_nearly_all_of_it_is_healing_from_the_parent(task):
         assert a.allclose(b, rtol=0, atol=1e-4)
 
 
-def test_parts_of_several_ranks_are_read_as_one(task, tmp_path, monkeypatch):
+def test_parts_of_several_processes_are_read_as_one(task, tmp_path, monkeypatch):
     parent = tiny()
     whole = soft_labels(parent, task, 8)
-    monkeypatch.setattr(ranks, "world", lambda: 3)
-    for rank in range(3):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    for index in range(3):
+        monkeypatch.setattr(processes, "index", lambda index=index: index)
         soft_labels(parent, task, 8).save(tmp_path)
     read = SoftLabels.load(tmp_path)
     assert read.first.keys() == whole.first.keys()

@@ -126,9 +126,9 @@ def test_batches_cover_each_epoch_once_and_are_a_function_of_the_seed(task):
 
 
 @pytest.mark.parametrize("world", [2, 3, 9])
-def test_ranks_share_the_rows_of_a_batch(task, world):
+def test_processes_share_the_rows_of_a_batch(task, world):
     batch = Batches(task.train, 7, 6, seed=3)[5]  # the last of an epoch, 5 rows
-    parts = [Batches(task.train, 7, 6, seed=3, rank=rank, world=world)[5] for rank in range(world)]
+    parts = [Batches(task.train, 7, 6, seed=3, process=i, processes=world)[5] for i in range(world)]
     for part in parts:
         assert (part["tokens"], part["responses"]) == (batch["real"].sum(), (batch["targets"] >= 0).sum())
         assert len(part["targets"]) % 64 == 0 < len(part["targets"])

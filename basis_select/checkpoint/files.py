@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from .. import ranks, tuned_on
+from .. import processes, tuned_on
 from ..bases import groups
 from ..int8 import quantized
 from ..reading import sha256
@@ -30,18 +30,18 @@ def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     """Write a checkpoint to `folder`: all of it or, if anything fails, none of it.
 
     `dtype` ("bfloat16", "float32") casts the weights on the way out; the model in memory is not touched. On several
-    ranks all call this and the first writes. Raises FileExistsError if `folder` holds anything.
+    processes all call this and the first writes. Raises FileExistsError if `folder` holds anything.
     """
     model = _saveable(model)
-    if ranks.rank():
-        if ranks.is_sharded(model):
+    if processes.index():
+        if processes.is_sharded(model):
             with tempfile.TemporaryDirectory() as scratch:
-                model.save_pretrained(scratch, is_main_process=False)  # hands over this rank's part
+                model.save_pretrained(scratch, is_main_process=False)  # hands over this process's part
         return Path(folder)
     with whole(folder) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         # Gathering writes tied tensors twice and leaves out what is beside the state.
-        sharded = ranks.is_sharded(model)
+        sharded = processes.is_sharded(model)
         twins = model.all_tied_weights_keys if sharded else {}
         more = revert_weight_conversion(model, guards(model)) if sharded else {}
         if dtype is not None or twins or more:

@@ -38,15 +38,15 @@ def require_fit(model, task):
 
 
 class Batches:
-    """`steps` collated batches; item i is what step i trains on, or of it the rows of one rank of several.
+    """`steps` collated batches; item i is what step i trains on, or of it the rows of one process of several.
 
     Each is a dict of `input_ids: (B, L)` right-padded, `real: (B, L)` bool (not padding), `positions: (n,)` the
     flat indices `b * L + t` whose logits predict response tokens, and `targets: (n,)` those tokens, padded
     with -100. Right padding needs no attention mask: under causal attention no real token sees it. `tokens` and
-    `responses` count, whatever the rank, all real tokens and all response tokens of the step.
+    `responses` count, whatever the process, all real tokens and all response tokens of the step.
     """
 
-    def __init__(self, examples, batch_size, steps, seed, pad_id=0, rank=0, world=1):
+    def __init__(self, examples, batch_size, steps, seed, pad_id=0, process=0, processes=1):
         if not examples:
             raise ValueError("there are no examples to make batches of")
         self.examples, self.batch_size, self.steps, self.seed, self.pad_id = (
@@ -56,7 +56,7 @@ class Batches:
             seed,
             pad_id,
         )
-        self.rank, self.world = rank, world
+        self.process, self.processes = process, processes
         self._epoch = (-1, [])
 
     def __len__(self):
@@ -66,7 +66,7 @@ class Batches:
         if not 0 <= step < self.steps:
             raise IndexError(step)
         rows = [self.examples[i] for i in self.rows(step)]
-        batch = self.collate(rows[self.rank :: self.world] or [_without_response(rows[0])])
+        batch = self.collate(rows[self.process :: self.processes] or [_without_response(rows[0])])
         return {
             **batch,
             "tokens": sum(len(e.input_ids) for e in rows),
@@ -74,7 +74,7 @@ class Batches:
         }
 
     def rows(self, step):
-        """Indices of the examples of a step, those of all ranks."""
+        """Indices of the examples of a step, those of all processes."""
         per_epoch = -(-len(self.examples) // self.batch_size)
         return self._order(step // per_epoch)[step % per_epoch]
 
@@ -116,7 +116,7 @@ def drawn(examples, count):
 
 
 def _without_response(example):
-    """What a rank computes on when a batch has no row for it: nothing to learn, but the same graph as on others."""
+    """What a process computes on when a batch has no row for it: nothing to learn, but the same graph as on others."""
     return dataclasses.replace(example, start=len(example.input_ids))
 
 

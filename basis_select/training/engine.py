@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from .. import ranks
+from .. import processes
 from ..bases import LowRankLinear, groups, take
 from ..progress import progress
 from ..reading import read_json, read_lines, sha256
@@ -64,7 +64,7 @@ def train(
     `checkpointing` keeps only the inputs of the decoder layers and computes the rest anew in the backward pass.
     `before_step(i, optimizer)` is called before step i, from 0 on, and may change shapes of parameters in place.
     `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
-    same arguments continues. On several ranks all call this and each trains on its rows of every batch; gradients and
+    same arguments continues. Several processes all call this and each trains on its rows of every batch; gradients and
     metrics are those of the whole batch, a model or teacher may be sharded (`load(..., sharded=True)`), and checkpoints
     are whole. Raises FloatingPointError when the loss is not finite; the last checkpoint then still holds the last good
     state.
@@ -72,7 +72,7 @@ def train(
     if steps == 0:
         return []
     require_fit(model, task)
-    ranks.join()
+    processes.join()
     own, buffers = model.dtype, _buffers(model)
     if precision != "fp32":
         _narrow(model, buffers)
@@ -82,7 +82,7 @@ def train(
         checkpoint_layers(model)
     set_seed(seed)
     optimizer = _optimizer(model, lr, precision)
-    batches = Batches(task.train, batch_size, steps, seed, task.pad_id, ranks.rank(), ranks.world())
+    batches = Batches(task.train, batch_size, steps, seed, task.pad_id, processes.index(), processes.count())
     warm = max(1, math.ceil(warmup * steps))
     rates = [lr * share_of_rate(i, steps, warm) for i in range(steps)]
 
@@ -109,9 +109,9 @@ def _optimizer(model, lr, precision):
 
 def _run(model, optimizer, batches, rates, loss, before_step, folder, name):
     """All steps that the checkpoints in `folder` have not done yet; returns the metrics of these and those."""
-    checkpoint = ranks.agreed(lambda: _last_checkpoint(folder))
+    checkpoint = processes.agreed(lambda: _last_checkpoint(folder))
     done = _resume(checkpoint, model, optimizer) if checkpoint else 0
-    ranks.unify(model.parameters())
+    processes.unify(model.parameters())
     rows = _recorded(folder / "metrics.jsonl", done)
     model.zero_grad()
     saved, steps = time.monotonic(), len(batches)
@@ -119,17 +119,17 @@ def _run(model, optimizer, batches, rates, loss, before_step, folder, name):
     def due():
         return time.monotonic() - saved > SAVE_EVERY
 
-    for i in progress(range(done, steps), name, "step", total=steps, done=done, quiet=ranks.rank() > 0):
+    for i in progress(range(done, steps), name, "step", total=steps, done=done, quiet=processes.index() > 0):
         batch = batches[i]
         if before_step:
             before_step(i, optimizer)
         began = time.monotonic()
         values = _step(model, optimizer, batch, i, rates[i], loss)
         rows.append({"step": i + 1, **values, "seconds": round(time.monotonic() - began, 4)})
-        if ranks.rank() == 0:
+        if processes.index() == 0:
             with (folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-        if i + 1 < steps and ranks.agreed(due):
+        if i + 1 < steps and processes.agreed(due):
             _save(model, optimizer, folder / "training", i + 1)
             saved = time.monotonic()
     return rows
@@ -143,14 +143,14 @@ def _step(model, optimizer, batch, i, rate, loss):
         optimizer.measure = i % MEASURE_EVERY == 0
     model.train()
     parts = loss(batch)
-    values = dict(zip(("loss", "ce", "kl"), ranks.total(torch.stack(parts).detach()).tolist(), strict=True))
+    values = dict(zip(("loss", "ce", "kl"), processes.total(torch.stack(parts).detach()).tolist(), strict=True))
     if not math.isfinite(values["loss"]):
         raise FloatingPointError(
             f"the loss became {values['loss']} at step {i + 1}; "
             f"the state before it is kept, a learning rate below {optimizer.defaults['lr']:g} may help"
         )
-    (parts[0] * ranks.world()).backward()  # gradients are averaged over ranks
-    ranks.average_gradients(model.parameters())
+    (parts[0] * processes.count()).backward()  # gradients are averaged over processes
+    processes.average_gradients(model.parameters())
     nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
     optimizer.step()
     model.zero_grad()
@@ -161,8 +161,8 @@ def _step(model, optimizer, batch, i, rate, loss):
 def _recorded(path, steps):
     """The lines of the first `steps` steps in the metrics; those after them are dropped from the file."""
     rows = read_lines(path, stop=steps) if steps else []
-    ranks.barrier()  # all have read the file
-    if ranks.rank() == 0:
+    processes.barrier()  # all have read the file
+    if processes.index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -219,9 +219,9 @@ def _widen(model, optimizer, dtype, buffers):
 def _save(model, optimizer, folder, step):
     """Write what continues after `step`, by all processes; this checkpoint and the one before it are kept."""
     state = optimizer.state_dict()
-    state["state"] = {i: {k: ranks.whole(v) for k, v in s.items()} for i, s in state["state"].items()}
-    content = {"weights": _state(model), "optimizer": state, "random": ranks.gathered(_random_state())}
-    if ranks.rank() == 0:
+    state["state"] = {i: {k: processes.whole(v) for k, v in s.items()} for i, s in state["state"].items()}
+    content = {"weights": _state(model), "optimizer": state, "random": processes.gathered(_random_state())}
+    if processes.index() == 0:
         checkpoint = folder / f"checkpoint-{step}"
         try:
             checkpoint.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ def _save(model, optimizer, folder, step):
             shutil.rmtree(checkpoint, ignore_errors=True)
             raise OSError(
                 f"the training checkpoint of step {step} could not be written, the one before it is kept: "
-                f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free in {folder} ({str(error)[:100]})"
+                f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free in {folder.parent} ({str(error)[:100]})"
             ) from error
         for old in list(_checkpoints(folder).values())[2:]:
             shutil.rmtree(old)
@@ -246,10 +246,10 @@ def _resume(checkpoint, model, optimizer):
     _restore(model, saved["weights"])
     trained = [p for group in optimizer.param_groups for p in group["params"]]  # numbered in that order
     for i, state in saved["optimizer"]["state"].items():
-        saved["optimizer"]["state"][i] = {k: ranks.sharded_like(trained[i], v) for k, v in state.items()}
+        saved["optimizer"]["state"][i] = {k: processes.sharded_like(trained[i], v) for k, v in state.items()}
     optimizer.load_state_dict(saved["optimizer"])
-    if len(saved["random"]) == ranks.world():
-        generators = saved["random"][ranks.rank()]
+    if len(saved["random"]) == processes.count():
+        generators = saved["random"][processes.index()]
         torch.set_rng_state(generators["cpu"])
         if "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"])
@@ -263,7 +263,7 @@ def _random_state():
 
 def _state(model):
     """What training changes: parameters with gradients, and which bases are still alive."""
-    trained = [(name, ranks.whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [(name, processes.whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad]
     state = {name: p.clone() for name, p in trained if p is not None}
     for name, module in model.named_modules():
         for buffer in LEARNED:
@@ -283,7 +283,7 @@ def _restore(model, state):
             take(members, leader.kept)
     parameters = dict(model.named_parameters())
     for name, value in state.items():
-        parameters[name].copy_(ranks.sharded_like(parameters[name], value))
+        parameters[name].copy_(processes.sharded_like(parameters[name], value))
 
 
 def _step_of(checkpoint):

@@ -94,8 +94,8 @@ def task_loss(model, batch, teacher=None, kl=1.0, mixed=True):
     """Mean over response tokens of `CE(y) + kl * KL(teacher || model)`, and both parts: three scalars, in nats.
 
     `teacher` is a model or a function of a batch that returns `log_probabilities` or, as SoftLabels, those of some
-    tokens; without one the second part is zero. `mixed=False` computes an fp32 model in fp32. The rows of one rank give
-    its share of the mean over the batch.
+    tokens; without one the second part is zero. `mixed=False` computes an fp32 model in fp32. The rows of one process
+    give its share of the mean over the batch.
     """
     targets = batch["targets"].to(model.device)
     real = targets >= 0  # masked, not indexed: shapes then do not depend on data

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .. import ranks
+from .. import processes
 from .data import Batches, require_fit
 from .loss import log_probabilities
 
@@ -48,15 +48,15 @@ class SoftLabels:
             ) from None
 
     def save(self, folder):
-        """Write the part of this rank into `folder`."""
+        """Write the part of this process into `folder`."""
         names = torch.frombuffer(bytearray(b"".join(self.first)), dtype=torch.uint8).view(len(self.first), -1)
         tensors = {"log_p": self.log_p, "tokens": self.tokens, "names": names}
         tensors["first"] = torch.tensor(list(self.first.values()))
-        save_file(tensors, Path(folder) / f"soft_labels-{ranks.rank():04}.safetensors")
+        save_file(tensors, Path(folder) / f"soft_labels-{processes.index():04}.safetensors")
 
     @classmethod
     def load(cls, folder):
-        """Those that all ranks have written into `folder`."""
+        """Those that all processes have written into `folder`."""
         parts, first, rows = [], {}, 0
         for path in sorted(Path(folder).glob("soft_labels-*.safetensors")):
             parts.append(load_file(path))
@@ -86,18 +86,18 @@ def soft_labels(teacher, task, top=64):
 
     A pass over the examples takes the place of one for every batch, and the teacher need not be in memory while another
     model learns from them. The rest of the vocabulary counts as one more token, of the probability that is left. On
-    several ranks each returns those of its part of the examples: `save` them in one folder, and `load` all.
+    several processes each returns those of its part of the examples: `save` them in one folder, and `load` all.
     """
     require_fit(teacher, task)
     size = EXAMPLES_TOGETHER
     teacher.eval().requires_grad_(False)
     top = min(top, teacher.get_input_embeddings().num_embeddings - 1)
     order = sorted(task.train, key=lambda e: len(e.input_ids))
-    order += order[:1] * (-len(order) % ranks.world())  # a sharded teacher needs all ranks for every pass
-    own = order[ranks.rank() :: ranks.world()]
+    order += order[:1] * (-len(order) % processes.count())  # a sharded teacher needs all processes for every pass
+    own = order[processes.index() :: processes.count()]
     collate = Batches(own, size, 1, 0, task.pad_id).collate
     log_p, tokens, first, rows = [], [], {}, 0
-    for i in tqdm(range(0, len(own), size), desc="soft labels", unit="batch", disable=ranks.rank() > 0):
+    for i in tqdm(range(0, len(own), size), desc="soft labels", unit="batch", disable=processes.index() > 0):
         examples = own[i : i + size]
         batch = collate(examples)
         values, indices = log_probabilities(teacher, batch)[batch["targets"] >= 0].topk(top)

@@ -1,6 +1,6 @@
-"""Trains what tests/test_ranks.py prepared, one folder per case; under torchrun on all ranks.
+"""Trains what tests/test_processes.py prepared, one folder per case; under torchrun in all processes.
 
-python on_ranks.py IN OUT [--dies STEP] CASE ...
+python in_processes.py IN OUT [--dies STEP] CASE ...
 """
 
 import argparse
@@ -8,7 +8,7 @@ import os
 import signal
 from pathlib import Path
 
-from basis_select import heal, learn, load, load_task, ranks, save, tune
+from basis_select import heal, learn, load, load_task, processes, save, tune
 from basis_select.training import engine, precision
 
 CASES = {  # what is trained, whether it is sharded, how
@@ -33,17 +33,17 @@ def main():
     parser.add_argument("cases", nargs="+")
     parser.add_argument("--dies", type=int)
     args = parser.parse_args()
-    ranks.join()
+    processes.join()
     engine.SAVE_EVERY = 0.0 if args.dies is not None else 1e9
     # What differs between one process and several is then the order of fp32 sums, nothing else.
     precision.fast_bf16 = lambda device: False
-    if args.dies and ranks.rank() == ranks.world() - 1:
+    if args.dies and processes.index() == processes.count() - 1:
         engine.task_loss = dying(engine.task_loss, args.dies)
     for case in args.cases:
         if (args.out / case / "model").exists():
             continue
         verb, source, sharded, options = CASES[case]
-        sharded = sharded and ranks.world() > 1
+        sharded = sharded and processes.count() > 1
         parent, tokenizer = load(args.source / "parent", sharded=sharded)
         task = load_task(str(args.source / "data.jsonl"), tokenizer, validation=10, test=20)
         model, _ = load(args.source / source, sharded=sharded)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_tokenizer, tiny
+from in_processes import CASES
 from kill_resume import hashes
-from on_ranks import CASES
 from safetensors.torch import load_file
 
 import basis_select as bs
@@ -67,7 +67,9 @@ def runs(source, tmp_path_factory):
     """Every case in one process, in two, and in two on each of two nodes."""
     out = tmp_path_factory.mktemp("runs")
     for nodes, processes in ((1, 1), (1, 2), (2, 2)):
-        status, printed = launch([HERE / "on_ranks.py", source, out / f"{nodes}x{processes}", *CASES], nodes, processes)
+        status, printed = launch(
+            [HERE / "in_processes.py", source, out / f"{nodes}x{processes}", *CASES], nodes, processes
+        )
         assert status == 0, printed
     return out
 
@@ -86,9 +88,9 @@ def test_several_processes_train_as_one_does(size, case, runs):
         assert w.allclose(theirs[2][name], rtol=0, atol=3e-3 if narrow else 1e-6), name
 
 
-def test_after_one_rank_was_killed_the_same_command_ends_with_the_same_weights(source, runs, tmp_path):
+def test_after_one_process_was_killed_the_same_command_ends_with_the_same_weights(source, runs, tmp_path):
     cases = ["learn", "heal plus sharded"]
-    command = [HERE / "on_ranks.py", source, tmp_path, *cases]
+    command = [HERE / "in_processes.py", source, tmp_path, *cases]
     for case, steps in zip(cases, ("6", "11"), strict=True):
         status, _ = launch([*command, "--dies", steps], 1, 2)
         assert status != 0

@@ -1,7 +1,7 @@
-"""Several processes, the ranks of torchrun: who decides, who writes, and how gradients and parameters are put together.
+"""Several processes of torchrun: who decides, who writes, and how gradients and parameters are put together.
 
-The first rank runs the recipe; the others wait for what it hands them. Every function here does nothing, or just calls,
-in a single process. The run's folder must be on a disk that all ranks see.
+The first process runs the recipe; the others wait for what it hands them. Every function here does nothing, or just
+calls, in a single process. The run's folder must be on a disk that all processes see.
 """
 
 import contextlib
@@ -13,21 +13,23 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-PATIENCE = timedelta(days=7)  # the first rank evaluates alone, and decomposes alone what is sharded
+PATIENCE = timedelta(days=7)  # the first process evaluates alone, and decomposes alone what is sharded
 TOGETHER = 2**24  # elements of gradients that are averaged at once
 
 
-def rank():
+def index() -> int:
+    """Which of the processes this is; the first is 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def count() -> int:
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def everyone():
-    """The group of all ranks; None if there is one."""
-    return dist.group.WORLD if world() > 1 else None
+    """The group of all processes; None if there is one."""
+    return dist.group.WORLD if count() > 1 else None
 
 
 def started():
@@ -36,7 +38,7 @@ def started():
 
 
 def join():
-    """Meet the other ranks if torchrun has started this process and they have not met yet."""
+    """Meet the other processes if torchrun has started this process and they have not met yet."""
     if started() and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
@@ -51,16 +53,16 @@ def device():
 
 
 def lead(work):
-    """`work()` on the first rank; the others take part in what it passes to `everywhere` until it returns.
+    """`work()` in the first process; the others take part in what it passes to `everywhere` until it returns.
 
-    If it raises, that rank ends with the error and torchrun ends the others.
+    If it raises, that process ends with the error and torchrun ends the others.
     """
     join()
-    if rank() == 0:
+    if index() == 0:
         work()
         _told(None)
     else:
-        # Where the first rank is sure to fail too, the others go quietly: its sentence and its status are the run's.
+        # Where the first process is sure to fail too, the others go quietly: its sentence and its status are the run's.
         with contextlib.suppress(FloatingPointError):
             while job := _next_job():
                 function, arguments = job
@@ -73,14 +75,14 @@ def lead(work):
 def _next_job():
     try:
         return _told(None)
-    except RuntimeError:  # the first rank is gone
+    except RuntimeError:  # the first process is gone
         return None
 
 
 def everywhere(function, *arguments):
-    """`function(*arguments)` on all ranks, called by the first; both are pickled.
+    """`function(*arguments)` in all processes, called by the first; both are pickled.
 
-    Returns the first rank's result when all are done: only then may it move the files that they read.
+    Returns the first one's result when all are done: only then may it move the files that they read.
     """
     _told((function, arguments))
     result = function(*arguments)
@@ -89,15 +91,15 @@ def everywhere(function, *arguments):
 
 
 def agreed(decide):
-    """What `decide()` returns on the first rank, on every rank."""
-    return _told(decide() if rank() == 0 else None)
+    """What `decide()` returns in the first process, in every process."""
+    return _told(decide() if index() == 0 else None)
 
 
 def gathered(value):
-    """What every rank gives, in their order, on every rank."""
-    if world() == 1:
+    """What every process gives, in their order, in every process."""
+    if count() == 1:
         return [value]
-    found = [None] * world()
+    found = [None] * count()
     dist.all_gather_object(found, value)
     return found
 
@@ -107,7 +109,7 @@ def barrier():
 
 
 def _told(value):
-    if world() == 1:
+    if count() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -115,13 +117,13 @@ def _told(value):
 
 
 def layout():
-    """How `load(..., sharded=True)` spreads a model: over the ranks of a node, with a replica on every node."""
+    """How `load(..., sharded=True)` spreads a model: over the processes of a node, with a replica on every node."""
     from transformers.distributed import DistributedConfig
 
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if node == 1:
-        node = world()
-    return DistributedConfig(fsdp_size=node, dp_replicate_size=world() // node)
+        node = count()
+    return DistributedConfig(fsdp_size=node, dp_replicate_size=count() // node)
 
 
 def is_sharded(model):
@@ -136,40 +138,40 @@ def gather_no_more(model):
 
 
 def whole(x):
-    """A tensor as it is, a sharded one gathered by all: on the first rank in its memory, None on others."""
+    """A tensor as it is, a sharded one gathered by all: in the memory of the first process, None in others."""
     if not isinstance(x, DTensor):
         return x
     full = x.full_tensor()
-    return full.cpu() if rank() == 0 else None
+    return full.cpu() if index() == 0 else None
 
 
 def local(x):
-    """A tensor as it is, of a sharded one this rank's part."""
+    """A tensor as it is, of a sharded one this process's part."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def sharded_like(p, x):
-    """`x`, which every rank has, spread as the parameter `p` is if it is a tensor of that shape."""
+    """`x`, which every process has, spread as the parameter `p` is if it is a tensor of that shape."""
     if not isinstance(p, DTensor) or not torch.is_tensor(x) or x.shape != p.shape:
         return x
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def total(x):
-    """The sum of a tensor over ranks, in place."""
-    if world() > 1:
+    """The sum of a tensor over processes, in place."""
+    if count() > 1:
         dist.all_reduce(x)
     return x
 
 
 def unify(parameters):
-    """The first rank's values for what is not sharded, on all ranks."""
+    """The first process's values for what is not sharded, in all processes."""
     for p in _replicated(parameters):
         dist.broadcast(p.data, src=0)
 
 
 def average_gradients(parameters):
-    """The mean over ranks of the gradients of what is not sharded (FSDP does the rest), in place, summed in fp32."""
+    """Make gradients of what is not sharded (FSDP does the rest) the mean over processes, summed in fp32."""
     bucket, size = [], 0
     for p in _replicated(parameters):
         bucket.append(p.grad)
@@ -182,10 +184,10 @@ def average_gradients(parameters):
 
 
 def _average(tensors):
-    mean = total(torch.cat([t.flatten().float() for t in tensors])) / world()
+    mean = total(torch.cat([t.flatten().float() for t in tensors])) / count()
     for t, part in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
         t.copy_(part.view_as(t))
 
 
 def _replicated(parameters):
-    return [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)] if world() > 1 else []
+    return [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)] if count() > 1 else []
