@@ -1,1 +1,1 @@
-"""What tune, learn and heal share: batches, the loss, the engine."""
+"""What tune, learn and heal share: batches, the loss, the loop."""
