@@ -15,6 +15,7 @@ from compare import read
 from matplotlib.figure import Figure
 
 from basis_select.evaluation import html
+from basis_select.evaluation.accuracy import pooled
 from basis_select.evaluation.figures import legend, quality, svg
 from basis_select.evaluation.report import markdown
 
@@ -34,18 +35,15 @@ EXPLANATION = (
 )
 
 
-def interval(rows, against=None, draws=2000):
+def interval(rows, against=None):
     """Pooled NLL per token of rows of one task, method and size (one row a seed): value, low, high.
 
     With `against` (rows of the same seeds), of the difference, item by item. 95 %, bootstrap over items.
     """
-    rng = np.random.default_rng(0)
     nll, tokens = (np.mean([r[k] for r in rows], 0) for k in ("nll", "tokens"))
     if against:
         nll = nll - np.mean([r["nll"] for r in against], 0)
-    picks = rng.integers(len(nll), size=(draws, len(nll)))
-    means = nll[picks].sum(1) / tokens[picks].sum(1)
-    return nll.sum() / tokens.sum(), *np.quantile(means, [0.025, 0.975])
+    return tuple(pooled(nll, tokens).values())
 
 
 def tables(results):
