@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from basis_select import decompose_checkpoint, stream
 from basis_select.decompose import factored, targets
 from basis_select.linalg.metrics import METRICS
-from basis_select.rundir import forget_peak_memory, peak_memory, process_memory, resident_memory
+from basis_select.rundir import forget_peak_memory, linux_memory, peak_memory, resident_memory
 
 SHAPE = {
     "hidden_size": 3072,
@@ -85,7 +85,7 @@ def measured(source, out, layers, keep, send):
 
     def sample():
         while not done.wait(0.02):
-            anonymous.append(process_memory("RssAnon"))
+            anonymous.append(linux_memory("RssAnon"))
 
     before = resident_memory()
     forget_peak_memory()
