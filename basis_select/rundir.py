@@ -222,24 +222,25 @@ def forget_peak_memory():
 
 def peak_memory():
     """Bytes resident at the worst moment since `forget_peak_memory`."""
-    return process_memory("VmHWM")
-
-
-def resident_memory():
-    """Bytes resident now."""
-    return process_memory("VmRSS")
-
-
-def process_memory(field):
-    """Bytes that Linux gives for a field of /proc/self/status; elsewhere the peak of the process."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if field in line)
+    # psutil 7.2 knows the peak on Windows alone; getrusage's, unlike Linux' VmHWM, cannot be counted anew.
+    if Path("/proc/self/status").exists():
+        return linux_memory("VmHWM")
     if os.name == "nt":
         return psutil.Process().memory_info().peak_wset
     import resource  # only where there is such a thing
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def resident_memory():
+    """Bytes resident now."""
+    return psutil.Process().memory_info().rss
+
+
+def linux_memory(field):
+    """Bytes that Linux gives for a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 @contextlib.contextmanager

@@ -2,24 +2,26 @@
 
     bs.decompose_checkpoint("llama-70b", "llama-70b-bases", metric="plain", keep=0.5)
 
-Layers that share a basis are read, decomposed and written before the next are read; where each factor goes is known
-beforehand from the config alone, so no shard is ever held in memory.
+Layers that share a basis are read, decomposed and written before the next are read. Their factors wait in files until
+the shards are written from these, so no shard is ever held in memory and the disk needs room for the factors twice.
 """
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from . import tuned_on
-from .checkpoint.checks import DTYPES, is_compressed
+from .checkpoint.checks import is_compressed
 from .checkpoint.files import whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards, in_files
 from .decompose import dense_groups, factored, reached, targets
@@ -29,8 +31,6 @@ from .linalg.metrics import METRICS
 from .models import config_and_tokenizer, load
 from .moments import moment_bytes, moment_room, passes, second_moments
 from .training.data import require_fit
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors'
 
 
 @torch.no_grad()
@@ -93,7 +93,8 @@ def decompose_checkpoint(
         tuned_on.remember(model, task.train, task.validation)
     with whole(folder) as partial:
         tensors = _tensors(model)
-        places = _lay_out(partial, tensors, max_shard_size, model.num_parameters())
+        waiting = partial / "waiting"
+        waiting.mkdir()
         for part in parts:
             names, found = [group.names for group in part], moments
             if measured:
@@ -102,13 +103,14 @@ def decompose_checkpoint(
                 if not reached(group, found, uses):
                     raise ValueError(f"{', '.join(group.names)} is never reached by the task's data")
                 factors = _factors(model, group, files, found, uses, ranks[group.name])
-                for name, tensor in factors.items():
-                    _write(*places.pop(name), tensor)
-                del factors, tensor  # before the next group is read
+                _put(factors, waiting / group.name, files)
+                del factors  # before the next group is read
             del found
-        for name, place in places.items():  # what is no factor
-            if tensors[name].numel():
-                _write(*place, _read(files, name).to(tensors[name].dtype))
+        for name, tensor in tensors.items():
+            if tensor.numel() and (stored := _read(files, name)).dtype != tensor.dtype:
+                _put({name: stored.to(tensor.dtype)}, waiting / name, files)
+        _write_shards(partial, tensors, files, max_shard_size, model.num_parameters())
+        shutil.rmtree(waiting)
         model.config.architectures = [type(model).__name__]
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.save_pretrained(partial)
@@ -215,35 +217,25 @@ def _linear(model, name, meta, files):
     return linear
 
 
-def _lay_out(folder, tensors, max_shard_size, parameters):
-    """Files of the right size with only their headers written, and the index; returns `{name: (path, offset)}`."""
+def _put(tensors, path, files):
+    """Write tensors to a file where they wait until shards are written, and say so in `files`."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    files |= dict.fromkeys(tensors, path)
+
+
+def _write_shards(folder, tensors, files, max_shard_size, parameters):
+    """Weights and index of a checkpoint of `tensors`, which are empty or in `files`.
+
+    A shard is written from mapped files, so that it is never in memory as a whole.
+    """
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    places = {}
     for file, names in split.filename_to_tensors.items():
-        header, end, starts = {"__metadata__": {"format": "pt"}}, 0, {}
-        # The order in which the library writes them, which keeps all of them aligned.
-        for name in sorted(names, key=lambda n: (-tensors[n].itemsize, not tensors[n].is_floating_point(), n)):
-            tensor, starts[name] = tensors[name], end
-            end += tensor.nbytes
-            where = {"shape": list(tensor.shape), "data_offsets": [starts[name], end]}
-            header[name] = {"dtype": NAMES[tensor.dtype], **where}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with open(folder / file, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            out.truncate(8 + len(text) + end)
-        places |= {name: (folder / file, 8 + len(text) + start) for name, start in starts.items()}
+        found = {name: _read(files, name) if tensors[name].numel() else tensors[name] for name in names}
+        save_file(found, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         metadata = {"total_parameters": parameters, **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    return places
-
-
-def _write(path, offset, tensor):
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))

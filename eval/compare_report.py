@@ -4,7 +4,6 @@ python eval/compare_report.py RESULTS.jsonl
 """
 
 import functools
-import re
 import statistics
 import sys
 from collections import defaultdict
@@ -15,6 +14,7 @@ from compare import read
 from matplotlib.figure import Figure
 
 from basis_select.evaluation import html
+from basis_select.evaluation.accuracy import pooled
 from basis_select.evaluation.figures import legend, quality, svg
 from basis_select.evaluation.report import markdown
 
@@ -34,18 +34,25 @@ EXPLANATION = (
 )
 
 
-def interval(rows, against=None, draws=2000):
+def interval(rows, against=None):
     """Pooled NLL per token of rows of one task, method and size (one row a seed): value, low, high.
 
     With `against` (rows of the same seeds), of the difference, item by item. 95 %, bootstrap over items.
     """
-    rng = np.random.default_rng(0)
-    nll, tokens = (np.mean([r[k] for r in rows], 0) for k in ("nll", "tokens"))
+    nll, tokens = (_mean(rows, key) for key in ("nll", "tokens"))
     if against:
-        nll = nll - np.mean([r["nll"] for r in against], 0)
-    picks = rng.integers(len(nll), size=(draws, len(nll)))
-    means = nll[picks].sum(1) / tokens[picks].sum(1)
-    return nll.sum() / tokens.sum(), *np.quantile(means, [0.025, 0.975])
+        nll = nll - _mean(against, "nll")
+    return tuple(pooled(nll, tokens).values())
+
+
+def _nll(rows):
+    """What `interval` has first, without the draws that its bounds take."""
+    return _mean(rows, "nll").sum() / _mean(rows, "tokens").sum()
+
+
+def _mean(rows, key):
+    """Of every test item, over seeds."""
+    return np.mean([row[key] for row in rows], 0)
 
 
 def tables(results):
@@ -112,7 +119,7 @@ def summary(results, sizes=(4, 8)):
         if any(found):
             own = next(filter(None, found))
             name = f"{_dense(own)}, {own[0]['sizes']['bytes'] / 1e6:.0f} MB" if method in DENSE else method
-            lines.append([name, *(f"{interval(rows)[0]:.3f}" if rows else "" for rows in found)])
+            lines.append([name, *(f"{_nll(rows):.3f}" if rows else "" for rows in found)])
     return markdown(["", *(f"{task} {size}x" for task, size in columns)], lines, "l" + "r" * len(columns))
 
 
@@ -128,13 +135,11 @@ def _dense(rows):
 def _smaller(cells, task, size):
     """The bytes at which the default, interpolated between its sizes, has the NLL of the best other row of `size`."""
     points = {
-        m: (v[0]["sizes"]["bytes"] / 1e6, interval(v)[0])
+        m: (v[0]["sizes"]["bytes"] / 1e6, _nll(v))
         for (t, m, s), v in cells.items()
         if (t, s) == (task, size) and not m.startswith(DEFAULT)
     }
-    own = sorted(
-        (interval(v)[0], v[0]["sizes"]["bytes"] / 1e6) for (t, m, s), v in cells.items() if (t, m) == (task, DEFAULT)
-    )
+    own = sorted((_nll(v), v[0]["sizes"]["bytes"] / 1e6) for (t, m, s), v in cells.items() if (t, m) == (task, DEFAULT))
     if not points or not own:
         return []
     method, (weight, nll) = min(points.items(), key=lambda item: item[1][1])
@@ -193,10 +198,9 @@ def report(results, name):
         drawn = svg(title, functools.partial(quality, strong=DEFAULT), series(results, task), LABEL, size=(6.4, 5))
         body = [html.figures((drawn, f"{title}; left and down is better, bars are 95 % intervals."))]
         for (head, rows, align), caption in zip(blocks, CAPTIONS, strict=True):
-            rows = [[first, *map(_marked, rest)] for first, *rest in rows]
             body.append(html.table(head, rows, align, caption))
-        sections.append((task, note, "".join(body)))
-    sections.append(("How to read it", EXPLANATION, html.code(f"python eval/compare_report.py {name}.jsonl")))
+        sections.append((task, note, body))
+    sections.append(("How to read it", EXPLANATION, [html.code(f"python eval/compare_report.py {name}.jsonl")]))
     return html.page(f"basis_select: {name}", verdict(results), "", sections, [])
 
 
@@ -209,10 +213,6 @@ def verdict(results):
         found.append(f"on {task} {worse} of {len(others)} rows of other methods are surely worse and {better} better")
     text = "; ".join(found)
     return f"Against the default at the same reduction of the linear layers, {text}."
-
-
-def _marked(cell):
-    return html.Raw(re.sub(r"\*(better|worse)\*", r'<em class="\1">\1</em>', html.unbroken(cell)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """What is saved is described from the modules there are, ties from the tensors; architectures; Unix-only imports."""
 
-import ast
 import copy
-from pathlib import Path
+import importlib
+import os
+import pkgutil
+import re
+import signal
+import sys
 
 import architectures
 import pytest
@@ -13,6 +17,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.quantizers import auto as quantizers
 
 import basis_select as bs
 from basis_select.checkpoint.format import description
@@ -354,12 +359,28 @@ def test_a_vision_language_model_is_tuned():
     assert model.config.use_cache == model.config.get_text_config().use_cache
 
 
-def test_nothing_imports_what_windows_lacks():
-    """When the package is imported; the sandbox, which needs Linux, is a program of its own."""
-    missing = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios"}
-    for path in Path(bs.__file__).parent.rglob("*.py"):
-        if path.name == "sandbox_child.py":
-            continue
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
-            assert not missing & set(names), path
+def every_module():
+    names = [found.name for found in pkgutil.walk_packages(bs.__path__, "basis_select.")]
+    return {name: importlib.import_module(name) for name in names if name != "basis_select.__main__"}
+
+
+def test_everything_is_imported_where_python_has_only_what_windows_has(monkeypatch):
+    """Other packages are loaded before: they choose by themselves what they use there."""
+    before = every_module() | {"basis_select": bs}
+    for name in ("fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios"):
+        monkeypatch.setitem(sys.modules, name, None)
+    windows = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM", "SIG_DFL", "SIG_IGN"}
+    lacking = {signal: {n for n in dir(signal) if n.startswith("SIG") and n.isupper()} - windows}
+    lacking |= {os: {n for n in dir(os) if re.match("sched_|fork|getuid|geteuid|getgid|O_NONBLOCK|mkfifo|sysconf", n)}}
+    for module, names in lacking.items():
+        assert names
+        for name in names:
+            monkeypatch.delattr(module, name)
+    for registry in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):  # a name is registered there once
+        monkeypatch.setattr(quantizers, registry, {})
+    for name in before:
+        monkeypatch.delitem(sys.modules, name)
+    again = importlib.import_module("basis_select")
+    assert again is not bs
+    for name in before:
+        assert importlib.import_module(name) is not before[name]

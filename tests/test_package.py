@@ -37,8 +37,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert names == expected
-    assert {Path(name).suffix for name in names} <= {".py", ".css", ".yaml"}
-    assert {"basis_select/evaluation/report.css", "basis_select/evaluation/tasks/gsm8k.yaml"} <= names
+    assert {Path(name).suffix for name in names} <= {".py", ".css", ".html", ".md", ".yaml"}
+    for name in ("report.css", "templates/page.html", "templates/blocks.html", "tasks/gsm8k.yaml"):
+        assert f"basis_select/evaluation/{name}" in names
+    assert "basis_select/checkpoint/card_template.md" in names
 
 
 def test_it_says_what_it_needs(wheel):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import addition_recipe, tiny
+from filelock import FileLock
 from kill_resume import hashes
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -260,11 +261,8 @@ def test_a_full_disk_is_said_and_leaves_no_half_checkpoint(recipe, tmp_path, mon
 
 
 def test_two_runs_do_not_share_a_folder(recipe, tmp_path):
-    import fcntl
-
     (tmp_path / "run" / "stages").mkdir(parents=True)
-    with open(tmp_path / "run" / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(tmp_path / "run" / ".lock"):
         result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
     assert "another run is using" in result.output
 

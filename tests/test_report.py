@@ -155,6 +155,33 @@ def test_names_and_prompts_are_text_not_html(run):
     assert "x" * 101 not in page.text()
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda x: html.table([x, "b"], [[x, f"({x})"]], "lr", x),
+        lambda x: html.bars([x, "b"], [(x, x, 1.0, 0.5, 2.0)], x),
+        lambda x: html.heat([{"name": f"a.0.{x}", "rank": 1, "full": 2, "leader": x}], [], x),
+        lambda x: html.heat([], [{"name": x, "rank": None, "full": 2, "leader": None}], x),
+        lambda x: html.items(x, [{x: x}]),
+        lambda x: html.details(x, x),
+        lambda x: html.figures((x, x)),
+        lambda x: html.code(x),
+        lambda x: html.facts([(x, x)]),
+        lambda x: html.paragraph(x),
+        lambda x: html.page(x, x, x, [(x, x, [x])], [(x, x)]),
+    ],
+)
+def test_no_text_becomes_a_tag_or_an_attribute(block):
+    odd = "<hr onclick='x'>&amp;\" onload=\"x"
+    page = Page(block(odd))
+    assert "hr" not in {tag for tag, _ in page.tags}
+    assert not {"onclick", "onload"} & {name for _, attrs in page.tags for name in attrs}
+    shown = re.sub(r"\s+", " ", page.text()) + "".join(
+        value or "" for _, attrs in page.tags for value in attrs.values()
+    )
+    assert odd in shown
+
+
 def test_gained_and_lost_items_are_those_of_the_paired_comparison(run):
     results = json.loads((run / "results.json").read_text())
     page = checked((run / "report.html").read_text(encoding="utf-8"))

@@ -172,18 +172,22 @@ def test_a_damaged_source_is_named_and_nothing_is_left_behind(damage, checkpoint
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
-def test_interrupted_in_the_middle_nothing_is_left_behind(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", ["model.layers.1.self_attn.o_proj", "model.safetensors"])
+def test_interrupted_in_the_middle_nothing_is_left_behind(checkpoint, tmp_path, monkeypatch, last):
+    """While factors are written, and while the shard is written from them."""
     source, seen = checkpoint(), []
 
-    def interrupt(path, *args):
+    def interrupt(tensors, path, **options):
         seen.append(path)
-        if len(seen) == 20:
+        if path.name == last:
             raise KeyboardInterrupt
+        save_file(tensors, path, **options)
 
-    monkeypatch.setattr("basis_select.stream._write", interrupt)
+    monkeypatch.setattr("basis_select.stream.save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         bs.decompose_checkpoint(source, tmp_path / "out", metric="plain")
-    assert seen[0].parent.parent == tmp_path
+    assert seen[0].parent.name == "waiting"
+    assert seen[0].parent.parent.parent == tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 

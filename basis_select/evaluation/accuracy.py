@@ -251,13 +251,16 @@ def pooled(nll, tokens):
     return bootstrap(lambda n, t, axis=-1: n.sum(axis) / t.sum(axis), nll, tokens)
 
 
-def bootstrap(statistic, *columns):
-    """`statistic(*columns)` with its 95 % percentile interval when items, the rows of `columns`, are drawn anew."""
+def bootstrap(statistic, *columns, paired=True):
+    """`statistic(*columns)` with its 95 % percentile interval when items are drawn anew; None where one item is all.
+
+    Items are the rows of `columns`, or those of each column by itself unless they are `paired`.
+    """
     columns = tuple(np.array(column, dtype=float) for column in columns)
     value, low, high = float(statistic(*columns)), None, None
-    if len(columns[0]) > 1:
+    if min(map(len, columns)) > 1:
         interval = stats.bootstrap(
-            columns, statistic, paired=True, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+            columns, statistic, paired=paired, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
     return {"value": value, "low": low, "high": high}

@@ -8,6 +8,8 @@ import io
 import re
 from xml.etree import ElementTree
 
+from markupsafe import Markup
+
 try:
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -68,7 +70,7 @@ def svg(title, paint, *data, size=(4.6, 3.3)):
     for key in ("width", "height", "version"):
         del root.attrib[key]
     root.attrib |= {"role": "img", "aria-label": title}
-    return ElementTree.tostring(root, encoding="unicode")
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def quality(ax, series, label, strong=None):

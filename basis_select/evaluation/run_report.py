@@ -1,6 +1,6 @@
 """report.html of one run: reads the files of its folder, never a whole model, and puts the blocks of html.py together.
 
-Every section is a function of the run that returns `(explanation, HTML)`, or one sentence why there is nothing to show.
+Every section is a function of the run: it returns `(explanation, blocks)`, or a sentence why there is nothing to show.
 """
 
 import dataclasses
@@ -147,10 +147,14 @@ def recipe(run):
         if value != default.get(key) and value not in ({}, []):
             short[key] = value
     full = (run.folder / "recipe.yaml").read_text(encoding="utf-8")
-    body = html.code(f"basis-select run recipe.yaml --out {run.folder.resolve().name}")
-    body += html.code(yaml.safe_dump(short, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100))
-    body += html.details("The same with every default written out", html.code(full))
-    return "With this recipe in recipe.yaml, the command repeats the run; what it does not name has its default.", body
+    return (
+        "With this recipe in recipe.yaml, the command repeats the run; what it does not name has its default.",
+        [
+            html.code(f"basis-select run recipe.yaml --out {run.folder.resolve().name}"),
+            html.code(yaml.safe_dump(short, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)),
+            html.details("The same with every default written out", html.code(full)),
+        ],
+    )
 
 
 def quality(run):
@@ -169,7 +173,7 @@ def quality(run):
     return (
         "Each mark is a model of this run, the parent among them; bars are 95 % intervals "
         "(Wilson for accuracy, bootstrap over items for NLL). Left is smaller.",
-        html.figures(*drawn),
+        [html.figures(*drawn)],
     )
 
 
@@ -179,7 +183,7 @@ def rows(run):
         "NLL is the negative log-likelihood per response token in nats. Gained and lost are test items against the "
         "parent, with McNemar's exact p: small where the difference is no accident. Targeted parameters are those of "
         "the linear layers that are decomposed.",
-        html.table(HEAD, [cells(name, row) for name, row in run.results.items()], ALIGN, caption),
+        [html.table(HEAD, [cells(name, row) for name, row in run.results.items()], ALIGN, caption)],
     )
 
 
@@ -196,7 +200,7 @@ def ranks(run):
     return (
         "How many bases each layer kept, darker for a larger share of full rank; dense layers were worth more whole "
         "than as bases. Modules with an orange line read one tensor and share one v, stored once.",
-        "".join(maps),
+        maps,
     )
 
 
@@ -225,7 +229,7 @@ def weights(run):
     )
     if not known:
         why += " Which ones were kept is not marked, because the score of this run is no function of the weights."
-    return why, html.figures(*drawn)
+    return why, [html.figures(*drawn)]
 
 
 def changes(run):
@@ -247,7 +251,7 @@ def changes(run):
         blocks += [html.items(f"{name}: {len(x)} {kind}", x) for kind, x in moved.items() if x]
     return (
         "Test items that the parent answers wrongly and a smaller model rightly (gained), or the other way (lost).",
-        "".join(blocks) or "<p>No item was gained or lost.</p>",
+        blocks or [html.paragraph("No item was gained or lost.")],
     )
 
 
@@ -267,15 +271,16 @@ def cost(run):
          f"{s:.1f}", s, None, None)
         for key, s in stages.items()
     ]  # fmt: skip
+    total = f"Time of the stages, {sum(stages.values()):,.0f} s together"
+    speed_and_memory = [
+        html.bars(("model", "tokens/s, median (range)"), rates, "Decoding speed; more is better"),
+        html.bars(("model", "GiB"), memory, "Peak memory while making it; less is better"),
+    ]
     return (
         "Speed of greedy decoding at batch 1, the models taking turns in one process (thin line: slowest to fastest "
         "round); memory resident at the worst moment of all stages of a row; time of every stage, once where rows "
         "share it.",
-        html.beside(
-            html.bars(("model", "tokens/s, median (range)"), rates, "Decoding speed; more is better")
-            + html.bars(("model", "GiB"), memory, "Peak memory while making it; less is better"),
-            html.bars(("stage", "seconds"), seconds, f"Time of the stages, {sum(stages.values()):,.0f} s together"),
-        ),
+        [html.beside(speed_and_memory, [html.bars(("stage", "seconds"), seconds, total)])],
     )
 
 
@@ -301,7 +306,7 @@ def training(run):
     return (
         "The loss is cross-entropy on response tokens, plus the KL distance to the parent where it teaches "
         "(dashed, on its own).",
-        html.figures(*drawn),
+        [html.figures(*drawn)],
     )
 
 
@@ -316,7 +321,8 @@ def manifest(run):
     if "reloaded" in run.results[RESULT]:
         equal = run.results[RESULT]["reloaded"]["bit_equal"]
         pairs.append(("result, loaded again in a fresh process", "bit-equal" if equal else "differs"))
-    return "What it takes to tell whether another run was the same: versions, seed, data and hashes.", html.facts(pairs)
+    why = "What it takes to tell whether another run was the same: versions, seed, data and hashes."
+    return why, [html.facts(pairs)]
 
 
 SECTIONS_OF_A_RUN = {

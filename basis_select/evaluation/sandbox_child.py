@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import json
 import os
-import resource
 import sys
 import traceback
 import types
@@ -22,6 +21,8 @@ GONE = "failed: the program ended before its tests did"
 
 
 def main(role, memory, seconds):
+    import resource  # a POSIX module: what the sandbox runs is imported on Windows too, though never run there
+
     for limit, most in {
         "AS": int(memory),
         "CPU": int(seconds),

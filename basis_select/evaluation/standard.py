@@ -289,15 +289,16 @@ def loops(text):
 
 def domains(results):
     """Mean over the data sets of each domain of SUITE that is whole in `results`, with its 95 % bootstrap interval."""
-    rng, found = np.random.default_rng(0), {}
+    found = {}
     for domain, names in SUITE.items():
         if all(name in results for name in names):
-            scores = [np.array([i.get("score", i.get("correct")) for i in results[n]["items"]], float) for n in names]
-            draws = np.mean([x[rng.integers(len(x), size=(2000, len(x)))].mean(1) for x in scores], axis=0)
-            low, high = np.percentile(draws, [2.5, 97.5])
-            value = float(np.mean([x.mean() for x in scores]))
-            found[domain] = {"value": value, "low": float(low), "high": float(high)}
+            scores = [[item.get("score", item.get("correct")) for item in results[name]["items"]] for name in names]
+            found[domain] = bootstrap(_mean_of_means, *scores, paired=False)
     return found
+
+
+def _mean_of_means(*columns, axis=-1):
+    return np.mean([column.mean(axis) for column in columns], axis=0)
 
 
 def _plain(value):
