@@ -37,8 +37,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert names == expected
-    assert {Path(name).suffix for name in names} <= {".py", ".css", ".yaml"}
-    assert {"basis_select/evaluation/report.css", "basis_select/evaluation/tasks/gsm8k.yaml"} <= names
+    assert {Path(name).suffix for name in names} <= {".py", ".css", ".yaml", ".typed"}
+    assert {
+        "basis_select/py.typed",
+        "basis_select/evaluation/report.css",
+        "basis_select/evaluation/tasks/gsm8k.yaml",
+    } <= names
 
 
 def test_it_says_what_it_needs(wheel):

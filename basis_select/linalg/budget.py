@@ -3,10 +3,13 @@
 import itertools
 import math
 import re
+from typing import Literal
 
 import torch
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+Dtype = Literal["float32", "bfloat16", "float16"]
+BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+Budget = Literal["global", "uniform", "mass"]
 
 
 def table_rank(keep, rows, columns, multiple_of=16):
