@@ -70,8 +70,8 @@ def checked(verb: Verb) -> Verb:
         right = make(known, given, f"{verb.__name__}: ")
         return verb(*args, **kwargs | {name: getattr(right, name) for name in given})
 
-    kinds = [p.replace(annotation=plain.get(p.name, p.annotation)) for p in signature.parameters.values()]
-    call.__signature__ = signature.replace(parameters=kinds, return_annotation=plain.get("return", inspect._empty))
+    shorter = [p.replace(annotation=plain[name]) for name, p in signature.parameters.items()]  # as help() shows them
+    call.__signature__ = signature.replace(parameters=shorter, return_annotation=plain["return"])
     return call
 
 
