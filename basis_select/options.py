@@ -9,7 +9,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic.dataclasses
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -22,6 +22,7 @@ FINITE = 3e38  # in float32
 STRICT = ConfigDict(strict=True, extra="forbid")
 WORDS = {"boolean": "true or false", "string": "text", "object": "a mapping", "null": "null"}
 Verb = TypeVar("Verb", bound=Callable)
+Options = TypeVar("Options")
 
 
 def _from_text(value):
@@ -49,7 +50,7 @@ class _Untitled(GenerateJsonSchema):
 
 
 @functools.cache
-def options(verb, **defaults):
+def options(verb: Callable, **defaults: Any) -> type:
     """A frozen dataclass of the keyword-only arguments of `verb`, which checks them; `defaults` replace the verb's."""
     kinds = typing.get_type_hints(verb, include_extras=True)
     own = {p.name: p.default for p in inspect.signature(verb).parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -75,7 +76,7 @@ def checked(verb: Verb) -> Verb:
     return call
 
 
-def make(kind, values, where):
+def make(kind: type[Options], values: dict[str, Any], where: str) -> Options:
     """An instance of a dataclass of options. Raises ValueError, which begins with `where`, for a wrong value."""
     try:
         return kind(**values)
@@ -90,17 +91,17 @@ def make(kind, values, where):
 
 
 @functools.cache
-def schema(kind):
+def schema(kind: type) -> dict:
     """The JSON schema of a dataclass of options."""
     return TypeAdapter(kind).json_schema(schema_generator=_Untitled)
 
 
-def properties(kind):
+def properties(kind: type) -> dict[str, dict]:
     """`{name: JSON schema}` of the options in a dataclass."""
     return schema(kind)["properties"]
 
 
-def words(found, limits=True):
+def words(found: dict, limits: bool = True) -> str:
     """What a JSON schema asks of a value, as a phrase; without `limits` the most that 32 bits hold is not named."""
     if "anyOf" in found:
         return ", or ".join(words(part, limits) for part in found["anyOf"])

@@ -8,9 +8,10 @@ import copy
 import dataclasses
 import difflib
 import string
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pydantic.dataclasses
 import yaml
@@ -46,7 +47,7 @@ class Recipe:
     task: Annotated[
         str, Field(description="A data set by name, a JSON or JSONL file, a folder of splits or reasoning_gym:FAMILY.")
     ]
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Where every draw of the run starts.")] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Seed of every random draw of the run.")] = 0
     data: Data = Data()
     tune: Tune = Tune()
     decompose: Decompose = Decompose()
@@ -65,8 +66,8 @@ class Recipe:
     soft_labels: Annotated[
         Natural,
         Field(
-            description="So many of the parent's likeliest tokens, found in one pass, teach in all epochs, rows and "
-            "sizes, without the parent in memory; 0: all tokens, by the parent anew for every batch."
+            description="How many of the parent's likeliest tokens teach: found in one pass, they serve all epochs, "
+            "rows and sizes, without the parent in memory. 0: all tokens, by the parent anew for every batch."
         ),
     ] = 64
     dtype: Annotated[Dtype, Field(description="dtype of the final checkpoint and of all evaluation.")] = "bfloat16"
@@ -81,21 +82,21 @@ class Recipe:
         dict, Field(description="Rows that differ from the recipe: a name, and under it keys such as heal.steps: 50.")
     ] = field(default_factory=dict)
 
-    def variants(self):
+    def variants(self) -> dict[str, Self]:
         """`{name: Recipe}` of the rows in `compare`."""
         return {name: override(self, changes, f"compare.{name}") for name, changes in self.compare.items()}
 
-    def family(self):
+    def family(self) -> dict[str, Self]:
         """`{name: Recipe}` of the further `sizes`; each still names all of them: it learns down to the smallest."""
         whole = dataclasses.replace(self, sizes=self.every_size())
         return {f"{RESULT} at {size}": whole.at(size) for size in self.sizes}
 
-    def every_size(self):
+    def every_size(self) -> list[float | str]:
         """The further `sizes` and, if it is named as they are, the recipe's own."""
         own = self.prune.size if self.prune.keep is None else self.prune.keep
         return [*self.sizes, *([] if own is None else [own])]
 
-    def at(self, size):
+    def at(self, size: float | str) -> Self:
         """This recipe at another size: a fraction to keep of the targeted parameters, or one of the whole model."""
         targets = dict.fromkeys(TARGETS) | ({"size": size} if isinstance(size, str) else {"keep": size})
         return override(self, {f"prune.{k}": v for k, v in targets.items()}, "sizes")
@@ -104,7 +105,7 @@ class Recipe:
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.type)}
 
 
-def read(path, overrides=()):
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A Recipe from a YAML file and `section.key=value` strings. Raises ValueError naming file and key."""
     path = Path(path)
     content = read_yaml(path)
@@ -201,7 +202,7 @@ def _check_data(r):
         raise ValueError(f"data.prompt names {{{wrong[0]}}}: between braces should be a name alone, as {{question}}")
 
 
-def write(recipe):
+def write(recipe: Recipe) -> str:
     """The YAML text of a recipe with every default written out."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
 
@@ -218,7 +219,7 @@ def _flat(content, path):
     return flat
 
 
-def override(recipe, changes, where):
+def override(recipe: Recipe, changes: dict, where: str) -> Recipe:
     """`recipe` with `{"key" or "section.key": value}` changed. Raises ValueError for a wrong key or value."""
     if not isinstance(changes, dict):
         raise ValueError(f"{where}: {shown(changes)} is not a mapping of recipe keys")
@@ -247,7 +248,7 @@ def _changed(part, name, value, where):
     raise ValueError(f"{where}{name} is not a recipe key; {hint}")
 
 
-def json_schema():
+def json_schema() -> dict:
     """The JSON schema of a recipe, by which editors complete and check one."""
     made = copy.deepcopy(schema(Recipe))
     places = {key: f"#/properties/{key}" for key in made["properties"] if key not in SECTIONS}
@@ -264,7 +265,7 @@ def json_schema():
     return {"$schema": "http://json-schema.org/draft-07/schema#"} | made | {"title": "A recipe of basis-select"}
 
 
-def reference():
+def reference() -> dict[str, tuple[str, list[tuple[str, str, str | None, str]]]]:
     """`{section: (what it does, [(key, what it may be, default, help), ...])}`, "" for keys outside of sections."""
     found = {}
     for section, kind in {"": Recipe, **SECTIONS}.items():
