@@ -2,8 +2,10 @@
 
 import re
 import unicodedata
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
+from typing import Literal
 
 
 def exact(generated, answer):
@@ -91,4 +93,5 @@ def _plain(text):
     return re.sub(r"[^\S\n]+", " ", text)
 
 
-SCORES = {"exact": exact, "number": number}
+ScoreName = Literal["exact", "number"]
+SCORES: dict[ScoreName, Callable] = {"exact": exact, "number": number}

@@ -1,10 +1,11 @@
-"""basis-select: run | plan | inspect | verify | eval | bench | profile | report | export | push."""
+"""basis-select: run | plan | keys | inspect | verify | eval | bench | profile | report | export | push."""
 
 import functools
 import json
 import logging
 import re
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -91,6 +92,23 @@ def plan(
     from .plan import plan as make
 
     typer.echo(make(_recipe(recipe, changes), processes))
+
+
+@_command
+def keys(schema: Annotated[bool, typer.Option("--schema", help="write a JSON schema for editors instead")] = False):
+    """List the keys of a recipe: what each does, what it may be and its default."""
+    from . import recipe
+
+    if schema:
+        typer.echo(json.dumps(recipe.json_schema(), indent=1))
+        return
+    for section, (does, rows) in recipe.reference().items():
+        typer.echo(f"{section or 'outside of sections'}: {does}")
+        for key, kind, default, what in rows:
+            unsaid = f"default: {default}" if default else "required"
+            typer.echo(f"  {section and section + '.'}{key}: {kind} ({unsaid})")
+            typer.echo(textwrap.fill(what, 100, initial_indent="      ", subsequent_indent="      "))
+        typer.echo()
 
 
 @_command

@@ -3,10 +3,12 @@
 import copy
 import logging
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tqdm.auto import tqdm
@@ -21,8 +23,9 @@ from .layers.low_rank import LowRankLinear
 from .layers.rounded import Int8Linear
 from .layers.shape import Shape
 from .linalg import metrics
-from .linalg.metrics import METRICS
+from .linalg.metrics import METRICS, MetricName
 from .moments import TABLE, Moments, layer_input, moment_bytes, moment_room, passes, second_moments, token_counts, trace
+from .options import Count, checked
 from .tasks import Task
 from .training.data import Batches, require_fit
 
@@ -121,18 +124,38 @@ def _some(names):
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
+Metric = Annotated[
+    MetricName,
+    Field(
+        description="What an error of a weight costs: kronecker (K-FAC) estimates the loss, whitened (SVD-LLM) the "
+        "error of the output, fisher (FWSVD) weights inputs, plain weights nothing."
+    ),
+]
+Sharing = Annotated[
+    bool,
+    Field(
+        description="Layers that read the same tensor (q, k and v; gate and up) get one input basis, which is stored "
+        "and computed once."
+    ),
+]
+Examples = Annotated[Count, Field(description="Training examples that the metric is estimated on.")]
+
+
+@checked
 @torch.no_grad()
 def decompose(
-    model,
-    task=None,
-    moments=None,
-    group=None,
+    model: PreTrainedModel,
+    task: Task | None = None,
+    moments: tuple | None = None,
+    group: dist.ProcessGroup | None = None,
     *,
-    metric: str = "kronecker",
-    share: bool = True,
-    examples: int = 256,
-    embedding: bool = False,
-):
+    metric: Metric = "kronecker",
+    share: Sharing = True,
+    examples: Examples = 256,
+    embedding: Annotated[
+        bool, Field(description="The token embedding, and the head if it is tied to it, become bases too.")
+    ] = False,
+) -> PreTrainedModel:
     """Write every targeted layer of `model` as a weighted sum of all its bases, in place; returns the model.
 
     `metric` is one of METRICS. `share`: layers that read the same tensor get one input basis. The second moments of
@@ -144,9 +167,11 @@ def decompose(
     kronecker metric weighs like those of any layer. Raises ValueError for an unknown metric, a missing task, a model
     that is already decomposed, and, with the layer's name, for non-finite weights or moments. The Fisher information as
     a product of A and G is K-FAC's (arXiv 1503.05671); the formulas stand in linalg/metrics.py.
+
+        >>> model = bs.decompose(copy.deepcopy(parent), task, examples=16)
+        >>> bs.sizes(model)["bases"]
+        576
     """
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
     if any(isinstance(m, LowRankLinear) for m in model.modules()):
         raise ValueError("this model is decomposed already")
     require_loadable(model)

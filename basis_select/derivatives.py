@@ -1,15 +1,25 @@
 """First and second derivatives of the task loss with respect to the weights of the bases."""
 
 import torch
+from transformers import PreTrainedModel
 
 from .layers.group import groups
+from .tasks import Task
 from .training.data import Batches, require_fit
 from .training.loss import frozen, task_loss
 
 PROBES = 16
 
 
-def derivatives(model, task, seed=0, *, probes: int = PROBES, batch_size: int = 8, step: float = 1e-2):
+def derivatives(
+    model: PreTrainedModel,
+    task: Task,
+    seed: int = 0,
+    *,
+    probes: int = PROBES,
+    batch_size: int = 8,
+    step: float = 1e-2,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """`[(g, h), ...]`, (r,) each in float64 and one pair per group: dL/ds and the diagonal of d2L/ds2.
 
     L is the cross-entropy on response tokens. h is Hutchinson's estimate with symmetric perturbations,

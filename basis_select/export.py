@@ -10,10 +10,11 @@ import dataclasses
 import io
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .checkpoint.files import save, whole
@@ -28,13 +29,21 @@ from .models import load
 log = logging.getLogger(__name__)
 
 
-def export(source, to, out, tokenizer=None):
+def export(
+    source: PreTrainedModel | str | Path,
+    to: Literal["dense", "onnx", "openvino", "int8"],
+    out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
     """Write `source`, a model or whatever `load` takes, to the new folder `out`: all of it or nothing; returns `out`.
 
     to: "dense", a checkpoint that transformers, vLLM and llama.cpp's converter read without this package, no smaller
     than the parent; "onnx", weights in float32; "openvino", in float16; "int8", a checkpoint of ours whose weights take
     half the bytes. `tokenizer` goes with a model; `load` finds that of other sources. Raises ValueError on an unknown
     format, on a model that it does not fit and without the packages of the `export` extra.
+
+        >>> bs.export(parent, "dense", "for_vllm", tokenizer)
+        PosixPath('for_vllm')
     """
     if to not in FORMATS:
         hint = ": export dense and give that to llama.cpp's convert_hf_to_gguf.py" if to == "gguf" else ""

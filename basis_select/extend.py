@@ -1,15 +1,39 @@
 """Add new bases: directions the pretrained weights do not have, for healing to fill."""
 
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field
+from transformers import PreTrainedModel
 
 from .layers.group import groups
+from .options import Count, Natural, checked
+from .tasks import Task
 from .training.data import Batches, require_fit
 from .training.loss import activation_gradients, task_loss
 
-INITS = ("random", "residual", "gradient")
+Init = Literal["random", "residual", "gradient"]
 
 
-def extend(model, task=None, parent=None, seed=0, *, rank: int = 16, init: str = "random", examples: int = 64):
+@checked
+def extend(
+    model: PreTrainedModel,
+    task: Task | None = None,
+    parent: PreTrainedModel | None = None,
+    seed: int = 0,
+    *,
+    rank: Annotated[
+        Natural, Field(description="New bases per layer after pruning, paid for within the size; 0: none.")
+    ] = 16,
+    init: Annotated[
+        Init,
+        Field(
+            description="Directions of the new bases: random (Basel), residual (what the layer lost) or gradient (of "
+            "the task's loss)."
+        ),
+    ] = "random",
+    examples: Annotated[Count, Field(description="Training examples that the gradient is summed over.")] = 64,
+) -> PreTrainedModel:
     """Append `rank` new bases to every factored layer, in place; returns the model.
 
     `u~ = 0`, so the function does not change; the rows of `v~` have the mean norm of the kept `v`, so that the first
@@ -17,9 +41,11 @@ def extend(model, task=None, parent=None, seed=0, *, rank: int = 16, init: str =
     singular vectors of what `parent` had and the layer lost), or "gradient" (those of the task loss's gradient with
     respect to the layer's product, summed over `examples` training examples of `task`). Layers that share a `v` share
     the new rows too. The bases count against the size: `prune(reserve=rank)` leaves room for them.
+
+        >>> model = bs.decompose(copy.deepcopy(parent), task, examples=16)
+        >>> model = bs.prune(model, keep=0.5, reserve=4)
+        >>> model = bs.extend(model, task, rank=4, init="gradient", examples=16)
     """
-    if init not in INITS:
-        raise ValueError(f"unknown init {init!r}; known are {', '.join(INITS)}")
     found = groups(model)
     if rank and not found:
         raise ValueError("there are no factored layers to extend: call decompose and prune first")

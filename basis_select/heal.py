@@ -2,15 +2,23 @@
 
 import logging
 import random
+from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
+from transformers import PreTrainedModel
 
 from . import processes
 from .decompose import is_plain
 from .layers.group import groups, table_of
+from .options import BatchSize, Checkpointing, Natural, Positive, Weight, checked
+from .tasks import Task
+from .training.collage import Precision
 from .training.data import Batches, require_fit
 from .training.engine import train
 from .training.loss import task_loss
+from .training.soft_labels import Teacher
 from .tune import trainable
 
 log = logging.getLogger(__name__)
@@ -18,22 +26,31 @@ PROBES = 64  # examples on which the distance to the parent is measured
 LORA_RATE = 10  # adapters start at zero and are scaled by 1: they need about ten times the rate of the weights
 
 
+@checked
 def heal(
-    model,
-    task,
-    teacher=None,
-    folder=None,
-    seed=0,
+    model: PreTrainedModel,
+    task: Task,
+    teacher: Teacher | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
     *,
-    steps: int = 100,
-    batch_size: int = 16,
-    lr: float | None = None,
-    kl: float = 1.0,
-    embeddings: bool = False,
-    precision: str = "fp32",
-    checkpointing: bool = False,
-    lora: int = 0,
-):
+    steps: Annotated[Natural, Field(description="Training steps of the pruned model; 0: none.")] = 100,
+    batch_size: BatchSize = 16,
+    lr: Annotated[
+        Positive | None,
+        Field(
+            description="Highest learning rate; without one it follows the distance to the parent, since what mends a "
+            "broken start harms a good one."
+        ),
+    ] = None,
+    kl: Annotated[Weight, Field(description="Weight of the parent's predictions in the loss.")] = 1.0,
+    embeddings: Annotated[bool, Field(description="Train the embedding and the head too.")] = False,
+    precision: Precision = "fp32",
+    checkpointing: Checkpointing = False,
+    lora: Annotated[
+        Natural, Field(description="Train only adapters of this rank, merged in the end; 0: train the factors.")
+    ] = 0,
+) -> PreTrainedModel:
     """Train factors, norms, biases and layers left dense on response tokens, in place; returns the model.
 
     Loss: CE + `kl` * KL(teacher || model); `teacher` is the dense parent or its `soft_labels`. Without `lr` it is
@@ -42,6 +59,9 @@ def heal(
     only adapters of that rank on the factors and on layers left dense (peft), and merges them in the end: no rank
     changes, and gradients and states are those of the adapters alone. Raises ValueError on bases that are still
     weighted, without both `lr` and `teacher`, and with `lora` on a sharded model.
+
+        >>> model = bs.prune(bs.decompose(copy.deepcopy(parent), task, examples=16), keep=0.5)
+        >>> model = bs.heal(model, task, teacher=parent, steps=2, batch_size=4)
     """
     require_fit(model, task)
     processes.join()

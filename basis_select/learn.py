@@ -1,39 +1,54 @@
 """Learn on task data which bases matter: only the weights s train, u and v are frozen."""
 
+from pathlib import Path
+from typing import Annotated
+
 import torch
+from pydantic import Field
+from transformers import PreTrainedModel
 
 from .derivatives import derivatives
 from .layers.group import groups
-from .linalg.scores import SCORES
+from .linalg.budget import Budget
+from .linalg.scores import SCORES, ScoreName
+from .options import BatchSize, Checkpointing, Natural, Positive, Share, Weight, checked
 from .prune import select
+from .tasks import Task
+from .training.collage import Precision
 from .training.engine import train
+from .training.soft_labels import Teacher
 
 
+@checked
 def learn(
-    model,
-    task,
-    teacher=None,
-    folder=None,
-    seed=0,
-    keep=None,
-    mass=None,
-    budget="global",
-    score="energy",
-    multiple_of=16,
-    reserve=0,
+    model: PreTrainedModel,
+    task: Task,
+    teacher: Teacher | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    keep: float | None = None,
+    mass: float | None = None,
+    budget: Budget = "global",
+    score: ScoreName = "energy",
+    multiple_of: int = 16,
+    reserve: int = 0,
     *,
-    steps: int = 60,
-    batch_size: int = 16,
-    lr: float = 2e-2,
-    kl: float = 1.0,
-    rounds: int = 4,
-    unpruned: float = 0.0,
-    square: bool = False,
-    new: int = 0,
-    rest: bool = False,
-    precision: str = "fp32",
-    checkpointing: bool = False,
-):
+    steps: Annotated[
+        Natural, Field(description="Training steps of one weight per basis, while bases are pruned; 0: none.")
+    ] = 60,
+    batch_size: BatchSize = 16,
+    lr: Annotated[Positive, Field(description="Highest learning rate, a relative step for every basis alike.")] = 2e-2,
+    kl: Annotated[Weight, Field(description="Weight of the parent's predictions in the loss.")] = 1.0,
+    rounds: Annotated[Natural, Field(description="Prunings, evenly spread over the steps.")] = 4,
+    unpruned: Annotated[Share, Field(description="Share of the steps before the first pruning.")] = 0.0,
+    square: Annotated[bool, Field(description="A basis counts by the square of its weight, as in Basel.")] = False,
+    new: Annotated[
+        Natural, Field(description="New bases per layer that train from the first step and are never pruned (Basel).")
+    ] = 0,
+    rest: Annotated[bool, Field(description="Train the embedding, norms and biases as well, as in Basel.")] = False,
+    precision: Precision = "fp32",
+    checkpointing: Checkpointing = False,
+) -> PreTrainedModel:
     """Train the weight of every basis, `y = u((v x) * s) + b`, in place; returns the model.
 
     `s = scale * weight` with `weight` starting at 1, so `lr` is a relative step for every basis alike; `square` is
@@ -45,6 +60,10 @@ def learn(
     pruned (Basel), `rest` trains everything that is not a basis as well: embeddings, norms, biases. `precision` and
     `checkpointing` as in training/engine.py; the weights of bases are fp32 in any.
     Loss: CE + `kl` * KL(teacher || model).
+
+        >>> model = bs.decompose(copy.deepcopy(parent), task, examples=16)
+        >>> model = bs.learn(model, task, teacher=parent, keep=0.5, steps=4, rounds=2)
+        >>> model = bs.prune(model, keep=0.5)
     """
     found = groups(model)
     if not found:

@@ -13,7 +13,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from . import processes, tuned_on
 from .checkpoint import checks, hub
@@ -22,13 +30,16 @@ from .checkpoint.cleaning import masked
 from .checkpoint.format import in_files
 from .layers.embedding import settle_ties
 from .layers.rounded import quantized
+from .linalg.budget import BYTES, Dtype
 from .reading import read_json
 from .runtime import MANIFEST, load_export
 
 log = logging.getLogger(__name__)
 
 
-def load(source, dtype=None, sharded=False):
+def load(
+    source: str | Path, dtype: Dtype | None = None, sharded: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`(model, tokenizer)` from `source`, in eval mode.
 
     source: a hub id or local folder (ours or any other checkpoint), a folder with a PEFT adapter (merged into its
@@ -37,9 +48,11 @@ def load(source, dtype=None, sharded=False):
     that `save` wrote, here or on the hub, is checked against its recorded hashes, and nothing loads unless every weight
     is there and finite. `sharded` spreads the parameters of a checkpoint folder over the processes of torchrun, which
     must all call this (processes.layout). Raises ValueError or FileNotFoundError with what is wrong and where.
+
+        >>> parent, tokenizer = bs.load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32")
     """
-    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"unknown dtype {dtype!r}; known are float32, bfloat16, float16")
+    if dtype is not None and dtype not in BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(BYTES)}")
     source, gguf = _resolve(source)
     if gguf:
         dense = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}

@@ -2,39 +2,93 @@
 
 import functools
 import math
+from typing import Annotated, get_args
 
 import torch
+from pydantic import Field
+from transformers import PreTrainedModel
 
 from .derivatives import derivatives as differentiate
 from .evaluation.profile import prices
 from .layers.group import groups, only, table_of
-from .linalg.budget import allocate, by_mass, keep_for, linear_prices, table_rank, training_prices, uniform
-from .linalg.scores import SCORES
+from .linalg.budget import (
+    Budget,
+    Dtype,
+    allocate,
+    by_mass,
+    keep_for,
+    linear_prices,
+    table_rank,
+    training_prices,
+    uniform,
+)
+from .linalg.scores import SCORES, ScoreName
+from .options import Count, Fraction, Positive, checked
 from .sizes import sizes
+from .tasks import Task
 from .training.loss import response_nll
 
-BUDGETS = ("global", "uniform", "mass")
 
-
+@checked
 def prune(
-    model,
-    task=None,
-    derivatives=None,
-    reserve=0,
-    dtype="bfloat16",
-    seed=0,
+    model: PreTrainedModel,
+    task: Task | None = None,
+    derivatives: list | None = None,
+    reserve: int = 0,
+    dtype: Dtype = "bfloat16",
+    seed: int = 0,
     *,
-    keep: float | None = None,
-    size: str | None = None,
-    max_drop: float | None = None,
-    mass: float | None = None,
-    latency: str | None = None,
-    costs: str | None = None,
-    budget: str = "global",
-    score: str = "energy",
-    multiple_of: int = 16,
-    keep_embedding: float | None = None,
-):
+    keep: Annotated[
+        Fraction | None, Field(description="Fraction of the targeted layers' parameters that stays.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        Field(
+            description="Size of the whole model: 4x smaller, 90M parameters or 120MB.", examples=["4x", "90M", "120MB"]
+        ),
+    ] = None,
+    max_drop: Annotated[
+        Positive | None,
+        Field(description="The smallest model whose loss rises by at most so many nats per token, before healing."),
+    ] = None,
+    mass: Annotated[
+        Fraction | None,
+        Field(description="Basel's share of each layer's sum of singular values; the size is what comes out."),
+    ] = None,
+    latency: Annotated[
+        str | None,
+        Field(
+            description="Speed of the whole model, by the times in `costs`: 2x decode, 20ms decode, 1.5x prefill 128. "
+            "Layers that are no faster factored stay dense.",
+            examples=["2x decode", "20ms decode", "1.5x prefill 128"],
+        ),
+    ] = None,
+    costs: Annotated[
+        str | None, Field(description="The file of times that `basis-select profile` measured on the device.")
+    ] = None,
+    budget: Annotated[
+        Budget,
+        Field(
+            description="How layers share the size: global keeps the highest scores per parameter, uniform the same "
+            "fraction of every layer, mass (Basel) the same share of every layer's sum of scores."
+        ),
+    ] = "global",
+    score: Annotated[
+        ScoreName,
+        Field(
+            description="Which bases stay: energy (error in the metric), magnitude (Basel), taylor (gradient and "
+            "curvature of the loss, after BSI), random."
+        ),
+    ] = "energy",
+    multiple_of: Annotated[Count, Field(description="Ranks are multiples of this.")] = 16,
+    keep_embedding: Annotated[
+        Fraction | None,
+        Field(
+            description="Fraction of the embedding's parameters that stays, where it was written as bases; without it, "
+            "its part of `size` is found on the validation split."
+        ),
+    ] = None,
+) -> PreTrainedModel:
     """Keep the best bases, fold their weights into the factors, in place; returns the model.
 
     How much stays is said in one of five ways. `keep`: the fraction of the targeted layers' parameters. `size`: of
@@ -54,6 +108,18 @@ def prune(
     of the embedding's parameters that may stay, where `decompose` wrote it as bases: not part of the targeted
     layers, but of `size`. Without it, `size` is shared between embedding and layers as `best_share` finds on the
     validation split of `task`. Raises ValueError when the budget cannot be met.
+
+        >>> model = bs.decompose(copy.deepcopy(parent), task, examples=16)
+        >>> model = bs.prune(model, size="1.5x", multiple_of=4)
+        >>> sizes = bs.sizes(model)
+        >>> sizes["parameters_dense"] / sizes["parameters"] >= 1.5
+        True
+
+        What is asked for is checked:
+
+        >>> bs.prune(model, keep=2)
+        Traceback (most recent call last):
+        ValueError: prune: keep is 2, it should be a fraction above 0 and up to 1, or null
     """
     if sum(target is not None for target in (keep, size, max_drop, mass, latency)) != 1:
         raise ValueError("say how much to keep: exactly one of keep, size, max_drop, mass, latency")
@@ -128,8 +194,8 @@ def select(
     for name, value in (("keep", keep), ("mass", mass)):
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"{name}={value} is not a fraction above 0 and up to 1")
-    if budget not in BUDGETS:
-        raise ValueError(f"unknown budget {budget!r}; known are {', '.join(BUDGETS)}")
+    if budget not in get_args(Budget):
+        raise ValueError(f"unknown budget {budget!r}; known are {', '.join(get_args(Budget))}")
     if score not in SCORES:
         raise ValueError(f"unknown score {score!r}; known are {', '.join(SCORES)}")
     found = groups(model)

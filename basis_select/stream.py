@@ -24,29 +24,32 @@ from . import tuned_on
 from .checkpoint.checks import is_compressed
 from .checkpoint.files import whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards, in_files
-from .decompose import dense_groups, factored, reached, targets
+from .decompose import Examples, Metric, Sharing, dense_groups, factored, reached, targets
 from .layers.group import Group
-from .linalg.budget import BYTES
+from .linalg.budget import Dtype
 from .linalg.metrics import METRICS
 from .models import config_and_tokenizer, load
 from .moments import moment_bytes, moment_room, passes, second_moments
+from .options import Fraction, checked
+from .tasks import Task
 from .training.data import require_fit
 
 
+@checked
 @torch.no_grad()
 def decompose_checkpoint(
-    source,
-    folder,
-    task=None,
-    moments=None,
+    source: str | Path,
+    folder: str | Path,
+    task: Task | None = None,
+    moments: tuple | None = None,
     *,
-    metric: str = "kronecker",
-    share: bool = True,
-    examples: int = 256,
-    keep: float | None = None,
-    dtype: str | None = None,
-    max_shard_size="5GB",
-):
+    metric: Metric = "kronecker",
+    share: Sharing = True,
+    examples: Examples = 256,
+    keep: Fraction | None = None,
+    dtype: Dtype | None = None,
+    max_shard_size: str | int = "5GB",
+) -> Path:
     """Decompose the checkpoint in the folder `source` into `folder`, all of it or none; returns `folder`.
 
     The files are those that `load(source, dtype)`, `decompose` and `save` would write, but no more than one group of
@@ -57,17 +60,14 @@ def decompose_checkpoint(
     the dense layers (with 1 the result is no larger than the source): what `prune` removes at such sizes need not be
     stored, but it can no longer leave such a layer dense. Raises ValueError or FileNotFoundError, with the file and the
     tensor and before anything is written, for a source that is not whole.
+
+        >>> bs.decompose_checkpoint("parent", "bases", metric="plain", keep=0.5)
+        PosixPath('bases')
     """
-    source, uses = Path(source), METRICS.get(metric)
-    if uses is None:
-        raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
+    source, uses = Path(source), METRICS[metric]
     measured = moments is None and bool(uses.inputs or uses.outputs)
     if measured and task is None:
         raise ValueError(f"metric {metric!r} needs second moments: pass a task or moments, or use metric 'plain'")
-    if keep is not None and not 0 < keep <= 1:
-        raise ValueError(f"keep={keep} is not a fraction above 0 and up to 1")
-    if dtype is not None and dtype not in BYTES:
-        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(BYTES)}")
     if not (source / "config.json").exists():
         raise FileNotFoundError(f"{source} is not a model folder: it has no config.json")
     if is_compressed(source):

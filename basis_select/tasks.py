@@ -7,9 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from .answers import SCORES, exact, number
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from .answers import SCORES, ScoreName, exact, number
 from .encoding import Encoder
+from .options import Count, checked
 from .rows import file_rows, one_kind, read_rows
 from .tuned_on import prompt_key
 
@@ -95,19 +100,30 @@ HUB = {
 }
 
 
+@checked
 def load_task(
-    source,
-    tokenizer,
-    seed=0,
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
     *,
-    options: dict | None = None,
-    prompt: str | None = None,
-    score: str | None = None,
-    train: int = 10000,
-    validation: int = 200,
-    test: int = 200,
-    max_length: int = 512,
-):
+    options: Annotated[
+        dict | None,
+        Field(description="Options of the source: `data_dir` of a set of the hub, those of a reasoning_gym family."),
+    ] = None,
+    prompt: Annotated[
+        str | None, Field(description="A template over what a reasoning_gym row holds, as `What is {a} + {b}?`.")
+    ] = None,
+    score: Annotated[
+        ScoreName | None,
+        Field(description="How a response is scored, if not as the source does: all of it, or its last number."),
+    ] = None,
+    train: Annotated[Count, Field(description="Most examples of the training split.")] = 10000,
+    validation: Annotated[Count, Field(description="Most examples of the validation split.")] = 200,
+    test: Annotated[Count, Field(description="Most examples of the test split.")] = 200,
+    max_length: Annotated[
+        Count, Field(description="Tokens of the longest example: a longer prompt is dropped, a longer response cut.")
+    ] = 512,
+) -> Task:
     """Build a task for a tokenizer: prompts masked, every response closed by the end token or its template's turn end.
 
     source: a name in HUB (`options: {data_dir: FOLDER}` reads `SPLIT.jsonl` files instead of the hub), the path of
@@ -120,15 +136,18 @@ def load_task(
     Examples longer than `max_length` tokens are cut at their end. What was dropped or cut is counted in `report`, never
     silently. Raises ValueError or FileNotFoundError naming the source, and for a row of a file the file and the row;
     also if the task's own responses do not score as right.
+
+        >>> task = bs.load_task("data.jsonl", tokenizer, validation=8, test=8)
+        >>> len(task.train), len(task.validation), len(task.test)
+        (48, 8, 8)
     """
     source, options = str(source), options or {}
     sizes = {"train": train, "validation": validation, "test": test}
-    _check_whole(sizes | {"max_length": max_length, "seed": seed})
+    if type(seed) is not int:
+        raise ValueError(f"seed={seed!r} should be a whole number")
     encoder = Encoder(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token, so no response could end: set its eos_token")
-    if score is not None and score not in SCORES:
-        raise ValueError(f"unknown score {score!r}; known are {', '.join(SCORES)}")
     made = source.startswith("reasoning_gym:")
     _check_used(source, options, prompt, made)
     if made:
@@ -159,13 +178,6 @@ def load_task(
     every = [row for split in SPLITS for row in rows[split]]
     scored = _scoring(source, every, SCORES.get(score, default))
     return Task(source, **splits, score=scored, pad_id=_pad(tokenizer), report=report, stops=_stops(every, tokenizer))
-
-
-def _check_whole(values):
-    for name, value in values.items():
-        least = None if name == "seed" else 1
-        if type(value) is not int or (least and value < least):
-            raise ValueError(f"{name}={value!r} should be a whole number{f' of at least {least}' if least else ''}")
 
 
 def _check_used(source, options, prompt, made):

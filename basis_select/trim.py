@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .layers.embedding import LowRankEmbedding
+from .tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,14 @@ BYTES = frozenset(f"<0x{i:02X}>" for i in range(256))  # tokens of SentencePiece
 FILES = ("tokenizer.json", "tokenizer_config.json")  # what the trimmed tokenizer is read from
 
 
-def trim(model, tokenizer, task, *, text: str | None = None, frequent: int = 0):
+def trim(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    text: str | Path | None = None,
+    frequent: int = 0,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict]:
     """Drop the tokens that the training split of `task` does not need, in place.
 
     Returns `(model, tokenizer, report)`: the model with rows for the tokens left, a new tokenizer, and how many tokens
@@ -35,8 +43,10 @@ def trim(model, tokenizer, task, *, text: str | None = None, frequent: int = 0):
     Raises ValueError for a tokenizer that is neither BPE nor Unigram, for one whose training text would not keep its
     tokens, and for a model with other tables of tokens or whose embedding is written as bases (trim before decompose).
 
-        >>> model, tokenizer, report = bs.trim(model, tokenizer, task)
-        >>> task = bs.load_task("gsm8k", tokenizer)
+        >>> model, smaller, report = bs.trim(copy.deepcopy(parent), tokenizer, task)
+        >>> task = bs.load_task("data.jsonl", smaller)
+        >>> report["tokens_before"] - report["tokens"]
+        0
     """
     if bool(text) != bool(frequent):
         raise ValueError("`text` and `frequent` go together: how many of the most frequent tokens of a text to keep")

@@ -1,27 +1,41 @@
 """Fine-tune the dense model on the task: the parent is a model that the task already runs well on."""
 
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from transformers import PreTrainedModel
+
 from . import processes
 from .layers.embedding import LowRankEmbedding
 from .layers.low_rank import LowRankLinear
 from .layers.rounded import quantized
+from .options import BatchSize, Checkpointing, Natural, Positive, checked
+from .tasks import Task
+from .training.collage import Precision
 from .training.engine import train
 
 
+@checked
 def tune(
-    model,
-    task,
-    folder=None,
-    seed=0,
+    model: PreTrainedModel,
+    task: Task,
+    folder: str | Path | None = None,
+    seed: int = 0,
     *,
-    steps: int = 0,
-    batch_size: int = 16,
-    lr: float = 1e-4,
-    precision: str = "fp32",
-    checkpointing: bool = False,
-):
+    steps: Annotated[
+        Natural, Field(description="Training steps of the dense model on the task before anything else.")
+    ] = 0,
+    batch_size: BatchSize = 16,
+    lr: Annotated[Positive, Field(description="Highest learning rate.")] = 1e-4,
+    precision: Precision = "fp32",
+    checkpointing: Checkpointing = False,
+) -> PreTrainedModel:
     """Train everything but the embeddings on response tokens with cross-entropy, in place; returns the model.
 
     `precision` and `checkpointing` as in training/engine.py.
+
+        >>> model = bs.tune(copy.deepcopy(parent), task, steps=2, batch_size=4)
     """
     trainable(model)
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision}

@@ -37,10 +37,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert names == expected
-    assert {Path(name).suffix for name in names} <= {".py", ".css", ".html", ".md", ".yaml"}
-    for name in ("report.css", "templates/page.html", "templates/blocks.html", "tasks/gsm8k.yaml"):
-        assert f"basis_select/evaluation/{name}" in names
-    assert "basis_select/checkpoint/card_template.md" in names
+    assert {Path(name).suffix for name in names} <= {".py", ".css", ".html", ".md", ".yaml", ".typed"}
+    shown = {f"evaluation/{name}" for name in ("report.css", "templates/page.html", "templates/blocks.html")}
+    needed = {"py.typed", "checkpoint/card_template.md", "evaluation/tasks/gsm8k.yaml", *shown}
+    assert {f"basis_select/{name}" for name in needed} <= names
 
 
 def test_it_says_what_it_needs(wheel):

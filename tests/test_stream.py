@@ -194,10 +194,10 @@ def test_interrupted_in_the_middle_nothing_is_left_behind(checkpoint, tmp_path, 
 def test_options_that_cannot_be_met(checkpoint, tmp_path):
     source = checkpoint()
     for options, message in (
-        ({"metric": "cholesky"}, "unknown metric"),
+        ({"metric": "cholesky"}, "metric is 'cholesky', it should be"),
         ({"metric": "kronecker"}, "needs second moments"),
-        ({"keep": 1.5}, "keep=1.5 is not"),
-        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"keep": 1.5}, "keep is 1.5, it should be"),
+        ({"dtype": "int8"}, "dtype is 'int8', it should be"),
         ({"keep": 0.01}, "keep=0.01 leaves no basis in"),
     ):
         with pytest.raises(ValueError, match=message):

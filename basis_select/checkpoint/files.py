@@ -15,22 +15,32 @@ import psutil
 import torch
 from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from .. import processes, tuned_on
 from ..layers.group import groups
 from ..layers.rounded import quantized
+from ..linalg.budget import Dtype
 from ..reading import sha256
 from .checks import SIDECAR
 from .format import BasisSelectQuantizer, describe, guards, register
 
 
-def save(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    dtype: Dtype | None = None,
+    max_shard_size: str | int = "5GB",
+) -> Path:
     """Write a checkpoint to `folder`: all of it or, if anything fails, none of it.
 
     `dtype` ("bfloat16", "float32") casts the weights on the way out; the model in memory is not touched. On several
     processes all call this and the first writes. Raises FileExistsError if `folder` holds anything.
+
+        >>> bs.save(parent, tokenizer, "smaller", dtype="bfloat16")
+        PosixPath('smaller')
     """
     model = _saveable(model)
     if processes.index():
@@ -132,7 +142,7 @@ def probe_logits(model):
         return model.eval()(input_ids=ids.to(model.device)).logits.cpu()
 
 
-def verify(folder, model=None):
+def verify(folder: str | Path, model: PreTrainedModel | None = None) -> dict[str, bool | float]:
     """Reload `folder` in a fresh process and compare logits with `model` (default: loaded here).
 
     Returns `{"bit_equal": bool, "max_difference": float, "hashes_match": bool}`; the last is false for a folder without

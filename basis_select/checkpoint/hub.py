@@ -43,7 +43,15 @@ def snapshot(source):
     return Path(snapshot_download(str(source), revision=config.parent.name))
 
 
-def push(folder, repo_id, *, private=True, base=None, license=None, replace_card=False):
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    base: str | None = None,
+    license: str | None = None,
+    replace_card: bool = False,
+) -> str:
     """Publish a checkpoint with its model card as the hub repository `repo_id`, in one commit; returns its address.
 
     folder, base, replace_card: as in `contents`. license: of the base model, if its card cannot be read. Nothing is

@@ -7,9 +7,16 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from scipy import stats
-from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    set_seed,
+)
 
 from ..encoding import Encoder
+from ..tasks import Task
 from ..training.data import require_fit
 from ..training.precision import products
 
@@ -19,7 +26,13 @@ MORE = 7  # tokens that a response may be longer than the longest reference
 LOGITS = 2**28  # of a batch whose every token is scored, at most: under 2 GiB with their log-probabilities
 
 
-def evaluate(model, tokenizer, task, limit=None, batch_size=None):
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    limit: int | None = None,
+    batch_size: int | None = None,
+) -> dict:
     """Score `model` on the first `limit` test examples of `task`: greedy generation and response NLL.
 
     Both use the examples' own tokens: generation starts from those before the first that is trained, and ends at the
@@ -266,7 +279,7 @@ def bootstrap(statistic, *columns, paired=True):
     return {"value": value, "low": low, "high": high}
 
 
-def compare(parent, result):
+def compare(parent: dict, result: dict) -> dict:
     """Pair two results item by item: how many items were gained, lost, solved by both, by neither.
 
     `p` is McNemar's exact test that gains and losses are equally likely; `nll` the difference of the NLL per token

@@ -9,11 +9,13 @@ import collections
 import contextlib
 import inspect
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from ..cost import forward_pass
 from ..layers.group import table_of
@@ -24,7 +26,15 @@ from .speed import Generation, environment, spread, take_turns, wait
 PARTS = ("attention", "feed-forward", "head", "embedding", "norms and rest")
 
 
-def bench(models, *, prompts=(32, 128, 512), tokens=16, rounds=5, compiled=False, pause=0.0):
+def bench(
+    models: dict[str, PreTrainedModel],
+    *,
+    prompts: Sequence[int] = (32, 128, 512),
+    tokens: int = 16,
+    rounds: int = 5,
+    compiled: bool = False,
+    pause: float = 0.0,
+) -> dict:
     """Measure `{name: model}`, in turn, each against the first; returns a dict of facts that JSON can hold.
 
     prompts: lengths for which the time to the first token is taken; `tokens` are decoded after the shortest. `compiled`

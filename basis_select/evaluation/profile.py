@@ -7,11 +7,13 @@ what `prune(latency=, costs=)` chooses by.
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..decompose import same_input, targets
 from ..layers.group import Group
@@ -29,7 +31,9 @@ TABLE = {  # what the file that `profile` fills holds
 GRID = 32  # ranks of a shape at most, from one step to break-even
 
 
-def profile(model, *, tokens=(1, 128), rounds=15, multiple_of=16):
+def profile(
+    model: PreTrainedModel, *, tokens: Sequence[int] = (1, 128), rounds: int = 15, multiple_of: int = 16
+) -> dict:
     """Time every layer shape of a dense `model`, and the model itself, on its device and in its dtype; eager, batch 1.
 
     tokens: how many are computed at once, 1 being a decoded token. Ranks are multiples of `multiple_of`. Returns

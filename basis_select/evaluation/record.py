@@ -4,10 +4,12 @@ import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from ..linalg.budget import Dtype
 from ..models import config_and_tokenizer, load
 from ..reading import misfit, read_json
 from ..rundir import environment, replace_text, require_file
@@ -21,18 +23,18 @@ RESULT = {"n": int, "of": int, "items": [dict], "batch_size": int}  # of a task
 
 
 def measure(
-    source,
-    names,
+    source: str | Path,
+    names: Sequence[str],
     *,
-    against=None,
-    dtype: str | None = None,
-    out=None,
+    against: str | Path | None = None,
+    dtype: Dtype | None = None,
+    out: str | Path | None = None,
     limit: int | None = None,
     shots: int | None = None,
     samples: int = 1,
     batch_size: int | None = None,
     allow_code_execution: bool = False,
-):
+) -> dict:
     """Load `source`, evaluate it on tasks (`evaluate_on`), and pair it with its parent.
 
     `against`: where the parent is loaded from, or a .json file that this function wrote for it. Both are measured in

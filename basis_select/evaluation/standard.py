@@ -10,12 +10,14 @@ import difflib
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from math import comb
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..reading import sha256
 from ..tasks import HUB, load_task
@@ -76,16 +78,16 @@ def expand(names, allow_code_execution=False):
 
 
 def evaluate_on(
-    model,
-    tokenizer,
-    names,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
     *,
     limit: int | None = None,
     shots: int | None = None,
     samples: int = 1,
     batch_size: int | None = None,
     allow_code_execution: bool = False,
-):
+) -> dict:
     """Score `model` on tasks, `{name: result}`: NAMES, "suite", a domain of it, or sources of `load_task`.
 
     `limit` takes the first rows of each; `shots` replaces the number of examples in the prompt where a task has any;

@@ -2,12 +2,15 @@
 
 import itertools
 import re
+from typing import Literal
 
 import torch
 
 from ..layers.shape import Shape
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+Dtype = Literal["float32", "bfloat16", "float16"]
+BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+Budget = Literal["global", "uniform", "mass"]
 
 
 def table_rank(keep: float, shape: Shape, multiple_of: int = 16) -> tuple[int, int]:

@@ -8,6 +8,7 @@ the SVD absorbs. And only the smaller side needs one: `(W L)^T G (W L) = v'^T di
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -66,7 +67,8 @@ class Metric:
     squares: bool = False
 
 
-METRICS = {
+MetricName = Literal["plain", "fisher", "whitened", "kronecker"]
+METRICS: dict[MetricName, Metric] = {
     "plain": Metric(),  # Basel: weight error
     # FWSVD: weight error, weighted by the Fisher information of the weights that read an input
     "fisher": Metric(inputs=lambda squares, samples: shifted(squares, LEAST), squares=True),

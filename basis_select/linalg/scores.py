@@ -6,6 +6,7 @@ score does not ask for them; generator: for the one score that draws. Each retur
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -36,7 +37,8 @@ class Score:
     derivatives: bool = False  # whether it needs g and h
 
 
-SCORES = {
+ScoreName = Literal["energy", "magnitude", "taylor", "random"]
+SCORES: dict[ScoreName, Score] = {
     "energy": Score(energy),
     "magnitude": Score(magnitude),
     "taylor": Score(taylor, derivatives=True),

@@ -5,15 +5,26 @@ and so is the second moment in the variant "plus". The model computes with hi. B
 and all states: plain and stochastic 8, light and kahan 10, plus 12, master 16.
 """
 
+from typing import Annotated, Literal, get_args
+
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 # After the 1,000 steps of tests/test_collage.py optimi's Kahan AdamW is 0.072 of the way from float64, and 0.156 with a
 # weight decay of 0.1; ours 0.008. torchao rounds at random as well as ours (0.243, ours 0.251), but its AdamW compiles
 # for 12 s a shape, and a step then takes 1.7 times as long on a CPU. Neither library has Collage's variants.
-VARIANTS = ("plus", "light", "kahan", "stochastic", "plain", "master")
+Variant = Literal["plus", "light", "kahan", "stochastic", "plain", "master"]
+VARIANTS = get_args(Variant)
+Precision = Annotated[
+    Literal["fp32", Variant],
+    Field(
+        description="fp32 computes products in bfloat16 where the processor has them. plus and light train wholly in "
+        "bfloat16 by Collage, with 12 and 10 bytes a parameter instead of 16. The others are there to compare with."
+    ),
+]
 CHUNK = 2**17  # elements updated together, whose fp32 temporaries stay in a processor's cache
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from .. import processes
+from ..tasks import Task
 from .data import Batches, require_fit
 from .loss import log_probabilities
 
@@ -80,13 +82,19 @@ def seen(task, batch_size, steps, seed):
     return {i for step in range(steps) for i in batches.rows(step)}
 
 
+Teacher = PreTrainedModel | SoftLabels
+
+
 @torch.no_grad()
-def soft_labels(teacher, task, top=64):
+def soft_labels(teacher: PreTrainedModel, task: Task, top: int = 64) -> SoftLabels:
     """SoftLabels of `task.train`: the `top` most likely tokens of the model `teacher` at every response token.
 
     A pass over the examples takes the place of one for every batch, and the teacher need not be in memory while another
     model learns from them. The rest of the vocabulary counts as one more token, of the probability that is left. On
     several processes each returns those of its part of the examples: `save` them in one folder, and `load` all.
+
+        >>> labels = bs.soft_labels(parent, task, top=8)
+        >>> model = bs.tune(copy.deepcopy(parent), task, steps=2)
     """
     require_fit(teacher, task)
     size = EXAMPLES_TOGETHER
