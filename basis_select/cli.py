@@ -70,8 +70,8 @@ def run(
 
     def work():
         read = _recipe(recipe, changes)
-        from . import pipeline
         from .evaluation.report import table
+        from .run import pipeline
 
         folder = out or Path("runs") / recipe.stem
         results = pipeline.run(read, folder, shard)
@@ -88,9 +88,10 @@ def plan(
     ranks: Annotated[int, typer.Option(min=1, max=4096, help="processes that share the work, a machine each")] = 1,
 ):
     """Say what a recipe will do and cost, without doing it."""
-    from .plan import plan as make
+    from .run.plan import plan as make
+    from .run.plan import text
 
-    typer.echo(make(_recipe(recipe, changes), ranks))
+    typer.echo(text(make(_recipe(recipe, changes), ranks)))
 
 
 @_command
@@ -273,7 +274,7 @@ def _require_result(out, device):
     """Raise ValueError, before a model is loaded, for a device that is not there or a file that cannot be written."""
     import torch
 
-    from .rundir import require_file
+    from .run.directory import require_file
 
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device)
     if not match:
@@ -306,7 +307,7 @@ def _command_line():
 
 
 def _write(path, facts):
-    from .rundir import replace_text
+    from .run.directory import replace_text
 
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

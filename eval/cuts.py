@@ -14,8 +14,8 @@ from pathlib import Path
 
 from basis_select import decompose, load, prune, recipe
 from basis_select.bases import basis_cost, dense_cost, groups, take
-from basis_select.pipeline import Stages
 from basis_select.prune import select
+from basis_select.run.disk import OnDisk
 from basis_select.training.loss import response_nll
 
 
@@ -58,10 +58,12 @@ def share(layers):
 def main():
     source, folder, results = map(Path, sys.argv[1:])
     (folder / "stages").mkdir(parents=True, exist_ok=True)
-    stages = Stages(recipe.read(source), folder)
-    parent, task = load(stages.parent() / "model")[0], stages.task
+    r = recipe.read(source)
+    disk = OnDisk(r, folder)
+    state = disk.parent()
+    parent, task = load(state["parent"] / "model")[0], disk.view(r, state).task
     plain = decompose(copy.deepcopy(parent), task, metric="plain", share=False)
-    kronecker = decompose(parent, task, examples=stages.recipe.decompose.examples)
+    kronecker = decompose(parent, task, examples=r.decompose.examples)
     found = {
         "layers": len(groups(plain)),
         "uniform, plain metric": {f"{times}x": uniform(plain, task, times) for times in (2, 4, 8)},

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from basis_select import decompose_checkpoint, stream
 from basis_select.decompose import factored, targets
 from basis_select.linalg.metrics import METRICS
-from basis_select.rundir import forget_peak_memory, peak_memory, process_memory, resident_memory
+from basis_select.run.directory import forget_peak_memory, peak_memory, process_memory, resident_memory
 
 SHAPE = {
     "hidden_size": 3072,

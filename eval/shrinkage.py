@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from compare import all_moments, read, setting
+from compare import read, setting
 
 from basis_select import decompose
 from basis_select.bases import only
@@ -56,8 +56,8 @@ def main(grid, folder, results, names):
         missing = {rule: metric for rule, metric in rules().items() if (name, rule) not in done}
         if not missing:
             continue
-        base, stages, parent = setting(grid, name, 0, folder)
-        task, moments = stages.task, all_moments(parent, stages.task, base)[True]
+        bench = setting(grid, name, 0, folder)
+        parent, task, moments = bench.parent, bench.task, bench.moments[True]
         dense = {s: round(response_nll(parent, getattr(task, s), task.pad_id), 4) for s in ("validation", "test")}
         for rule, metric in missing.items():
             row = {"task": name, "rule": rule, "parent": dense, **measure(parent, task, moments, metric)}

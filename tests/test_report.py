@@ -15,7 +15,6 @@ from conftest import make_tokenizer, tiny
 from typer.testing import CliRunner
 
 import basis_select as bs
-from basis_select import pipeline
 from basis_select import recipe as recipes
 from basis_select.bases import groups
 from basis_select.cli import app
@@ -24,6 +23,7 @@ from basis_select.evaluation import figures, html, spectra
 from basis_select.evaluation.report import HEAD, cells
 from basis_select.evaluation.run_report import SECTIONS_OF_A_RUN, report
 from basis_select.prune import select
+from basis_select.run import pipeline
 from basis_select.sizes import layer_table
 
 REPO = Path(__file__).parents[1]

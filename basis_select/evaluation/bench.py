@@ -16,9 +16,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ..bases import LowRankLinear
-from ..cost import forward_pass
 from ..embedding import table_of
 from ..refine import blocks
+from ..run.cost import forward_pass
 from .speed import Generation, environment, spread, take_turns, wait
 
 PARTS = ("attention", "feed-forward", "head", "embedding", "norms and rest")

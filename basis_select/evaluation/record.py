@@ -10,7 +10,7 @@ import torch
 
 from ..models import config_and_tokenizer, load
 from ..reading import misfit, read_json
-from ..rundir import environment, replace_text, require_file
+from ..run.directory import environment, replace_text, require_file
 from ..sizes import sizes
 from .accuracy import SEED, compare
 from .report import interval
