@@ -70,13 +70,13 @@ def run(
 
     def work():
         read = _recipe(recipe, changes)
-        from .evaluation.report import table
         from .run import pipeline
+        from .run.progress import show, what_next
 
+        logging.getLogger(pipeline.__package__).setLevel(logging.INFO)
         folder = out or Path("runs") / recipe.stem
-        results = pipeline.run(read, folder, shard)
-        typer.echo(table(results))
-        typer.echo(f"checkpoint: {folder / 'final'}   report: {folder / 'report.html'}")
+        show(pipeline.run(read, folder, shard))
+        typer.echo(what_next(read, folder))
 
     ranks.lead(work)
 

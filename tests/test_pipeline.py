@@ -39,7 +39,7 @@ def recipe(tmp_path):
     return addition_recipe(tmp_path, tiny(tied=True), 12, **content)
 
 
-def test_one_command_does_it_all(recipe, tmp_path):
+def test_one_command_does_it_all(recipe, tmp_path, caplog):
     out = tmp_path / "run"
     result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(out)])
     assert result.exit_code == 0, result.output
@@ -69,7 +69,7 @@ def test_one_command_does_it_all(recipe, tmp_path):
     assert len(steps) == 6 + 6 + 2 * 6
     assert re.search(rf"│ result +│ +{results['result']['accuracy']['value']:.1%}", result.stdout)
     assert f"basis-select push {out} USER/NAME" in result.stdout
-    assert "decompose: write 9 groups of 15 layers as bases" in result.stderr
+    assert "decompose (result): write 8 groups of 14 layers as bases" in caplog.text
 
     written = {p: p.stat().st_mtime_ns for p in (out / "stages").rglob("*")}
     again = CliRunner().invoke(app, ["run", str(recipe), "--out", str(out)])

@@ -30,7 +30,7 @@ UNSEEN = (DataDependentOutputException, DynamicOutputShapeException, Unsupported
 def duration(seconds: float) -> str:
     """A time for a person: 12 s, 3 min, 2 h 5 min."""
     if seconds < 60:
-        return f"{seconds:.0f} s"
+        return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
@@ -39,10 +39,10 @@ def show(results: dict) -> None:
     """Print the results of a run as a table that fits the terminal."""
     table = Table(show_lines=True)
     for column in SHOWN:
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column.replace(" (", "\n("), justify="left" if column == "model" else "right")
     for name, row in results.items():
         texts = dict(zip(HEAD, cells(name, row), strict=True))
-        table.add_row(*(texts[column] for column in SHOWN))
+        table.add_row(*(texts[column].replace(" (", "\n(") for column in SHOWN))  # intervals below values
     Console().print(table)
 
 
@@ -95,18 +95,18 @@ class Progress:
 
     def end(self, stage: Stage, facts: dict) -> None:
         nll = f", NLL {facts['validation_nll']:.3f} on the validation split" if "validation_nll" in facts else ""
-        log.info("%s done in %s%s", " " * len(self._number()), duration(facts["seconds"]), nll)
+        log.info("%sdone in %s%s", " " * len(self._number()), duration(facts["seconds"]), nll)
         if self.costs and len(self.met) <= len(self.costs):
             self.said += self.costs[len(self.met) - 1].seconds
             self.took += facts["seconds"]
 
     def _number(self):
         width = len(str(self.total))
-        return f"[{len(self.met):{width}}/{self.total}]" if self.total else f"[{len(self.met)}]"
+        return f"[{len(self.met):{width}}/{self.total}] " if self.total else ""
 
     def _heading(self, stage):
         row = f" ({self.row})" if len(self.rows) > 2 and self.row and not (stage.dense and self.row == "parent") else ""
-        return f"{self._number()} {stage.name.replace('_', ' ')}{row}"
+        return f"{self._number()}{stage.name.replace('_', ' ')}{row}"
 
     def _left(self):
         """How much time is left, as `plan` says, at the speed of the stages so far."""

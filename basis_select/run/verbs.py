@@ -87,14 +87,14 @@ def prune_options(view: View) -> dict:
 def say_prune(view: View) -> str:
     asked = {name: value for name, value in own(view.recipe.prune).items() if value is not None}
     words = {
-        "keep": "{:.3g} of the layers' parameters",
-        "size": "{} of the whole model",
+        "keep": "{:.3g} of the parameters of the layers stay",
+        "size": "the whole model becomes {} smaller" if str(asked.get("size")).endswith("x") else "{} stay in all",
         "max_drop": "as few as cost at most {:g} nats per token",
-        "mass": "{:.3g} of every layer's scores",
-        "latency": "as many as are {}",
+        "mass": "{:.3g} of the scores of every layer stay",
+        "latency": "as many as make {}",
     }
     (how,) = (text.format(asked[name]) for name, text in words.items() if name in asked)
-    return f"keep the best bases: {how}"
+    return f"keep the best bases; {how}"
 
 
 def run_prune(work: Work) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from .. import ranks
 from ..checkpoint.files import save
 from ..decompose import targets
-from ..models import load
+from ..models import config_and_tokenizer, load
 from ..recipe import Recipe
 from ..sizes import sizes
 from ..tasks import Task
@@ -29,7 +29,7 @@ class Work:
 
     options: the stage's, as for its key. given: for every product that the stage reads the folder of the stage that
     made it, which is then read once it is asked for, or the product itself. folder: where training leaves its state.
-    sharded: the run is; spread: so is the stage's model.
+    sharded: the run is; spread: so is the stage's model. facts: what `run` has to say of what it did.
     """
 
     def __init__(
@@ -45,19 +45,17 @@ class Work:
     ):
         self.recipe, self.task, self.options, self.given, self.folder = recipe, task, options, given, folder
         self.sharded, self.spread, self.group = sharded, spread, group
+        self.facts = {}
 
     @cached_property
     def model(self):
         """The model that the stage changes: the first product that it reads."""
         first = self._first()
-        if not isinstance(first, Path):
-            return first
-        model, self.tokenizer = self._load(first)
-        return model
+        return self._load(first)[0] if isinstance(first, Path) else first
 
     @cached_property
     def tokenizer(self):
-        return load_here(self._first() / "model")[1]
+        return config_and_tokenizer(self._first() / "model")[1]
 
     @property
     def parent(self):
@@ -121,8 +119,8 @@ def write(work: Work, product: str, made, folder: Path, alone: bool) -> dict:
     elif product in FILES:
         replace_text(folder / FILES[product], json.dumps(made, indent=1))
     else:
-        return _write_model(work, work.recipe.dtype if product == "final" else None, folder, alone)
-    return {}
+        return work.facts | _write_model(work, work.recipe.dtype if product == "final" else None, folder, alone)
+    return work.facts
 
 
 def _write_model(work, dtype, folder, alone):
