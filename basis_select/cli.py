@@ -71,13 +71,13 @@ def run(
 
     def work():
         read = _recipe(recipe, changes)
-        from . import pipeline
-        from .evaluation.report import table
+        from .run import pipeline
+        from .run.terminal import show, what_next
 
+        logging.getLogger(pipeline.__package__).setLevel(logging.INFO)
         folder = out or Path("runs") / recipe.stem
-        results = pipeline.run(read, folder, shard)
-        typer.echo(table(results))
-        typer.echo(f"checkpoint: {folder / 'final'}   report: {folder / 'report.html'}")
+        show(pipeline.run(read, folder, shard))
+        typer.echo(what_next(read, folder))
 
     processes.lead(work)
 
@@ -89,9 +89,10 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, max=4096, help="how many share the work, a machine each")] = 1,
 ):
     """Say what a recipe will do and cost, without doing it."""
-    from .plan import plan as make
+    from .run.plan import plan as make
+    from .run.plan import text
 
-    typer.echo(make(_recipe(recipe, changes), processes))
+    typer.echo(text(make(_recipe(recipe, changes), processes)))
 
 
 @_command
@@ -291,7 +292,7 @@ def _require_result(out, device):
     """Raise ValueError, before a model is loaded, for a device that is not there or a file that cannot be written."""
     import torch
 
-    from .rundir import require_file
+    from .run.directory import require_file
 
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device)
     if not match:
@@ -324,7 +325,7 @@ def _command_line():
 
 
 def _write(path, facts):
-    from .rundir import replace_text
+    from .run.directory import replace_text
 
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Learn on task data which bases matter: only the weights s train, u and v are frozen."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +10,10 @@ from transformers import PreTrainedModel
 
 from .derivatives import derivatives
 from .layers.group import groups
-from .linalg.budget import Budget
 from .linalg.scores import SCORES, ScoreName
 from .options import BatchSize, Checkpointing, Natural, Positive, Share, Weight, checked
-from .prune import select
+from .selection import Budget, Rule, cut
+from .target import target
 from .tasks import Task
 from .training.collage import Precision
 from .training.engine import train
@@ -68,9 +69,8 @@ def learn(
     found = groups(model)
     if not found:
         raise ValueError("there are no bases to learn the weights of: call decompose first")
-    cut = {"keep": keep, "mass": mass, "budget": budget, "score": score, "multiple_of": multiple_of, "reserve": reserve}
-    cuts = keep is not None or mass is not None
-    if cuts and not 1 <= rounds <= steps - int(unpruned * steps):
+    asked = None if keep is None and mass is None else target(keep=keep, mass=mass)
+    if asked and not 1 <= rounds <= steps - int(unpruned * steps):
         raise ValueError(f"rounds={rounds} prunings do not fit into steps={steps} with unpruned={unpruned}")
     generator = torch.Generator().manual_seed(seed)
     for group in found:
@@ -81,7 +81,8 @@ def learn(
         if new:
             group.add_new(new, generator)
     weights(model, rest)
-    prunings = _Prunings(model, task, seed, steps, rounds, unpruned, cut) if cuts else None
+    rule = Rule(budget, score, multiple_of, reserve)
+    prunings = _Prunings(model, task, seed, steps, rounds, unpruned, asked, rule) if asked else None
     train(
         model,
         task,
@@ -122,8 +123,10 @@ class _Prunings:
     which a basis was set aside, and `survived`, the cuts that it outlived: what an interrupted learn needs to continue.
     """
 
-    def __init__(self, model, task, seed, steps, rounds, unpruned, cut):
-        self.model, self.task, self.seed, self.cut = model, task, seed, cut
+    def __init__(self, model, task, seed, steps, rounds, unpruned, asked, rule):
+        self.model, self.task, self.seed, self.rule = model, task, seed, rule
+        # A mass is of what is there at each cut.
+        self.asked = asked if asked.name == "keep" else target(mass=asked.amount ** (1 / rounds))
         self.groups = groups(model)
         self.full = [group.factors() for group in self.groups]  # `take` copies what stays, so these are not touched
         weights = [group.leader.s for group in self.groups]
@@ -132,17 +135,14 @@ class _Prunings:
         self.survived = [torch.zeros_like(s.survived) for s in weights]
         first = int(unpruned * steps)
         self.at = {first + (steps - first) * k // rounds: rounds - k for k in range(rounds)}  # step: cuts still to come
-        self.share = 1 / rounds
 
     def before_step(self, step, optimizer):
         if step not in self.at:
             return
-        cut = {**self.cut, "cuts": self.at[step]}
-        if cut["mass"] is not None:
-            cut["mass"] **= self.share  # of what is there now
-        if SCORES[cut["score"]].derivatives:
-            cut["derivatives"] = derivatives(self.model, self.task, self.seed + step)
-        for i, (group, index) in enumerate(select(self.model, **cut)):
+        rule = self.rule
+        if SCORES[rule.score].derivatives:
+            rule = dataclasses.replace(rule, derivatives=derivatives(self.model, self.task, self.seed + step))
+        for i, (group, index) in enumerate(cut(self.model, self.asked, rule, self.at[step])):
             index = torch.arange(group.rank) if index is None else index
             learned, index = group.leader.s.learned, index.to(self.kept[i].device)
             self.last[i][self.kept[i]] = learned.detach()

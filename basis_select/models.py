@@ -30,9 +30,9 @@ from .checkpoint.cleaning import masked
 from .checkpoint.format import in_files
 from .layers.embedding import settle_ties
 from .layers.rounded import quantized
-from .linalg.budget import BYTES, Dtype
 from .reading import read_json
 from .runtime import MANIFEST, load_export
+from .target import BYTES, Dtype
 
 log = logging.getLogger(__name__)
 

@@ -18,15 +18,14 @@ import yaml
 from pydantic import Field
 
 from .decompose import decompose
-from .evaluation.profile import parse_latency
 from .extend import extend
 from .heal import heal
 from .learn import learn
-from .linalg.budget import Dtype, parse_size
 from .options import STRICT, Fraction, Natural, make, options, properties, schema, words
 from .prune import prune
 from .reading import parse_yaml, read_yaml, shown
 from .refine import refine
+from .target import TARGETS, Dtype, Target, target
 from .tasks import load_task
 from .tune import tune
 
@@ -34,7 +33,6 @@ Data, Tune, Decompose, Prune, Refine, Heal = map(options, (load_task, tune, deco
 Learn, Extend = options(learn, steps=0), options(extend, rank=0)
 
 RESULT = "result"  # the name of the recipe's own row among those it compares
-TARGETS = ("keep", "size", "max_drop", "mass", "latency")  # of prune: how much stays
 COMMON = ("model", "task", "seed", "dtype", "sizes", "compare", "data", "tune")  # what all rows of a run share
 
 
@@ -81,6 +79,11 @@ class Recipe:
     compare: Annotated[
         dict, Field(description="Rows that differ from the recipe: a name, and under it keys such as heal.steps: 50.")
     ] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> Target:
+        """How much stays. Raises ValueError unless `prune` says it in exactly one way."""
+        return target(**{name: getattr(self.prune, name) for name in TARGETS})
 
     def variants(self) -> dict[str, Self]:
         """`{name: Recipe}` of the rows in `compare`."""
@@ -138,10 +141,10 @@ def _check_rows(recipe, path):
     seen = {}
     for size in recipe.every_size():
         try:
-            amount = parse_size(size) if isinstance(size, str) else ("keep", size)
+            asked = target(size=size) if isinstance(size, str) else target(keep=size)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        if amount in seen:
+        if (amount := (asked.unit, asked.amount)) in seen:
             raise ValueError(f"{path}: the size {size!r} is the same as {seen[amount]!r}: name every size once")
         seen[amount] = size
     for name, changes in recipe.compare.items():
@@ -160,28 +163,22 @@ def _check_rows(recipe, path):
 
 
 def _check_together(r):
-    targets = {k: getattr(r.prune, k) for k in TARGETS if getattr(r.prune, k) is not None}
-    if len(targets) != 1:
-        raise ValueError(f"prune names {' and '.join(targets) or 'no size'}: give exactly one of {', '.join(TARGETS)}")
-    if r.prune.size is not None:
-        parse_size(r.prune.size)
-    if r.prune.latency is not None:
-        parse_latency(r.prune.latency)
+    asked = r.asked
     _check_data(r)
     if r.prune.keep_embedding is not None and not r.decompose.embedding:
         raise ValueError("prune.keep_embedding is for an embedding written as bases: it goes with decompose.embedding")
     if r.decompose.embedding and r.prune.keep_embedding is None:
-        if "size" not in targets:
+        if asked.name != "size":
             raise ValueError(
                 "the embedding's part is found in a size of the whole model: give prune.size or keep_embedding"
             )
         if r.learn.steps and r.learn.rounds:
             raise ValueError("learning prunes the layers to a size known beforehand: give prune.keep_embedding with it")
-    if r.sizes and not {"keep", "size"} & targets.keys():
+    if r.sizes and asked.name not in ("keep", "size"):
         raise ValueError("sizes is a list of further sizes: prune itself needs keep or size then")
-    if r.prune.budget != "mass" and "mass" in targets:
+    if r.prune.budget != "mass" and asked.name == "mass":
         raise ValueError("prune.mass is a share of every layer's scores: it goes with prune.budget=mass")
-    if "latency" in targets and (r.prune.costs is None or r.prune.budget != "global"):
+    if asked.name == "latency" and (r.prune.costs is None or r.prune.budget != "global"):
         raise ValueError("prune.latency needs prune.costs, a file of basis-select profile, and prune.budget=global")
     if r.learn.rounds > (room := r.learn.steps - int(r.learn.unpruned * r.learn.steps)) and r.learn.steps:
         raise ValueError(f"learn.rounds={r.learn.rounds} prunings do not fit into {room} steps of learning")

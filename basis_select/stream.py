@@ -7,7 +7,6 @@ the shards are written from these, so no shard is ever held in memory and the di
 """
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -26,11 +25,12 @@ from .checkpoint.files import whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards, in_files
 from .decompose import Examples, Metric, Sharing, dense_groups, factored, reached, targets
 from .layers.group import Group
-from .linalg.budget import Dtype
 from .linalg.metrics import METRICS
 from .models import config_and_tokenizer, load
 from .moments import moment_bytes, moment_room, passes, second_moments
 from .options import Fraction, checked
+from .selection import rank_below
+from .target import Dtype, target
 from .tasks import Task
 from .training.data import require_fit
 
@@ -68,6 +68,7 @@ def decompose_checkpoint(
     measured = moments is None and bool(uses.inputs or uses.outputs)
     if measured and task is None:
         raise ValueError(f"metric {metric!r} needs second moments: pass a task or moments, or use metric 'plain'")
+    asked = None if keep is None else target(keep=keep)
     if not (source / "config.json").exists():
         raise FileNotFoundError(f"{source} is not a model folder: it has no config.json")
     if is_compressed(source):
@@ -85,7 +86,7 @@ def decompose_checkpoint(
         require_fit(model, task)
         parent = load(source, str(dtype).removeprefix("torch."))[0]
         parts = passes(groups, [moment_bytes(group.shape, uses) for group in groups], moment_room(parent.device, 0))
-    ranks = {name: rank for group in groups for rank in [_rank(group, keep)] for name in group.names}
+    ranks = {name: rank for group in groups for rank in [_rank(group, asked)] for name in group.names}
     build(model, BasisSelectConfig(ranks, [list(g.names) for g in groups if len(g.names) > 1], weighted=1))
     describe(model)
     tuned_on.read(model, source)
@@ -188,13 +189,12 @@ def _tensors(model):
     return {name: tensor.clone() for name, tensor in stored.items()}  # not a view: its own size is what is asked for
 
 
-def _rank(group, keep):
-    shape = group.shape
-    if keep is None:
-        return shape.full_rank
-    rank = min(shape.full_rank, math.ceil(keep * shape.dense_cost / shape.basis_cost) - 1)
+def _rank(group, asked):
+    if asked is None:
+        return group.shape.full_rank
+    rank = rank_below(group.shape, asked.amount)
     if rank < 1:
-        raise ValueError(f"keep={keep} leaves no basis in {group.name}, {shape}")
+        raise ValueError(f"{asked} leaves no basis in {group.name}, {group.shape}")
     return rank
 
 

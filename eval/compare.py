@@ -25,6 +25,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,19 +34,17 @@ from safetensors.torch import load_file, save_file
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
-from basis_select import pipeline
 from basis_select.decompose import same_input, targets
-from basis_select.extend import extend
-from basis_select.heal import heal, suitable_rate
+from basis_select.heal import suitable_rate
 from basis_select.layers.group import groups, table_of
 from basis_select.layers.rounded import nearest
-from basis_select.learn import learn
 from basis_select.linalg.metrics import METRICS
 from basis_select.models import load
 from basis_select.moments import TABLE, second_moments
-from basis_select.prune import prune
 from basis_select.recipe import Recipe, override
-from basis_select.refine import refine
+from basis_select.run.disk import OnDisk
+from basis_select.run.stages import walk
+from basis_select.run.work import Work, read_derivatives
 from basis_select.sizes import sizes
 from basis_select.training.loss import log_probabilities, response_nll, response_nlls
 
@@ -92,40 +91,72 @@ def compare(grid, folder, results):
             dense = [(name, seed, m, 1) for m in ("parent", "int8", "int4") if (name, seed, m, 1) not in done]
             if not rows and not dense:
                 continue
-            base, stages, parent = setting(grid, name, seed, folder)
+            bench = setting(grid, name, seed, folder)
             for row in dense:
-                write(results, row, measure(rounded(copy.deepcopy(parent)), stages.task, row[2]))
-            bench = Bench(base, stages, parent, Teacher(parent, folder / f"{name}-{seed}" / "teacher"), grid["steps"])
+                write(results, row, measure(rounded(copy.deepcopy(bench.parent)), bench.task, row[2]))
             for row in rows:
                 logging.warning("%s", " ".join(map(str, row)))
                 own = dict(grid["methods"][row[2]])
                 width = own.pop("then", None)
                 choice = chosen_before(results, row) or choose(bench, own, row[2], grid.get("choose"))
                 model, facts = compressed(bench, own | choice["chosen"], row[2], row[3], choice["heal"])
-                write(results, row, {**measure(model, stages.task, None), **facts, **choice})
+                write(results, row, {**measure(model, bench.task, None), **facts, **choice})
                 if width:
                     row = (*row[:2], f"{row[2]}, {width}", row[3])
-                    write(results, row, {**measure(model, stages.task, width), **facts, **choice})
+                    write(results, row, {**measure(model, bench.task, width), **facts, **choice})
 
 
-@dataclasses.dataclass(frozen=True)
 class Bench:
-    """What all rows of one task and seed have in common; `steps` of training for each."""
+    """What all rows of one task and seed have in common; `steps` of training for each.
 
-    base: Recipe
-    stages: pipeline.Stages
-    parent: torch.nn.Module
-    teacher: Teacher
-    steps: int
+    Parent and decompositions are stages on disk in the folder `home`; all later ones run in memory, because rows are
+    many and each is done in minutes.
+    """
+
+    def __init__(self, base: Recipe, home: Path, steps: int):
+        (home / "stages").mkdir(parents=True, exist_ok=True)
+        self.base, self.steps = base, steps
+        self.disk = OnDisk(base, home, moments=self.moments_for)
+        self.state = self.disk.parent()
+        self.task = self.disk.view(base, self.state).task
+        self.parent = load(self.state["parent"] / "model")[0]
+        self.teacher = Teacher(self.parent, home / "teacher")
 
     @functools.cached_property
     def moments(self):
-        return all_moments(self.parent, self.stages.task, self.base)
+        return all_moments(self.parent, self.task, self.base)
 
     def moments_for(self, r):
         """What `decompose` is given: None for a metric that needs no second moments, or others."""
         uses = METRICS[r.decompose.metric]
         return None if uses.squares or uses == METRICS["plain"] else self.moments[r.decompose.share]
+
+    def row(self, r, clock, model=None, until="heal"):
+        """The model of row `r` behind the stage `until`, from `model`, which is where healing starts, or from disk."""
+        state, after = {"model": model}, "refine"
+        if model is None:
+            after = "decompose" if r.learn.steps else "derivatives"
+            folders = self.disk.row(r, until=after)
+            state = {"model": load(folders["model"] / "model")[0]}
+            if "derivatives" in folders:
+                state["derivatives"] = read_derivatives(folders["derivatives"])
+        state |= {"parent": self.parent, "teacher": self.teacher}
+        runner = InMemory(lambda row, *_: self.disk.view(row, self.state), clock)
+        return walk(r, runner, state, after=after, until=until, given=("teacher",))["model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """Runs stages on what is in memory; `clock` gets the seconds of each."""
+
+    view: Callable
+    clock: dict
+
+    def do(self, stage, view, options, read):
+        work, began = Work(view.recipe, view.task, options, read), time.monotonic()
+        made = stage.run(work)
+        self.clock[stage.name] = round(time.monotonic() - began, 1)
+        return work.model if made is None else made
 
 
 def chosen_before(results, row):
@@ -171,13 +202,11 @@ def finite(verb, *args):
 
 
 def setting(grid, name, seed, folder):
-    """The recipe that all rows of a task differ from, its stages and its parent."""
+    """The Bench of a task: the recipe that its rows differ from, its parent and teacher."""
     changes = dict(grid["tasks"][name])
     base = Recipe(model=grid["model"], task=changes.pop("task"), seed=seed)
     base = override(override(base, grid["base"], "base"), changes, name)
-    (folder / f"{name}-{seed}" / "stages").mkdir(parents=True, exist_ok=True)
-    stages = pipeline.Stages(base, folder / f"{name}-{seed}")
-    return base, stages, load(stages.parent() / "model")[0]
+    return Bench(base, folder / f"{name}-{seed}", grid["steps"])
 
 
 def at_size(recipe, parent, times):
@@ -187,14 +216,11 @@ def at_size(recipe, parent, times):
 
 
 def cut(grid, name, method, size, folder):
-    """`(recipe, task, teacher, model)` of one row of a grid after `prune`: where healing starts."""
-    base, stages, parent = setting(grid, name, 0, folder)
+    """`(recipe, task, teacher, model)` of one row of a grid after `prune`, without learning: where healing starts."""
+    bench = setting(grid, name, 0, folder)
     own = {k: v for k, v in grid["methods"][method].items() if k != "then" and not isinstance(v, list)}
-    bench = Bench(base, stages, parent, Teacher(parent, folder / f"{name}-0" / "teacher"), grid["steps"])
-    r = at_size(override(base, own, method), parent, size)
-    found = stages.decomposed(r, lambda: bench.moments_for(r))
-    model, _ = load(found / "model")
-    return r, stages.task, bench.teacher, prune(model, stages.task, **vars(r.prune))
+    r = at_size(override(bench.base, own | {"learn.steps": 0}, method), bench.parent, size)
+    return r, bench.task, bench.teacher, bench.row(r, {}, until="prune")
 
 
 def compressed(bench, own, method, size, factor):
@@ -203,22 +229,10 @@ def compressed(bench, own, method, size, factor):
 
 
 def started(bench, own, method, size):
-    """`(recipe, model, seconds, heal's rate)` before healing, all in memory: rows are many, each is done in minutes."""
-    clock, stages, task = {}, bench.stages, bench.stages.task
-    r = at_size(override(bench.base, own, method), bench.parent, size)
-    seed, options = r.seed, {k: vars(getattr(r, k)) for k in ("learn", "prune")}
-    decomposed = stages.decomposed(r, lambda: bench.moments_for(r))
-    model, _ = load(decomposed / "model")
-    cuts = stages.cuts(r)
-    if r.learn.steps:
-        timed(clock, "learn", learn, model, task, bench.teacher, seed=seed, **cuts, **options["learn"])
-    found = None if r.learn.steps else stages.derivatives(r, decomposed)
-    timed(clock, "prune", prune, model, task, found, r.extend.rank, r.dtype, seed, **options["prune"])
-    if r.extend.rank:
-        timed(clock, "extend", extend, model, task, bench.parent, seed, **vars(r.extend))
-    if r.refine.steps:
-        timed(clock, "refine", refine, model, task, bench.parent, seed=seed, **vars(r.refine))
-    rate = r.heal.lr or suitable_rate(model, task, bench.teacher, seed)
+    """`(recipe, model, seconds, heal's rate)` before healing."""
+    r, clock = at_size(override(bench.base, own, method), bench.parent, size), {}
+    model = bench.row(r, clock, until="refine")
+    rate = r.heal.lr or suitable_rate(model, bench.task, bench.teacher, r.seed)
     if not math.isfinite(rate):
         raise FloatingPointError(f"{method}: what healing would start from is not finite")
     return r, model, clock, rate
@@ -227,23 +241,16 @@ def started(bench, own, method, size):
 def healed(bench, start, factor):
     """`(model, facts)` of what `started` has made, which stays as it is."""
     r, model, clock, rate = start
-    model, clock, task = copy.deepcopy(model), dict(clock), bench.stages.task
+    model, clock, task = copy.deepcopy(model), dict(clock), bench.task
     before, lr = response_nll(model, task.validation, task.pad_id), factor * rate
     left = bench.steps - r.learn.steps - r.refine.steps
-    options = {**vars(r.heal), "steps": left, "lr": lr}
-    timed(clock, "heal", heal, model, task, bench.teacher, seed=r.seed, **options)
+    model = bench.row(override(r, {"heal.steps": left, "heal.lr": lr}, "heal"), clock, model)
     return rounded(model), {
         "validation_nll": {"unhealed": before, "healed": response_nll(model, task.validation, task.pad_id)},
         "lr": lr,
         "steps": {"learn": r.learn.steps, "refine": r.refine.steps, "heal": left},
         "seconds": clock,
     }
-
-
-def timed(clock, name, verb, *args, **options):
-    began = time.monotonic()
-    verb(*args, **options)
-    clock[name] = round(time.monotonic() - began, 1)
 
 
 def all_moments(parent, task, r):

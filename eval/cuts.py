@@ -14,8 +14,9 @@ from pathlib import Path
 
 from basis_select import decompose, load, prune, recipe
 from basis_select.layers.group import groups
-from basis_select.pipeline import Stages
-from basis_select.prune import select
+from basis_select.run.disk import OnDisk
+from basis_select.selection import Rule, cut
+from basis_select.target import target
 from basis_select.training.loss import response_nll
 
 
@@ -30,12 +31,12 @@ def uniform(model, task, times):
     }
 
 
-def cuts(model, task, rounds, measured=False, **how):
+def cuts(model, task, rounds, asked, rule, measured=False):
     """What is left of the dense parameters after each of `rounds` cuts, with the weights as they are."""
     model, rows = copy.deepcopy(model), []
     found = groups(model)
     for left in range(rounds, 0, -1):
-        for group, index in select(model, cuts=left, **how):
+        for group, index in cut(model, asked, rule, left):
             if index is not None:
                 group.take(index)
         row = share(found)
@@ -55,15 +56,19 @@ def share(found):
 def main():
     source, folder, results = map(Path, sys.argv[1:])
     (folder / "stages").mkdir(parents=True, exist_ok=True)
-    stages = Stages(recipe.read(source), folder)
-    parent, task = load(stages.parent() / "model")[0], stages.task
+    r = recipe.read(source)
+    disk = OnDisk(r, folder)
+    state = disk.parent()
+    parent, task = load(state["parent"] / "model")[0], disk.view(r, state).task
     plain = decompose(copy.deepcopy(parent), task, metric="plain", share=False)
-    kronecker = decompose(parent, task, examples=stages.recipe.decompose.examples)
+    kronecker = decompose(parent, task, examples=r.decompose.examples)
     found = {
         "layers": len(groups(plain)),
         "uniform, plain metric": {f"{times}x": uniform(plain, task, times) for times in (2, 4, 8)},
-        "Basel's rule, K = 0.5, 50 cuts": cuts(plain, task, 50, mass=0.5 ** (1 / 50), budget="mass", score="magnitude"),
-        "8 cuts to 8x, kronecker": cuts(kronecker, task, 8, measured=True, keep=1 / 8),
+        "Basel's rule, K = 0.5, 50 cuts": cuts(
+            plain, task, 50, target(mass=0.5 ** (1 / 50)), Rule("mass", "magnitude")
+        ),
+        "8 cuts to 8x, kronecker": cuts(kronecker, task, 8, target(keep=1 / 8), Rule(), measured=True),
     }
     results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, values in found.items():

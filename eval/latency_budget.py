@@ -24,7 +24,7 @@ from basis_select.evaluation.speed import Generation, environment, spread, take_
 from basis_select.models import load
 from basis_select.prune import prune
 from basis_select.reading import read_json
-from basis_select.rundir import replace_text
+from basis_select.run.directory import replace_text
 from basis_select.sizes import sizes
 from basis_select.tasks import load_task
 from basis_select.training.loss import response_nll

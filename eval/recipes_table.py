@@ -17,12 +17,14 @@ from pathlib import Path
 
 from public_configs import MODELS, save
 
-from basis_select import plan as planning
 from basis_select import recipe as recipes
 from basis_select.evaluation.report import cells, markdown
 from basis_select.models import config_and_tokenizer
 from basis_select.reading import read_json
-from basis_select.rundir import replace_text
+from basis_select.run import estimates
+from basis_select.run.directory import replace_text
+from basis_select.run.plan import Plan, plan
+from basis_select.target import BYTES
 from basis_select.tasks import SPLITS, read_rows
 
 REPO = Path(__file__).parents[1]
@@ -35,7 +37,7 @@ TASKS = ("gsm8k", "math", "mbpp", "svamp")  # of which DATA has what is needed t
 
 def forecast(data, names):
     """Write what `plan` says of recipes whose data is known into eval/results/recipes.json."""
-    planning.moment_room = lambda device, coming: (FREE - coming) // 2
+    estimates.moment_room = lambda device, coming: (FREE - coming) // 2
     found = costs()
     for path in sorted((REPO / "recipes").glob("*.yaml")):
         r = recipes.read(path)
@@ -44,7 +46,7 @@ def forecast(data, names):
             continue
         with tempfile.TemporaryDirectory() as scratch:
             changed = recipes.read(path, _stand_ins(r, Path(data), Path(scratch)))
-            found[path.stem] = {"model": r.model, "task": r.task, **_numbers(planning.plan(changed))}
+            found[path.stem] = {"model": r.model, "task": r.task, **_numbers(plan(changed))}
         print(path.stem, found[path.stem], flush=True)
         replace_text(RESULTS / "recipes.json", json.dumps(dict(sorted(found.items())), indent=1) + "\n")
 
@@ -75,22 +77,17 @@ def _rows(task, data):
     return {split: read_rows(data / folder / f"{split}.jsonl") for split in splits}
 
 
-def _numbers(text):
-    """The figures of a plan's text."""
-    (tokens,) = re.findall(r"of (\d+) tokens on average", text)
-    ((before, examples),) = re.findall(r": ([\d.]+) M parameters.*\n.*?(\d+) training", text)
-    ((after, megabytes),) = re.findall(r"(?m)^result: .* ([\d.]+) M in all, (\d+) MB", text)
-    ((memory),) = re.findall(r"([\d.]+) GiB of memory", text)
-    table = text.partition("memory\n")[2].partition("\n\n")[0]
-    tflop = sum(float(number) for number in re.findall(r"([\d.]+) +\d+ s\b", table))
+def _numbers(found: Plan) -> dict:
+    """The figures of a plan."""
+    row = found.rows[recipes.RESULT]
     return {
-        "examples": int(examples),
-        "tokens": int(tokens),
-        "parameters_m": float(before),
-        "kept_m": float(after),
-        "megabytes": int(megabytes),
-        "tflop": round(tflop, 1),
-        "memory_gib": float(memory),
+        "examples": len(found.task.train),
+        "tokens": round(found.tokens),
+        "parameters_m": round(row.total / 1e6, 1),
+        "kept_m": round(row.published / 1e6, 2),
+        "megabytes": round(row.published * BYTES[row.recipe.dtype] / 1e6),
+        "tflop": round(found.flops / 1e12, 1),
+        "memory_gib": round(found.memory / 2**30, 1),
     }
 
 

@@ -15,13 +15,14 @@ import sys
 from pathlib import Path
 
 import yaml
-from compare import all_moments, read, setting
+from compare import read, setting
 
 from basis_select import decompose
 from basis_select.evaluation.report import markdown
 from basis_select.layers.group import only
 from basis_select.linalg.metrics import METRICS, Metric, shifted
-from basis_select.prune import select
+from basis_select.selection import select
+from basis_select.target import target
 from basis_select.training.loss import response_nll
 
 SIZES = (2, 4, 8, 16)  # times fewer parameters in the linear layers; the embedding stays whole
@@ -44,7 +45,7 @@ def measure(parent, task, moments, rule):
     model = decompose(copy.deepcopy(parent), task, moments, metric="by this rule")
     found = {"validation": {}, "test": {}}
     for size in SIZES:
-        with only(select(model, 1 / size)):
+        with only(select(model, target(keep=1 / size))):
             for split, row in found.items():
                 row[size] = round(response_nll(model, getattr(task, split), task.pad_id), 4)
     return found
@@ -56,8 +57,8 @@ def main(grid, folder, results, names):
         missing = {rule: metric for rule, metric in rules().items() if (name, rule) not in done}
         if not missing:
             continue
-        base, stages, parent = setting(grid, name, 0, folder)
-        task, moments = stages.task, all_moments(parent, stages.task, base)[True]
+        bench = setting(grid, name, 0, folder)
+        parent, task, moments = bench.parent, bench.task, bench.moments[True]
         dense = {s: round(response_nll(parent, getattr(task, s), task.pad_id), 4) for s in ("validation", "test")}
         for rule, metric in missing.items():
             row = {"task": name, "rule": rule, "parent": dense, **measure(parent, task, moments, metric)}

@@ -12,7 +12,8 @@ from basis_select.layers.group import groups
 from basis_select.layers.learning import LearningLinear
 from basis_select.layers.shape import Shape
 from basis_select.linalg.budget import linear_prices
-from basis_select.prune import select
+from basis_select.selection import Rule, cut, of_groups
+from basis_select.target import target
 
 layers = st.lists(
     st.tuples(st.integers(2, 60), st.integers(2, 60), st.floats(0, 4), st.integers(0, 10**6)), min_size=1, max_size=8
@@ -36,6 +37,11 @@ def weighted(shapes):
 
 def costs_of(shapes):
     return [i + o for i, o, *_ in shapes], [i * o for i, o, *_ in shapes]
+
+
+def select(model, keep=None, mass=None, cuts=0, **how):
+    asked, rule = target(keep=keep, mass=mass), Rule(**how)
+    return cut(model, asked, rule, cuts) if cuts else of_groups(groups(model), asked, rule, keep)
 
 
 def chosen_or_too_little(model, shapes, keep, multiple, **how):
@@ -170,12 +176,12 @@ def test_mass_within_a_size_is_one_share_for_all_layers(shapes, keep, multiple):
 def test_the_cuts_of_learning_each_leave_the_same_fraction(shapes, keep, multiple, rounds, budget):
     model, (costs, dense) = weighted(shapes), costs_of(shapes)
     sizes = [sum(layer.rank * c for layer, c in zip(model, costs, strict=True))]
-    target, step = int(keep * sum(dense)), multiple * max(costs) * len(shapes)
+    goal, step = int(keep * sum(dense)), multiple * max(costs) * len(shapes)
     how = {"budget": budget, "score": "magnitude"}  # energies of the least bases are below what float64 adds up
     if chosen_or_too_little(model, shapes, keep, multiple, **how) is None:
         return
     for cuts in range(rounds, 0, -1):
-        wanted = sizes[-1] * (target / sizes[-1]) ** (1 / cuts)
+        wanted = sizes[-1] * (goal / sizes[-1]) ** (1 / cuts)
         for group, index in select(model, keep, multiple_of=multiple, cuts=cuts, **how):
             if index is not None:
                 group.take(index)
@@ -183,5 +189,5 @@ def test_the_cuts_of_learning_each_leave_the_same_fraction(shapes, keep, multipl
         if cuts > 1:
             assert wanted - step <= sizes[-1] <= wanted + 1
     deployed = sum(min(layer.rank * c, d) for layer, c, d in zip(model, costs, dense, strict=True))
-    assert deployed <= target
+    assert deployed <= goal
     assert all(b <= a for a, b in itertools.pairwise(sizes))

@@ -10,11 +10,11 @@ import torch
 from conftest import addition_recipe, make_task, make_tokenizer, tiny
 from typer.testing import CliRunner
 
-import basis_select as bs
-from basis_select import pipeline, rundir
 from basis_select import recipe as recipes
 from basis_select.checkpoint import checks, files
 from basis_select.cli import app
+from basis_select.run import directory, disk, pipeline
+from basis_select.run.view import task_of
 from basis_select.training import engine
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -46,7 +46,7 @@ def copy(made, tmp_path, monkeypatch):
     def works(*args):
         raise AssertionError("a stage began")
 
-    monkeypatch.setattr(pipeline, "forget_peak_memory", works)
+    monkeypatch.setattr(disk, "forget_peak_memory", works)
     monkeypatch.setattr(pipeline, "report", lambda folder: None)
     monkeypatch.setattr(pipeline, "verify", lambda folder: {"bit_equal": True, "max_difference": 0.0})
     return made[0], tmp_path / "run"
@@ -218,7 +218,7 @@ def test_a_damaged_run_is_said_before_any_work(name, copy):
 
 def test_what_is_told_to_be_removed_is_made_again(copy, monkeypatch):
     recipe, run = copy
-    monkeypatch.setattr(pipeline, "forget_peak_memory", rundir.forget_peak_memory)
+    monkeypatch.setattr(disk, "forget_peak_memory", directory.forget_peak_memory)
     before = json.loads((run / "results.json").read_text())["result"]["weights_sha256"]
     shutil.rmtree(stage(run, "heal"))
     done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(run)])
@@ -307,14 +307,9 @@ def test_an_edit_that_keeps_size_and_time_is_noticed(file, made, tmp_path):
             )
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
             assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-        stages = pipeline.Stages(recipe, tmp_path)
-        stages.task = make_task() if file.startswith("model") else stages_task(recipe)
-        keys.append((rundir.fingerprint(recipe.model), stages.data_key))
+        task = make_task() if file.startswith("model") else task_of(recipe, make_tokenizer())
+        keys.append((directory.fingerprint(recipe.model), disk.data_key(recipe, task)))
     assert keys[0] != keys[1]
-
-
-def stages_task(recipe):
-    return bs.load_task(recipe.task, make_tokenizer(), 0)
 
 
 def test_the_base_of_an_adapter_is_part_of_its_fingerprint(tmp_path):
@@ -324,9 +319,9 @@ def test_the_base_of_an_adapter_is_part_of_its_fingerprint(tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
     )
-    before = rundir.fingerprint(tmp_path / "adapter")
+    before = directory.fingerprint(tmp_path / "adapter")
     (tmp_path / "base" / "model.safetensors").write_bytes(b"two")
-    assert rundir.fingerprint(tmp_path / "adapter") != before
+    assert directory.fingerprint(tmp_path / "adapter") != before
 
 
 def test_what_killed_runs_leave_is_swept(copy):
@@ -353,7 +348,7 @@ def test_a_kill_while_publishing_leaves_a_whole_final(dies, exchange, made, tmp_
     """Whatever the moment, and whether or not the system can exchange folders."""
     (tmp_path / "stages").mkdir()
     save = [p for p in (made[1] / "stages").iterdir() if p.name.startswith("save-")]
-    rundir.publish(save[0], tmp_path / "final")
+    directory.publish(save[0], tmp_path / "final")
     calls = []
 
     def killed(what, function):
@@ -367,19 +362,19 @@ def test_a_kill_while_publishing_leaves_a_whole_final(dies, exchange, made, tmp_
 
     with monkeypatch.context() as patch:
         if not exchange:
-            patch.setattr(rundir, "_exchange", lambda one, other: False)
-        patch.setattr(rundir, "check", killed("check", rundir.check))
-        patch.setattr(rundir, "settle", killed("settle", rundir.settle))
-        patch.setattr(rundir.Path, "rename", killed("rename", Path.rename))
+            patch.setattr(directory, "_exchange", lambda one, other: False)
+        patch.setattr(directory, "check", killed("check", directory.check))
+        patch.setattr(directory, "settle", killed("settle", directory.settle))
+        patch.setattr(directory.Path, "rename", killed("rename", Path.rename))
         patch.setattr(shutil, "copytree", killed("copytree", shutil.copytree))
         patch.setattr(shutil, "rmtree", killed("rmtree", shutil.rmtree))
         try:
-            rundir.publish(save[1], tmp_path / "final")
+            directory.publish(save[1], tmp_path / "final")
         except KeyboardInterrupt:
             assert exchange is False or (tmp_path / "final").exists()
-    rundir.sweep(tmp_path)
+    directory.sweep(tmp_path)
     checks.check(tmp_path / "final")
-    rundir.publish(save[1], tmp_path / "final")
+    directory.publish(save[1], tmp_path / "final")
     assert kinds(tmp_path) == {"final"}
     assert checks.weight_hash(tmp_path / "final") == checks.weight_hash(save[1] / "model")
 

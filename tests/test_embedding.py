@@ -12,9 +12,10 @@ import basis_select as bs
 from basis_select.layers.embedding import LowRankEmbedding
 from basis_select.layers.group import table_of
 from basis_select.layers.shape import Shape
-from basis_select.linalg.budget import keep_for, table_rank
+from basis_select.linalg.budget import table_rank
 from basis_select.linalg.metrics import METRICS
 from basis_select.moments import second_moments
+from basis_select.target import target
 from basis_select.training.data import Batches
 from basis_select.training.loss import response_nll, task_loss
 
@@ -31,7 +32,7 @@ def test_embedding_as_bases(kind, tied, task, ids, tmp_path, tokenizer):
     facts = bs.sizes(model)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     assert facts["parameters_dense"] == dense
-    assert table_of(model).rank == table_rank(0.5, Shape(64, (128,)), 2)[0]
+    assert table_of(model).rank == table_rank(0.5, Shape(64, (128,)), 2)
     bs.heal(model, task, steps=2, batch_size=4, lr=1e-4)
     bs.save(model, tokenizer, tmp_path / "model")
     again, _ = bs.load(tmp_path / "model")
@@ -69,7 +70,7 @@ def test_size_of_the_whole_model_counts_the_embedding(task):
     bs.prune(model, size="3x", keep_embedding=0.3, multiple_of=1)
     assert 0.97 * dense / 3 < bs.sizes(model)["parameters"] <= dense / 3
     with pytest.raises(ValueError, match="the rest of the model alone"):
-        keep_for(100, 50, "bfloat16", size="3x")
+        target(size="3x").share(100, 50, "bfloat16")
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("llama", False), ("llama", True), ("gemma3_text", True)])

@@ -11,8 +11,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
 import basis_select as bs
-from basis_select import pipeline, processes
+from basis_select import processes
 from basis_select.recipe import Recipe, override
+from basis_select.run.disk import OnDisk
 
 
 @pytest.fixture
@@ -115,9 +116,6 @@ def test_every_stage_computes_on_the_gpu(row, gpu, where, tmp_path):
         changes |= {f"{stage}.steps": 2, f"{stage}.batch_size": 4}
     recipe = override(plain, {**changes, "learn.rounds": 1, "heal.lr": 1e-3, **ROWS[row]}, "test")
     (tmp_path / "run" / "stages").mkdir(parents=True)
-    stages = pipeline.Stages(recipe, tmp_path / "run")
-    finals = {"parent": stages.final(stages.parent()), "result": stages.final(stages.compressed(recipe))}
-    for final in finals.values():
-        stages.evaluated(final)
-    stages.timed(finals)
+    disk = OnDisk(recipe, tmp_path / "run")
+    disk.time({"parent": disk.row(dense=True), "result": disk.row()})
     assert where == {GPU}

@@ -9,10 +9,11 @@ import torch
 from conftest import KINDS, make_tokenizer, tiny
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from basis_select import decompose, heal, learn, load, processes, prune, refine, save, stage_work, tune
+from basis_select import decompose, heal, learn, load, processes, prune, refine, save, tune
 from basis_select.checkpoint.files import probe_logits
 from basis_select.heal import add_adapters, suitable_rate
 from basis_select.layers.group import groups, table_of
+from basis_select.run.work import load_teacher
 from basis_select.training import precision
 from basis_select.training.collage import VARIANTS
 from basis_select.training.data import Batches
@@ -240,7 +241,7 @@ def test_the_further_from_the_parent_the_faster_it_heals(task):
 def test_a_teacher_in_int8_says_nearly_the_same(tmp_path, task, ids):
     pytest.importorskip("torchao")
     save(tiny(tied=True), make_tokenizer(), tmp_path / "model")
-    parent, teacher = load(tmp_path / "model")[0], stage_work.load_teacher(tmp_path, "int8", shard=False)
+    parent, teacher = load(tmp_path / "model")[0], load_teacher(tmp_path, "int8", shard=False)
     batch = next(iter(Batches(task.train, 8, 1, 0)))
     near, far = log_probabilities(parent, batch), log_probabilities(teacher, batch)
     assert 0 < (near.exp() * (near - far)).sum(-1).mean() < 1e-3
@@ -248,7 +249,7 @@ def test_a_teacher_in_int8_says_nearly_the_same(tmp_path, task, ids):
     model = prune(decompose(parent, task, examples=8), keep=0.4, multiple_of=2)
     heal(model, task, teacher, steps=2, batch_size=4, lr=1e-3)
     with pytest.raises(ValueError, match="with --shard choose bfloat16"):
-        stage_work.load_teacher(tmp_path, "int8", shard=True)
+        load_teacher(tmp_path, "int8", shard=True)
 
 
 SLIDING = {"sliding_window": 4, "num_hidden_layers": 4}

@@ -18,8 +18,8 @@ def run(recipe, folder):
     """A whole run that saves after every step, but for the fresh process of `verify` and the report's figures."""
     import torch
 
-    from basis_select import pipeline
     from basis_select import recipe as recipes
+    from basis_select.run import pipeline
     from basis_select.training import engine
 
     torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def recipe(tmp_path_factory):
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_weights(recipe, tmp_path):
     fresh = multiprocessing.get_context("forkserver")  # processes in which all is imported, and nothing computed
-    fresh.set_forkserver_preload(["basis_select.pipeline", "lm_eval.models.huggingface"])
+    fresh.set_forkserver_preload(["basis_select.run.pipeline", "lm_eval.models.huggingface"])
 
     def start(folder):
         process = fresh.Process(target=run, args=(recipe, folder))

@@ -10,7 +10,8 @@ from conftest import logits, tiny
 
 from basis_select import decompose, learn, load, prune, save, sizes
 from basis_select.layers.group import groups
-from basis_select.prune import select
+from basis_select.selection import Rule, select
+from basis_select.target import target
 
 
 def test_learning_trains_the_weights_only_and_prunes_on_the_way(task):
@@ -81,7 +82,7 @@ def test_one_learning_gives_nested_sizes(task, tmp_path, tokenizer):
         again, _ = load(tmp_path / "learned")
         chosen = {
             group.name: set(range(group.rank) if index is None else index.tolist())
-            for group, index in select(again, keep, multiple_of=1)
+            for group, index in select(again, target(keep=keep), Rule(multiple_of=1))
         }
         assert previous is None or all(chosen[name] <= previous[name] for name in chosen)
         previous = chosen

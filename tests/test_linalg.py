@@ -3,9 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basis_select.linalg.budget import allocate, by_mass, keep_for, linear_prices, table_rank
+from basis_select.layers.shape import Shape
+from basis_select.linalg.budget import allocate, by_mass, linear_prices, table_rank
 from basis_select.linalg.metrics import METRICS, decompose, shifted, shrunk
 from basis_select.linalg.scores import SCORES
+from basis_select.target import target
 
 
 def linear(scores, costs, dense, multiple):
@@ -119,16 +121,16 @@ def test_scores_of_a_quadratic_loss_are_its_exact_change():
     ("ask", "keep"),
     [({"keep": 0.3}, 0.3), ({"size": "2x"}, 0.375), ({"size": "90M"}, 0.875), ({"size": "100MB"}, 0.375)],
 )
-def test_keep_for_meets_the_size_of_the_whole_model(ask, keep):
-    assert keep_for(100_000_000, 80_000_000, "bfloat16", **ask) == pytest.approx(keep)
+def test_a_target_meets_the_size_of_the_whole_model(ask, keep):
+    assert target(**ask).share(100_000_000, 80_000_000, "bfloat16") == pytest.approx(keep)
 
 
 def test_what_is_saved_elsewhere_leaves_more_for_the_targeted_layers():
-    assert keep_for(100, 80, "bfloat16", size="2x", saved=10) == pytest.approx(0.5)
-    assert keep_for(100, 80, "float32", size="1x") == 1
-    rank, saved = table_rank(0.5, 1000, 100, 16)
+    assert target(size="2x").share(100, 80, "bfloat16", saved=10) == pytest.approx(0.5)
+    assert target(size="1x").share(100, 80, "float32") == 1
+    rank = table_rank(0.5, Shape(100, (1000,)), 16)
     assert rank % 16 == 0
-    assert saved == 1000 * 100 - rank * 1100 >= 50_000
+    assert 1000 * 100 - rank * 1100 >= 50_000
 
 
 def test_bases_are_those_of_an_eigenvector_root():
@@ -235,6 +237,4 @@ def test_a_rank_that_a_device_likes_is_passed_to_through_one_it_does_not():
 
 def test_by_mass_keeps_the_smallest_sufficient_set():
     s = torch.tensor([1.0, 5.0, 3.0, 1.0])
-    assert by_mass(s, 0.5).tolist() == [1]
-    assert by_mass(s, 0.51).tolist() == [1, 2]
-    assert by_mass(s, 1.0).tolist() == [0, 1, 2, 3]
+    assert [by_mass(s, share) for share in (0.5, 0.51, 0.8, 0.81, 1.0)] == [1, 2, 2, 3, 4]

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import basis_select as bs
-from basis_select import pipeline, rundir
 from basis_select import recipe as recipes
 from basis_select.checkpoint.hub import contents
 from basis_select.cli import app
+from basis_select.run import directory
+from basis_select.run.disk import OnDisk
 from basis_select.training import engine
 
 REPO = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ def recipe(tmp_path):
     return addition_recipe(tmp_path, tiny(tied=True), 12, **content)
 
 
-def test_one_command_does_it_all(recipe, tmp_path):
+def test_one_command_does_it_all(recipe, tmp_path, caplog):
     out = tmp_path / "run"
     result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(out)])
     assert result.exit_code == 0, result.output
@@ -67,7 +68,9 @@ def test_one_command_does_it_all(recipe, tmp_path):
     assert manifest["versions"]["torch"].startswith(torch.__version__)
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 6 + 6 + 2 * 6
-    assert f"| result | {results['result']['accuracy']['value']:.1%}" in result.output
+    assert re.search(rf"│ result +│ +{results['result']['accuracy']['value']:.1%}", result.stdout)
+    assert f"basis-select push {out} USER/NAME" in result.stdout
+    assert "decompose (result): write 8 groups of 14 layers as bases" in caplog.text
 
     written = {p: p.stat().st_mtime_ns for p in (out / "stages").rglob("*")}
     again = CliRunner().invoke(app, ["run", str(recipe), "--out", str(out)])
@@ -134,8 +137,8 @@ def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "compare": rows}))
     (out / "stages").mkdir(parents=True)
     read = recipes.read(recipe)
-    stages = pipeline.Stages(read, out)
-    made = {name: bs.load(stages.compressed(row) / "model")[0] for name, row in read.variants().items()}
+    disk = OnDisk(read, out)
+    made = {n: bs.load(disk.row(row, until="heal")["model"] / "model")[0] for n, row in read.variants().items()}
     sizes = {name: bs.sizes(model) for name, model in made.items()}
     for name in ("taylor", "basel", "all"):
         assert 0.3 < sizes[name]["targeted"] / sizes[name]["targeted_dense"] <= 0.4
@@ -170,7 +173,7 @@ def test_a_stage_stopped_in_its_middle_continues_bit_for_bit(stage, recipe, tmp_
 
     def compress(read, folder):
         (folder / "stages").mkdir(parents=True, exist_ok=True)
-        pipeline.Stages(read, folder).compressed(read)
+        OnDisk(read, folder).row(until="heal")
 
     compress(read, tmp_path / "calm")
     monkeypatch.setattr(engine, "SAVE_EVERY", 0.0)
@@ -287,7 +290,7 @@ def test_a_stage_does_not_start_with_what_others_have_freed():
     blocks = [torch.ones(2**18) for _ in range(512)]
     last = blocks.pop()  # stays, above the others on the heap
     blocks.clear()
-    before = rundir.resident_memory()
-    rundir.forget_peak_memory()
-    assert rundir.peak_memory() < before - 2**28
+    before = directory.resident_memory()
+    directory.forget_peak_memory()
+    assert directory.peak_memory() < before - 2**28
     assert last.sum() == 2**18

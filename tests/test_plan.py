@@ -10,14 +10,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from basis_select import decompose, plan_measuring, prune, save
-from basis_select.cost import Flops, moments_step, training_step
+from basis_select import decompose, prune, save
 from basis_select.decompose import targets
 from basis_select.evaluation.accuracy import evaluate
 from basis_select.layers.group import groups
 from basis_select.learn import weights
-from basis_select.plan import forecast
 from basis_select.recipe import Recipe, override
+from basis_select.run import measuring
+from basis_select.run.cost import Flops, moments_step, training_step
+from basis_select.run.plan import plan
 from basis_select.tasks import load_task
 from basis_select.training import precision
 from basis_select.training.data import Batches
@@ -99,15 +100,16 @@ def test_a_largest_batch_that_comes_first_finds_no_optimizer_states(tokenizer, t
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain = Recipe(model=str(tmp_path / "model"), task=str(tmp_path / "data.jsonl"))
     sizes = {"data.validation": 4, "data.test": 4, "tune.steps": 4, "tune.batch_size": 8, "prune.keep": 0.5}
-    found = {True: set(), False: set()}
+    memory = {True: set(), False: set()}
     for seed in range(12):
         recipe = override(plain, {**sizes, "seed": seed}, "test")
-        _, task, _, stages = forecast(recipe, rates={"train": 1e9, "float64": 1e9})
-        long = max(range(len(task.train)), key=lambda i: len(task.train[i].input_ids))
-        if len(task.train[long].input_ids) > 50:
-            tuned = next(stage for _, stage in stages if stage.name == "tune")
-            found[long in Batches(task.train, 8, 4, seed).rows(0)].add(tuned.memory)
-    assert max(found[True]) < min(found[False])
+        found = plan(recipe, rates={"train": 1e9, "float64": 1e9})
+        train = found.task.train
+        long = max(range(len(train)), key=lambda i: len(train[i].input_ids))
+        if len(train[long].input_ids) > 50:
+            tuned = next(step for step in found.steps if step.name == "tune")
+            memory[long in Batches(train, 8, 4, seed).rows(0)].add(tuned.cost.memory)
+    assert max(memory[True]) < min(memory[False])
 
 
 @pytest.fixture
@@ -122,18 +124,17 @@ def small(tokenizer, tmp_path):
 
 
 def test_everything_that_is_published_is_saved_evaluated_and_timed(small):
-    model, _, rows, stages = forecast(small, rates={"train": 1e9, "float64": 1e9})
-    names = ["parent", *rows]
+    found = plan(small, rates={"train": 1e9, "float64": 1e9})
     for kind in ("save", "evaluate"):
-        assert [name for name, s in stages if s.name == kind] == names
-    sizes = {name: s.memory / 10 for name, s in stages if s.name == "save"}  # fp32 twice, then two bytes
-    assert sizes["parent"] == sum(p.numel() for p in model.parameters())
+        assert [step.row for step in found.steps if step.name == kind] == ["parent", *found.rows]
+    sizes = {s.row: s.cost.memory / 10 for s in found.steps if s.name == "save"}  # fp32 twice, then two bytes
+    assert sizes["parent"] == sum(p.numel() for p in found.model.parameters())
     assert sizes["unhealed"] == sizes["result"] < sizes["result at 0.7"] < sizes["parent"]
-    timed = next(s for _, s in stages if s.name == "time")
+    timed = next(s.cost for s in found.steps if s.name == "time")
     wide = 2 if precision.fast_bf16(torch.device("cpu")) else 4
     assert timed.memory == pytest.approx(wide * sum(sizes.values()))  # they take turns: all are in memory
-    assert sum(s.name == "prune" for _, s in stages) == 2
-    assert all(s.memory for _, s in stages if s.name in ("prune", "save", "evaluate", "time"))
+    assert sum(s.name == "prune" for s in found.steps) == 2
+    assert all(s.cost.memory for s in found.steps if s.name in ("prune", "save", "evaluate", "time"))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -145,7 +146,7 @@ def test_products_of_an_evaluation_are_those_counted(tied, small, tokenizer):
         evaluate(model, tokenizer, unscored)
     linear = sum(m.weight.numel() for m in targets(model).values())
     head = model.get_output_embeddings().weight.numel() if tied else 0
-    said = plan_measuring.evaluating(unscored, plan_measuring.Final(0, linear, head, 128, "float32"), {"train": 1.0})
+    said = measuring.evaluating(unscored, measuring.Final(0, linear, head, 128, "float32"), {"train": 1.0})
     assert said.flops == pytest.approx(counted.flops, rel=0.1)
 
 
@@ -160,4 +161,4 @@ def test_pruning_tries_no_more_often_than_planned(task, tokenizer, monkeypatch):
         prune(model, task, multiple_of=2, **changes)
         recipe = override(plain, {"decompose.embedding": table, "prune.multiple_of": 2, "prune.keep": None}, "test")
         said = dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, **changes))
-        assert len(calls) + 1 <= plan_measuring.validations(said, 64) <= len(calls) + 12  # and one at the stage's end
+        assert len(calls) + 1 <= measuring.validations(said, 64) <= len(calls) + 12  # and one at the stage's end

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from basis_select import recipe as recipes
 from basis_select.checkpoint.format import dense_on_meta
-from basis_select.plan import forecast, plan
+from basis_select.run.plan import plan, text
 from basis_select.tasks import HUB, load_task
 
 REPO = Path(__file__).parents[1]
@@ -72,8 +72,7 @@ def stand_in(tmp_path_factory):
 def planned(path, stand_in, *changes):
     r = recipes.read(path, changes)
     r = recipes.read(path, [*changes, *stand_in(r.model, r.task)])
-    model, _, rows, stages = forecast(r, rates=RATES)
-    return sum(p.numel() for p in model.parameters()), rows, stages
+    return plan(r, rates=RATES)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -93,10 +92,10 @@ def test_recipes_can_be_read():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_can_be_planned(name, stand_in):
-    _, rows, stages = planned(RECIPES[name], stand_in)
-    assert {stage.name for _, stage in stages} >= {"decompose", "heal", "evaluate"}
-    assert all(0 < keep <= 1 for _, keep in rows.values())
-    assert all(stage.memory > 0 for _, stage in stages if stage.name in ("tune", "decompose", "heal"))
+    found = planned(RECIPES[name], stand_in)
+    assert {step.name for step in found.steps} >= {"decompose", "heal", "evaluate"}
+    assert all(0 < row.keep <= 1 for row in found.rows.values())
+    assert all(step.cost.memory > 0 for step in found.steps if step.name in ("tune", "decompose", "heal"))
 
 
 @pytest.mark.slow
@@ -112,15 +111,15 @@ def test_a_recipe_can_be_planned(name, stand_in):
 )
 def test_other_sizes_of_a_family_are_an_override(name, model, changes, stand_in):
     assert f"model={model}" in RECIPES[name].read_text()
-    parameters, _, _ = planned(RECIPES[name], stand_in, f"model={model}", *changes)
-    assert parameters == MODELS[model][1]
+    found = planned(RECIPES[name], stand_in, f"model={model}", *changes)
+    assert sum(p.numel() for p in found.model.parameters()) == MODELS[model][1]
 
 
 def test_plan_prints_what_a_recipe_costs(stand_in):
     r = recipes.read(RECIPES["svamp"], stand_in("HuggingFaceTB/SmolLM2-135M-Instruct", "svamp"))
-    text = plan(r)
-    assert "134.5 M parameters" in text
-    assert "33.63 M in all, 67 MB in bfloat16" in text  # 4x fewer
+    told = text(plan(r))
+    assert "134.5 M parameters" in told
+    assert "33.63 M in all, 67 MB in bfloat16" in told  # 4x fewer
 
 
 def test_the_readme_of_the_recipes_is_what_their_files_say():

@@ -15,15 +15,16 @@ from conftest import make_tokenizer, tiny
 from typer.testing import CliRunner
 
 import basis_select as bs
-from basis_select import pipeline
 from basis_select import recipe as recipes
 from basis_select.cli import app
 from basis_select.evaluation import figures, html, spectra
 from basis_select.evaluation.report import HEAD, cells
 from basis_select.evaluation.run_report import SECTIONS_OF_A_RUN, report
 from basis_select.layers.group import groups, table_of
-from basis_select.prune import select
+from basis_select.run import pipeline
+from basis_select.selection import Rule, of_groups
 from basis_select.sizes import layer_table
+from basis_select.target import target
 
 REPO = Path(__file__).parents[1]
 ODD = 'plain <i>&"$x_1$'  # a name that HTML and TeX would take for their own
@@ -234,8 +235,9 @@ def test_the_bases_marked_as_kept_are_those_that_prune_chose(run, row):
     for group in groups(model):
         assert weights[group.name][0] == pytest.approx(group.s.tolist())
     options = json.loads((found["prune"] / "stage.json").read_text())["options"]
-    how = {k: options[k] for k in ("keep", "budget", "score", "multiple_of", "reserve")}
-    chosen = {group.name: index for group, index in select(model, **how)}
+    rule = Rule(**{k: options[k] for k in ("budget", "score", "multiple_of", "reserve")})
+    of = of_groups(groups(model), target(keep=options["keep"]), rule, options["keep"])
+    chosen = {group.name: index for group, index in of}
     ranks = spectra.kept_ranks(found["decompose"], found["prune"])
     marked = spectra.kept(weights, ranks)
     for name, index in chosen.items():

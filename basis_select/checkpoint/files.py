@@ -21,8 +21,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from .. import processes, tuned_on
 from ..layers.group import groups
 from ..layers.rounded import quantized
-from ..linalg.budget import Dtype
 from ..reading import sha256
+from ..target import Dtype
 from .checks import SIDECAR
 from .format import BasisSelectQuantizer, describe, guards, register
 

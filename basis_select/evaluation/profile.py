@@ -6,7 +6,6 @@ what `prune(latency=, costs=)` chooses by.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,30 +125,19 @@ def _prepare(x, copies):
     return lambda: run
 
 
-def parse_latency(latency):
-    """`(number, "x" or "ms", tokens at once)` of text like "2x decode". Raises ValueError for other text."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)(x|ms) (?:decode|prefill (\d{1,9}))", latency)
-    if not match or float(match[1]) == 0:
-        raise ValueError(f"latency={latency[:40]!r} should read like 2x decode, 20ms decode or 1.5x prefill 128")
-    if match[2] == "x" and float(match[1]) < 1:
-        raise ValueError(f"latency={latency!r} asks for a slower model: it should be 1x or more")
-    return float(match[1]), match[2], match[3] or "1"
-
-
-def prices(path, latency, shapes, reserve=0, more=()):
+def prices(path, asked, shapes, reserve=0, more=()):
     """What `linalg.budget.allocate` needs to choose ranks by time: `([(rank, seconds), ..., (None, seconds)] per shape,
     seconds that all of them may take)`.
 
-    path: a table that `profile` wrote; shapes: a Shape for every group of layers; `latency` is
-    how fast the whole model should be, "2x decode" or "20ms decode", "1.5x prefill 128". `reserve`: bases that each
-    layer gets later. more: `[(shape, rank), ...]` of layers whose ranks are settled. Raises ValueError if the table
-    does not fit.
+    path: a table that `profile` wrote; shapes: a Shape for every group of layers; asked: a latency of the whole model;
+    reserve: bases that each layer gets later; more: `[(shape, rank), ...]` of layers whose ranks are settled. Raises
+    ValueError if the table does not fit.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no table of costs at {path}: basis-select profile makes one")
     costs = read_json(path, TABLE)
-    number, unit, tokens = parse_latency(latency)
+    tokens = asked.tokens
     if tokens not in costs["model"]:
         raise ValueError(f"{path} has no times of {tokens} tokens at once, only of {', '.join(costs['model'])}")
     measured = {Shape(layer["in"], tuple(layer["out"])): layer for layer in costs["layers"]}
@@ -164,7 +152,7 @@ def prices(path, latency, shapes, reserve=0, more=()):
         ranks = [(int(r) - reserve, t[tokens]) for r, t in measured[shape]["ranks"].items() if int(r) > reserve]
         choices.append([*ranks, (None, measured[shape]["dense"][tokens])])
     now = costs["model"][tokens]
-    allowed = now / number if unit == "x" else number / 1e3
+    allowed = now / asked.amount if asked.unit == "x" else asked.amount
     free = allowed - now + sum(c[-1][1] for c in choices)
     for shape, rank in more:
         layer = measured[shape]
@@ -174,7 +162,7 @@ def prices(path, latency, shapes, reserve=0, more=()):
     if least > free:
         fastest = allowed - free + least
         raise ValueError(
-            f"latency={latency} asks for {allowed * 1e3:.3g} ms, the fastest choice of ranks in {path} makes it "
+            f"{asked} asks for {allowed * 1e3:.3g} ms, the fastest choice of ranks in {path} makes it "
             f"{fastest * 1e3:.3g} ms, {now / fastest:.2f}x"
         )
     return choices, free

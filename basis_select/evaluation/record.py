@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..linalg.budget import Dtype
 from ..models import config_and_tokenizer, load
 from ..reading import misfit, read_json
-from ..rundir import environment, replace_text, require_file
+from ..run.directory import environment, replace_text, require_file
 from ..sizes import sizes
+from ..target import Dtype
 from .accuracy import SEED, compare
 from .report import interval
 from .standard import SUITE, domains, evaluate_task, expand

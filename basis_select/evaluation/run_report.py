@@ -10,7 +10,7 @@ import yaml
 
 from ..reading import misfit, read_json, read_lines, read_yaml
 from ..recipe import RESULT, SECTIONS, Recipe
-from ..rundir import INTERVAL, SIZES, check_stages, replace_text
+from ..run.directory import INTERVAL, SIZES, check_stages, replace_text
 from . import figures, html, spectra
 from .report import ALIGN, HEAD, cells, interval, peak
 

@@ -1,75 +1,50 @@
 """Which bases stay: scores and a budget in, ranks out. Maths on plain tensors and ints."""
 
 import itertools
-import re
-from typing import Literal
 
 import torch
 
 from ..layers.shape import Shape
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-Budget = Literal["global", "uniform", "mass"]
 
-
-def table_rank(keep: float, shape: Shape, multiple_of: int = 16) -> tuple[int, int]:
-    """The rank of an embedding of which the fraction `keep` may stay, and the parameters that saves."""
+def table_rank(keep: float, shape: Shape, multiple_of: int = 16) -> int:
+    """The rank of an embedding of which the fraction `keep` of the parameters may stay."""
     rank = int(keep * shape.dense_cost / shape.basis_cost) // multiple_of * multiple_of
     if not 0 < rank <= shape.inputs:
         raise ValueError(f"keep_embedding={keep} makes a rank of {rank}, not one from {multiple_of} to {shape.inputs}")
-    return rank, shape.dense_cost - rank * shape.basis_cost
+    return rank
 
 
-def keep_for(total, targeted, dtype, keep=None, size=None, saved=0):
-    """The fraction of `targeted` parameters that may stay so that a model of `total` meets `keep` or `size`.
+def by_mass(s: torch.Tensor, keep: float) -> int:
+    """Basel's rule: how many of the largest |s| sum to at least the share `keep` of the total. s: (r,)"""
+    mass = s.abs().double().sort(descending=True).values.cumsum(0)
+    return min(int(torch.searchsorted(mass, keep * mass[-1] * (1 - 1e-12)).item()) + 1, len(s))
 
-    saved: parameters by which the rest of the model shrinks.
 
-    size: "4x" fewer parameters in all, "90M" (K, M, B) parameters in all, or "120MB" (KB, MB, GB; 10^3 steps) of
-    weights in `dtype`. Raises ValueError, with the smallest size there is, for one that cannot be met.
+def by_mass_within(
+    scores: list[torch.Tensor], shapes: list[Shape], room: int, multiple_of: int, trains: bool
+) -> list[int]:
+    """Basel's rule with the largest share whose ranks, rounded up to `multiple_of`, fit into `room` parameters.
+
+    trains: whether a rank at or past break-even counts as it is, not as the dense layer that it would be deployed as.
     """
-    if (keep is None) == (size is None):
-        raise ValueError("say how much to keep: exactly one of keep, size, max_drop, mass, latency")
-    if keep is not None:
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep} is not a fraction above 0 and up to 1 of the targeted parameters")
-        return keep
-    number, unit = parse_size(str(size))
-    allowed = total / number if unit == "x" else number / (BYTES[dtype] if unit == "bytes" else 1)
-    if allowed > total:
-        whole = f"{total / 1e6:.1f} M parameters, {total * BYTES[dtype] / 1e6:.0f} MB in {dtype}"
-        raise ValueError(f"size={size} is more than the model has: {whole}")
-    rest = total - targeted - saved
-    fraction = (allowed - rest) / targeted
-    if fraction <= 0:
-        raise ValueError(
-            f"size={size} leaves nothing for the targeted layers: the rest of the model alone is {rest / 1e6:.1f} M "
-            f"parameters, {rest * BYTES[dtype] / 1e6:.0f} MB in {dtype}"
-        )
-    return min(fraction, 1.0)
 
+    def kept(share):
+        return [min(len(x), -(-by_mass(x, share) // multiple_of) * multiple_of) for x in scores]
 
-def parse_size(size):
-    """`(number, "x" or "parameters" or "bytes")` of a size as `keep_for` takes it. Raises ValueError for other text."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*(x|[KMB]|[KMG]B)", size)
-    if not match or float(match[1]) == 0:
-        raise ValueError(f"size={size[:40]!r} should read like 4x, 90M or 120MB")
-    number, unit = float(match[1]), match[2]
-    if unit == "x":
-        if number < 1:
-            raise ValueError(f"size={size} asks for more than the whole model: it should be 1x or more")
-        return number, "x"
-    return number * {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}[unit[0]], "bytes" if len(unit) == 2 else "parameters"
+    def fits(ranks):
+        sized = zip(shapes, ranks, strict=True)
+        return sum(s.basis_cost * rank if trains else s.deployed(rank) for s, rank in sized) <= room
 
-
-def by_mass(s, keep):
-    """Basel's rule: indices of the smallest set whose |s| sum to at least `keep` of the total. s: (r,)"""
-    size = s.abs().double()
-    order = size.argsort(descending=True, stable=True)
-    mass = size[order].cumsum(0)
-    count = int(torch.searchsorted(mass, keep * mass[-1] * (1 - 1e-12)).item()) + 1
-    return order[: min(count, len(s))].sort().values
+    low, high = 0.0, 1.0
+    if fits(kept(high)):
+        return kept(high)
+    if not fits(kept(low)):
+        raise ValueError(f"{multiple_of} bases in every layer are more than the {room:,} parameters that are allowed")
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(kept(middle)) else (low, middle)
+    return kept(low)
 
 
 Choices = list[tuple[int | None, float]]  # what a group may become: (rank, or None for dense, price), ranks ascending

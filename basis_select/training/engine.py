@@ -23,7 +23,7 @@ from .. import processes
 from ..layers.learning import Weights
 from ..progress import progress
 from ..reading import read_json, read_lines, sha256
-from ..rundir import replace_text, settle
+from ..run.directory import replace_text, settle
 from ..tuned_on import remember
 from .collage import CollageAdamW
 from .data import Batches, require_fit

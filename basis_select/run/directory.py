@@ -16,8 +16,8 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
-from .checkpoint.checks import SIDECAR, check, recorded_files, stored, weight_hash
-from .reading import read_json, read_lines, sha256, state
+from ..checkpoint.checks import SIDECAR, check, recorded_files, stored, weight_hash
+from ..reading import read_json, read_lines, sha256, state
 
 NAME = r"\.?[a-z_]+-[0-9a-f]{10}"  # of the folder of a stage; hidden until it is whole
 FINALS = ("final", "final-*")

@@ -8,11 +8,11 @@ import time
 
 import torch
 
-from .evaluation.accuracy import LOGITS, ROWS
-from .evaluation.speed import wait
-from .linalg.budget import BYTES
-from .processes import device
-from .training.precision import fast_bf16
+from ..evaluation.accuracy import LOGITS, ROWS
+from ..evaluation.speed import wait
+from ..processes import device
+from ..target import BYTES
+from ..training.precision import fast_bf16
 
 EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores
 TOGETHER = 0.5  # of that rate, what decoding many rows at once reaches
@@ -22,16 +22,14 @@ TIMED = 6 * 32  # tokens that the timing of one checkpoint computes: prompt and 
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Estimate:
     """What one stage costs; `flops` of products, `memory` in bytes beside the libraries' own (0: less than others)."""
 
-    name: str
-    steps: int | None
-    tokens: int | None
-    flops: float
-    seconds: float
+    steps: int | None = None
+    tokens: int | None = None
+    flops: float = 0
+    seconds: float = 0
     memory: float = 0
-    options: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +59,22 @@ def validations(r, bases):
 
 
 def pruning(passes, task, whole, final, rates):
-    """The Stage of `passes` over the validation split; whole: parameters with all bases, of which some are copied."""
+    """The Estimate of `passes` over the validation split; whole: parameters with all bases, some copied."""
     tokens = passes * sum(len(e.input_ids) for e in task.validation)
     responses = passes * sum(len(e.input_ids) - e.start for e in task.validation)
     flops = 2 * tokens * final.reads + 2 * responses * final.head
     logits = sum(sorted(len(e.input_ids) - e.start for e in task.validation)[-16:]) * final.vocabulary
     memory = 4 * (whole + final.parameters) + 3 * 4 * logits
-    return Stage("prune", None, tokens, flops, flops / rates["train"], memory)
+    return Estimate(None, tokens, flops, flops / rates["train"], memory)
 
 
 def saving(final):
-    """The Stage that writes a checkpoint: loaded and read again in fp32, then cast."""
-    return Stage("save", None, None, 0, 0, final.parameters * (8 + BYTES[final.dtype]))
+    """The Estimate of the stage that writes a checkpoint: loaded and read again in fp32, then cast."""
+    return Estimate(memory=final.parameters * (8 + BYTES[final.dtype]))
 
 
 def evaluating(task, final, rates):
-    """The Stage of response likelihood and, where answers are scored, generation, of all test examples.
+    """The Estimate of response likelihood and, where answers are scored, generation, of all test examples.
 
     Both are padded batches of examples in order of length. Likelihood forms the logits of every token and their
     log-probabilities, which is what takes memory; generation goes on until the longest response of a batch.
@@ -96,7 +94,7 @@ def evaluating(task, final, rates):
             flops += prompt + response
             seconds += (prompt + response / TOGETHER) / rates["train"]
     logits = min(rows, len(lengths)) * lengths[0] * final.vocabulary
-    return Stage("evaluate", None, tokens, flops, seconds, final.bytes + 2 * 4 * logits)
+    return Estimate(None, tokens, flops, seconds, final.bytes + 2 * 4 * logits)
 
 
 def _batches(items, size):
@@ -104,10 +102,10 @@ def _batches(items, size):
 
 
 def timing(finals, rates):
-    """The Stage that times decoding of all checkpoints in turn, one row at a time: they are in memory together."""
+    """The Estimate of timing all checkpoints in turn, which are in memory together, one row at a time."""
     flops = TIMED * sum(2 * (final.reads + final.head) for final in finals)
     seconds = flops / ALONE / rates["train"]
-    return Stage("time", None, TIMED * len(finals), flops, seconds, sum(final.bytes for final in finals))
+    return Estimate(None, TIMED * len(finals), flops, seconds, sum(final.bytes for final in finals))
 
 
 def machine_rates():
