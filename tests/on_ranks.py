@@ -8,6 +8,8 @@ import os
 import signal
 from pathlib import Path
 
+import torch
+
 from basis_select import heal, learn, load, load_task, ranks, save, tune
 from basis_select.training import engine, precision
 
@@ -33,23 +35,36 @@ def main():
     parser.add_argument("cases", nargs="+")
     parser.add_argument("--dies", type=int)
     args = parser.parse_args()
+    train(args.source, args.out, args.cases, args.dies)
+
+
+def train(source, out, cases, dies=None):
     ranks.join()
-    engine.SAVE_EVERY = 0.0 if args.dies is not None else 1e9
+    engine.SAVE_EVERY = 0.0 if dies is not None else 1e9
     # What differs between one process and several is then the order of fp32 sums, nothing else.
     precision.fast_bf16 = lambda device: False
-    if args.dies and ranks.rank() == ranks.world() - 1:
-        engine.task_loss = dying(engine.task_loss, args.dies)
-    for case in args.cases:
-        if (args.out / case / "model").exists():
+    if dies and ranks.rank() == ranks.world() - 1:
+        engine.task_loss = dying(engine.task_loss, dies)
+    for case in cases:
+        if (out / case / "model").exists():
             continue
-        verb, source, sharded, options = CASES[case]
+        verb, start, sharded, options = CASES[case]
         sharded = sharded and ranks.world() > 1
-        parent, tokenizer = load(args.source / "parent", sharded=sharded)
-        task = load_task(str(args.source / "data.jsonl"), tokenizer, validation=10, test=20)
-        model, _ = load(args.source / source, sharded=sharded)
+        parent, tokenizer = load(source / "parent", sharded=sharded)
+        task = load_task(str(source / "data.jsonl"), tokenizer, validation=10, test=20)
+        model, _ = load(source / start, sharded=sharded)
         teacher = [] if verb is tune else [parent]
-        verb(model, task, *teacher, folder=args.out / case, **{"batch_size": 6, **options})
-        save(model, tokenizer, args.out / case / "model")
+        verb(model, task, *teacher, folder=out / case, **{"batch_size": 6, **options})
+        save(model, tokenizer, out / case / "model")
+
+
+def train_as(rank, world, port, source, out):
+    """Every case, as torchrun would have the process `rank` of `world` do it; with one there is no torchrun."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    train(source, out, CASES)
 
 
 def dying(function, step):

@@ -16,7 +16,7 @@ layers = st.lists(
     st.tuples(st.integers(2, 60), st.integers(2, 60), st.floats(0, 4), st.integers(0, 10**6)), min_size=1, max_size=8
 )
 multiples = st.sampled_from([1, 2, 4, 16])
-often = settings(deadline=None, max_examples=150)
+often = settings(deadline=None, max_examples=80)
 
 
 def weighted(shapes):

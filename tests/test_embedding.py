@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import KINDS, logits, tiny
+from conftest import KINDS, logits, sampled, tiny
 from safetensors import safe_open
 from scipy import stats
 from torch import nn
@@ -17,7 +17,7 @@ from basis_select.training.data import Batches
 from basis_select.training.loss import response_nll, task_loss
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("llama", False), *((kind, True) for kind in KINDS)])
+@pytest.mark.parametrize(("kind", "tied"), sampled([("llama", False), *((kind, True) for kind in KINDS)], 3))
 def test_embedding_as_bases(kind, tied, task, ids, tmp_path, tokenizer):
     """Full rank is the dense model; cut, saved and loaded it gives the same bits, with one table if it was tied."""
     model = tiny(kind, tied)

@@ -1,4 +1,4 @@
-"""Several processes give what one gives: real torchrun, gloo, on this machine."""
+"""Several processes give what one gives: torchrun and gloo, on this machine."""
 
 import copy
 import json
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_tokenizer, tiny
+from conftest import in_processes, make_tokenizer, tiny
 from kill_resume import hashes
-from on_ranks import CASES
+from on_ranks import CASES, train_as
 from safetensors.torch import load_file
 
 import basis_select as bs
@@ -41,11 +41,15 @@ def source(tmp_path_factory):
     return folder
 
 
-def launch(arguments, nodes, processes):
-    """Exit status and what was printed, of a program on `nodes` agents with so many processes each."""
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        meet = f"localhost:{free.getsockname()[1]}"
+        return free.getsockname()[1]
+
+
+def launch(arguments, nodes, processes):
+    """Exit status and what was printed, of a program on `nodes` agents with so many processes each."""
+    meet = f"localhost:{free_port()}"
     run = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--nnodes", str(nodes)]
     run += ["--rdzv-backend", "c10d", "--rdzv-endpoint", meet, "--rdzv-id", "test"]
     command = [sys.executable, *(run if nodes * processes > 1 else ()), *map(str, arguments)]
@@ -64,11 +68,12 @@ def trained(folder):
 
 @pytest.fixture(scope="module")
 def runs(source, tmp_path_factory):
-    """Every case in one process, in two, and in two on each of two nodes."""
+    """Every case in one process, in two, and, started by torchrun, in two on each of two nodes."""
     out = tmp_path_factory.mktemp("runs")
-    for nodes, processes in ((1, 1), (1, 2), (2, 2)):
-        status, printed = launch([HERE / "on_ranks.py", source, out / f"{nodes}x{processes}", *CASES], nodes, processes)
-        assert status == 0, printed
+    for processes in (1, 2):
+        in_processes(train_as, processes, free_port(), source, out / f"1x{processes}", count=processes)
+    status, printed = launch([HERE / "on_ranks.py", source, out / "2x2", *CASES], 2, 2)
+    assert status == 0, printed
     return out
 
 
@@ -127,7 +132,8 @@ def test_a_recipe_has_the_same_stages_on_several_processes(source, tmp_path):
     for row in ("result", "taught"):
         assert two[row]["nll"]["value"] == pytest.approx(one[row]["nll"]["value"], rel=0.02)
         assert two[row]["sizes"] == one[row]["sizes"]
-    status, printed = launch([*command, "heal.steps=0", "learn.steps=0", "--out", tmp_path / "both"], 1, 2)
+    less = ("heal.steps=0", "learn.steps=0", "compare={}")
+    status, printed = launch([*command, *less, "--out", tmp_path / "both"], 1, 2)
     assert status == 0, printed
     one, both = (next((tmp_path / name / "stages").glob("decompose-*/stage.json")) for name in ("one", "both"))
     one, both = (json.loads(path.read_text()) for path in (one, both))
