@@ -1,12 +1,7 @@
-"""Trains what tests/test_ranks.py prepared, one folder per case; under torchrun on all ranks.
+"""Trains what tests/test_ranks.py prepared, one folder per case, in the processes that it starts."""
 
-python on_ranks.py IN OUT [--dies STEP] CASE ...
-"""
-
-import argparse
 import os
 import signal
-from pathlib import Path
 
 import torch
 
@@ -28,17 +23,13 @@ CASES = {  # what is trained, whether it is sharded, how
 }
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("cases", nargs="+")
-    parser.add_argument("--dies", type=int)
-    args = parser.parse_args()
-    train(args.source, args.out, args.cases, args.dies)
-
-
-def train(source, out, cases, dies=None):
+def train(rank, nodes, processes, port, source, out, cases, dies=None):
+    """Every case, in the process that is `rank` of all, as torchrun starts it; the last dies at step `dies`."""
+    torch.set_num_threads(1)
+    if nodes * processes > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank % processes, "LOCAL_WORLD_SIZE": processes}
+        place |= {"WORLD_SIZE": nodes * processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in place.items()}
     ranks.join()
     engine.SAVE_EVERY = 0.0 if dies is not None else 1e9
     # What differs between one process and several is then the order of fp32 sums, nothing else.
@@ -58,15 +49,6 @@ def train(source, out, cases, dies=None):
         save(model, tokenizer, out / case / "model")
 
 
-def train_as(rank, world, port, source, out):
-    """Every case, as torchrun would have the process `rank` of `world` do it; with one there is no torchrun."""
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    train(source, out, CASES)
-
-
 def dying(function, step):
     left = [step]
 
@@ -77,7 +59,3 @@ def dying(function, step):
         return function(*args)
 
     return counted
-
-
-if __name__ == "__main__":
-    main()

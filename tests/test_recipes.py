@@ -84,7 +84,8 @@ def cut(folder):
 
 def planned(path, stand_in, *changes):
     r = recipes.read(path, changes)
-    r = recipes.read(path, [*changes, *stand_in(r.model, r.task)])
+    megabytes = "B" in str(r.prune.size)
+    r = recipes.read(path, [*changes, *stand_in(r.model, r.task, whole=megabytes)])
     model, _, rows, stages = forecast(r, rates=RATES)
     return sum(p.numel() for p in model.parameters()), rows, stages
 
