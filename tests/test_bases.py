@@ -123,6 +123,7 @@ def test_size_is_of_the_whole_model(size, dtype, task, tmp_path, tokenizer):
     assert 0.97 * allowed < sizes(model)["parameters"] <= allowed
 
 
+@pytest.mark.slow
 def test_taylor_scores_rank_bases_like_the_true_loss_change(task):
     parent = tiny(num_hidden_layers=1)
     tune(parent, task, steps=20, batch_size=8, lr=1e-2)
@@ -148,6 +149,7 @@ def test_taylor_scores_rank_bases_like_the_true_loss_change(task):
     assert stats.spearmanr(predicted, actual).statistic > 0.9
 
 
+@pytest.mark.slow
 def test_hutchinson_approaches_the_exact_diagonal(task):
     one = dataclasses.replace(task, train=task.train[:8])
     model = decompose(tiny(num_hidden_layers=1).double(), one, examples=8)

@@ -184,6 +184,7 @@ def dense_folder(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_users_tools_work_on_the_factors(task, tokenizer, ids, tmp_path):
     model = compressed(task)
     folder = bs.save(model, tokenizer, tmp_path / "a")
@@ -234,6 +235,7 @@ def test_generate_with_every_cache(cache, loadable):
         assert torch.equal(found.cpu(), expected)
 
 
+@pytest.mark.slow
 def test_pipeline_compile_and_device_map(loadable, tmp_path):
     folder, expected = loadable
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
