@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import KINDS, logits, tiny
+from conftest import KINDS, logits, sampled, tiny
 from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -179,7 +179,7 @@ def test_random_scores_are_the_floor(task):
     assert nll["energy"] < nll["random"]
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", sampled(INITS, 3))
 def test_new_bases_start_silent_and_heal_fills_them(init, task, ids):
     parent = tiny()
     model = decompose(copy.deepcopy(parent), task, examples=16)
@@ -212,7 +212,7 @@ def test_new_bases_point_where_they_are_told(task):
         extend(model, init="magic")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("kind", sampled(["llama", "gemma3_text", "gpt_neox"], 3))
 def test_refining_brings_every_block_closer_to_its_original(kind, task, ids):
     parent = tiny(kind)
     model = prune(decompose(copy.deepcopy(parent), task, metric="plain"), keep=0.3, multiple_of=1)

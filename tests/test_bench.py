@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import KINDS, make_tokenizer, start_no_process, tiny
+from conftest import KINDS, make_tokenizer, sampled, start_no_process, tiny
 from typer.testing import CliRunner
 
 import basis_select as bs
@@ -253,7 +253,7 @@ def test_the_commands_measure_folders(tmp_path, task):
     assert json.loads((tmp_path / "costs.json").read_text())["layers"]
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", sampled([False, True], 2))
 def test_a_compiled_group_computes_its_shared_product_once(task, training, ids):
     """In the graph of inference; that of training is merged later, by torch's partitioner."""
     model = cut(tiny(num_hidden_layers=1), task)
@@ -276,7 +276,7 @@ def test_a_compiled_group_computes_its_shared_product_once(task, training, ids):
     assert seen == [len(products) + (twice if training else 0)]
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", sampled([False, True], 2))
 def test_a_group_can_be_exported(task, strict, ids):
     model = cut(tiny(num_hidden_layers=1), task)
     with torch.no_grad():

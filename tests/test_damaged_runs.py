@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import addition_recipe, make_task, make_tokenizer, start_no_process, tiny
+from conftest import addition_recipe, make_task, make_tokenizer, sampled, start_no_process, tiny
 from typer.testing import CliRunner
 
 import basis_select as bs
@@ -204,7 +204,7 @@ DAMAGES = {  # what happens to the folder of a run, and words of the sentence
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("name", sampled(DAMAGES, 3))
 def test_a_damaged_run_is_said_before_any_work(name, copy):
     recipe, run = copy
     damage, words = DAMAGES[name]
@@ -438,7 +438,7 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", sampled(CHECKPOINTS, 3))
 def test_a_damaged_training_checkpoint_does_not_block(name, killed, tmp_path, caplog):
     shutil.copytree(killed[0], tmp_path / "stage")
     CHECKPOINTS[name](tmp_path / "stage")
