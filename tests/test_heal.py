@@ -147,7 +147,7 @@ def test_short_attention_is_attention(kind, ids, monkeypatch):
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("kind", ["fp32", "plus"])
+@pytest.mark.parametrize("kind", sampled(["fp32", "plus"], 2))
 def test_checkpointing_changes_no_gradient(task, broken, kind, native, monkeypatch):
     parent, start = broken
     monkeypatch.setattr(precision, "fast_bf16", lambda device: native)
@@ -173,6 +173,7 @@ def test_weights_learned_in_bfloat16_stay_whole(task):
         assert (a.weight - b.weight).abs().mean() < 0.2 * (a.weight - 1).abs().mean()
 
 
+@pytest.mark.slow
 def test_a_killed_healing_in_bfloat16_continues_bit_for_bit(task, broken, tmp_path, monkeypatch):
     parent, start = broken
     monkeypatch.setattr("basis_select.training.engine.SAVE_EVERY", 0.0)
@@ -195,7 +196,7 @@ def test_a_killed_healing_in_bfloat16_continues_bit_for_bit(task, broken, tmp_pa
         assert torch.equal(p, again.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("kind", ["fp32", pytest.param("plus", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", sampled(["fp32", "plus"], 2))
 def test_adapters_are_merged_and_change_no_rank(task, broken, tmp_path, kind):
     parent, start = broken
     options = {"steps": 40, "batch_size": 8, "lr": 1e-2, "lora": 4, "precision": kind}

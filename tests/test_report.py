@@ -289,6 +289,7 @@ def test_letters_and_lines_stand_out_from_what_is_behind_them():
         assert contrast(back, (255, 255, 255) if letters == "f" else (0, 0, 0)) >= 4.5
 
 
+@pytest.mark.slow
 def test_a_comparison_gets_a_page_of_the_same_kind():
     results = read(REPO / "eval" / "results" / "compare.jsonl")
     page = checked(compared(results, "compare"))
