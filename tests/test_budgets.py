@@ -157,7 +157,7 @@ def test_mass_within_a_size_is_one_share_for_all_layers(shapes, keep, multiple):
     assert max(at_least) <= min(at_most) + 1e-6
 
 
-@often
+@settings(often, max_examples=30)
 @given(
     layers,
     st.floats(0.05, 0.9),
