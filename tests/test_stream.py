@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import sampled, tiny
 from safetensors.torch import load_file, save_file
 
 import basis_select as bs
