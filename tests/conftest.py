@@ -1,6 +1,7 @@
 """Tiny random models and tokenizers, made here: nothing is downloaded."""
 
 import json
+import multiprocessing
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,10 @@ from basis_select.tasks import Example, Task, exact
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # two threads beside other work spin
+
+# Processes in which all is imported, once for all tests, and nothing was computed.
+fresh = multiprocessing.get_context("forkserver")
+fresh.set_forkserver_preload(["basis_select.pipeline", "lm_eval.models.huggingface"])
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "gpt_neox")
 VOCABULARY = 128
@@ -73,6 +78,22 @@ def addition_recipe(folder, model, digits, **content):
     content = {"model": str(folder / "model"), "task": str(folder / "data.jsonl"), **content}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
     return folder / "tiny.yaml"
+
+
+def sampled(cases, every):
+    """The cases as parameters, of which one in `every` is tried by each run of the tests; the others are `slow`."""
+    others = [pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.slow) for c in cases]
+    return [case if i % every == 0 else others[i] for i, case in enumerate(cases)]
+
+
+def in_processes(function, *arguments, count=2):
+    """`function(rank, *arguments)` in so many `fresh` processes; an error in one is raised here."""
+    torch.multiprocessing.start_processes(function, arguments, count, start_method="forkserver")
+
+
+def start_no_process(patch):
+    """Runs leave out the fresh process that loads what they saved and takes longer than all of a tiny run."""
+    patch.setattr("basis_select.run.pipeline.verify", lambda folder: {"bit_equal": True, "max_difference": 0.0})
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
-"""Trains what tests/test_processes.py prepared, one folder per case; under torchrun in all processes.
+"""Trains what tests/test_processes.py prepared, one folder per case, in the processes that it starts."""
 
-python in_processes.py IN OUT [--dies STEP] CASE ...
-"""
-
-import argparse
 import os
 import signal
-from pathlib import Path
+
+import torch
 
 from basis_select import heal, learn, load, load_task, processes, save, tune
 from basis_select.training import engine, precision
@@ -26,30 +23,32 @@ CASES = {  # what is trained, whether it is sharded, how
 }
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("cases", nargs="+")
-    parser.add_argument("--dies", type=int)
-    args = parser.parse_args()
+def train(index, nodes, own, port, source, out, cases, dies=None):
+    """Every case, in the process number `index` of all, `own` of a node's, as torchrun starts it; the last dies at step
+    `dies`.
+    """
+    torch.set_num_threads(1)
+    if nodes * own > 1:
+        place = {"RANK": index, "LOCAL_RANK": index % own, "LOCAL_WORLD_SIZE": own}
+        place |= {"WORLD_SIZE": nodes * own, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in place.items()}
     processes.join()
-    engine.SAVE_EVERY = 0.0 if args.dies is not None else 1e9
+    engine.SAVE_EVERY = 0.0 if dies is not None else 1e9
     # What differs between one process and several is then the order of fp32 sums, nothing else.
     precision.fast_bf16 = lambda device: False
-    if args.dies and processes.index() == processes.count() - 1:
-        engine.task_loss = dying(engine.task_loss, args.dies)
-    for case in args.cases:
-        if (args.out / case / "model").exists():
+    if dies and processes.index() == processes.count() - 1:
+        engine.task_loss = dying(engine.task_loss, dies)
+    for case in cases:
+        if (out / case / "model").exists():
             continue
-        verb, source, sharded, options = CASES[case]
+        verb, start, sharded, options = CASES[case]
         sharded = sharded and processes.count() > 1
-        parent, tokenizer = load(args.source / "parent", sharded=sharded)
-        task = load_task(str(args.source / "data.jsonl"), tokenizer, validation=10, test=20)
-        model, _ = load(args.source / source, sharded=sharded)
+        parent, tokenizer = load(source / "parent", sharded=sharded)
+        task = load_task(str(source / "data.jsonl"), tokenizer, validation=10, test=20)
+        model, _ = load(source / start, sharded=sharded)
         teacher = [] if verb is tune else [parent]
-        verb(model, task, *teacher, folder=args.out / case, **{"batch_size": 6, **options})
-        save(model, tokenizer, args.out / case / "model")
+        verb(model, task, *teacher, folder=out / case, **{"batch_size": 6, **options})
+        save(model, tokenizer, out / case / "model")
 
 
 def dying(function, step):
@@ -62,7 +61,3 @@ def dying(function, step):
         return function(*args)
 
     return counted
-
-
-if __name__ == "__main__":
-    main()

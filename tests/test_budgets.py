@@ -19,7 +19,7 @@ layers = st.lists(
     st.tuples(st.integers(2, 60), st.integers(2, 60), st.floats(0, 4), st.integers(0, 10**6)), min_size=1, max_size=8
 )
 multiples = st.sampled_from([1, 2, 4, 16])
-often = settings(deadline=None, max_examples=150)
+often = settings(deadline=None, max_examples=80)
 
 
 def weighted(shapes):
@@ -165,7 +165,7 @@ def test_mass_within_a_size_is_one_share_for_all_layers(shapes, keep, multiple):
     assert max(at_least) <= min(at_most) + 1e-6
 
 
-@often
+@settings(often, max_examples=30)
 @given(
     layers,
     st.floats(0.05, 0.9),

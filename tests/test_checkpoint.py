@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, logits, make_task, make_tokenizer, tiny
+from conftest import KINDS, logits, make_task, make_tokenizer, sampled, tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_corruption import flip
@@ -28,7 +28,7 @@ def compressed(task, kind="llama", **options):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS, 3))
 def test_reloaded_logits_are_bit_equal(kind, tied, dtype, task, ids, tmp_path):
     model = compressed(task, kind, tied=tied, dtype=dtype)
     bs.save(model, None, tmp_path / "a")
@@ -97,6 +97,7 @@ def test_save_writes_all_or_nothing(task, tokenizer, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
 
 
+@pytest.mark.slow
 def test_verify_compares_with_a_fresh_process(task, tokenizer, tmp_path):
     model = compressed(task)
     folder = bs.save(model, tokenizer, tmp_path / "a")
@@ -109,6 +110,7 @@ def test_verify_compares_with_a_fresh_process(task, tokenizer, tmp_path):
         bs.verify(folder, model)
 
 
+@pytest.mark.slow
 def test_the_import_is_what_makes_transformers_read_it(task, tokenizer, ids, tmp_path):
     model = compressed(task)
     folder = bs.save(model, tokenizer, tmp_path / "a")
@@ -135,6 +137,7 @@ assert "basis_select" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_without_the_import_transformers_refuses(task, ids, tmp_path):
     """However a checkpoint was written, and whatever part of the model is bases; a dense export loads."""
     half = {"keep": 0.5, "multiple_of": 1}
@@ -184,6 +187,7 @@ def dense_folder(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_users_tools_work_on_the_factors(task, tokenizer, ids, tmp_path):
     model = compressed(task)
     folder = bs.save(model, tokenizer, tmp_path / "a")
@@ -234,6 +238,7 @@ def test_generate_with_every_cache(cache, loadable):
         assert torch.equal(found.cpu(), expected)
 
 
+@pytest.mark.slow
 def test_pipeline_compile_and_device_map(loadable, tmp_path):
     folder, expected = loadable
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")

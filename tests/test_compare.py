@@ -15,6 +15,7 @@ from basis_select.training.data import Batches
 from basis_select.training.loss import log_probabilities
 
 
+@pytest.mark.slow
 def test_a_grid_is_measured_once_and_reported(tokenizer, tmp_path):
     bs.save(tiny(tied=True), tokenizer, tmp_path / "model")
     rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(12) for b in range(12)]

@@ -7,8 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import tiny
+from conftest import in_processes, tiny
 from safetensors.torch import load_file, save_file
 from test_unusual_layers import EXPERTS, experts
 
@@ -142,12 +141,13 @@ def in_one_of_two(rank, folder, task):
 MEMBERS = [["model.layers.0.self_attn.q_proj"], ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_does(task, tmp_path):
     inputs, outputs, _ = second_moments(tiny("qwen2"), MEMBERS, task, 3, METRICS["kronecker"])
     exact = decompose(tiny("qwen2"), metric="plain").state_dict()
     expected = decompose(tiny("qwen2", tied=True), task, examples=20, embedding=True).state_dict()
     some = second_moments(experts(), EXPERTS, task, 2, METRICS["kronecker"])
-    mp.spawn(in_one_of_two, (tmp_path, task), nprocs=2)
+    in_processes(in_one_of_two, tmp_path, task)
     found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     assert found[0].keys() == expected.keys()
     assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())

@@ -12,7 +12,7 @@ import architectures
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import logits, make_task, make_tokenizer, tiny
+from conftest import logits, make_task, make_tokenizer, sampled, tiny
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -93,7 +93,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sampled(WAYS, 4))
 def test_what_is_saved_loads_as_it_was(way, weighted, pruned, tmp_path):
     model = WAYS[way](copy.deepcopy(weighted), copy.deepcopy(pruned)).eval()
     before = logits(model, IDS)
@@ -196,7 +196,7 @@ def test_checkpoints_of_a_users_trainer_load(state, weighted, pruned, tmp_path):
 
 
 @pytest.mark.parametrize("says", [True, False])
-@pytest.mark.parametrize("head", ["other", "equal", "none"])
+@pytest.mark.parametrize("head", sampled(["other", "equal", "none"], 3))
 def test_tensors_decide_what_is_tied(says, head, tmp_path):
     """config.json says tied or not; the file holds another head, one that equals the embedding, or none."""
     if head == "none" and not says:

@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import KINDS, logits, tiny
+from conftest import KINDS, logits, sampled, tiny
 from safetensors import safe_open
 from scipy import stats
 from torch import nn
@@ -20,7 +20,7 @@ from basis_select.training.data import Batches
 from basis_select.training.loss import response_nll, task_loss
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("llama", False), *((kind, True) for kind in KINDS)])
+@pytest.mark.parametrize(("kind", "tied"), sampled([("llama", False), *((kind, True) for kind in KINDS)], 3))
 def test_embedding_as_bases(kind, tied, task, ids, tmp_path, tokenizer):
     """Full rank is the dense model; cut, saved and loaded it gives the same bits, with one table if it was tied."""
     model = tiny(kind, tied)
@@ -73,7 +73,7 @@ def test_size_of_the_whole_model_counts_the_embedding(task):
         target(size="3x").share(100, 50, "bfloat16")
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("llama", False), ("llama", True), ("gemma3_text", True)])
+@pytest.mark.parametrize(("kind", "tied"), sampled([("llama", False), ("llama", True), ("gemma3_text", True)], 3))
 def test_a_size_is_shared_with_the_embedding_as_measured(kind, tied, task):
     """No other rank of the table that was tried has a lower validation NLL at the same size of the whole model."""
     model, task = tiny(kind, tied), dataclasses.replace(task, validation=task.train)

@@ -1,6 +1,7 @@
 """Where there is a GPU, what a run computes is computed there. Shown on a pretended one, see pretended_gpu.py."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel
 
 import basis_select as bs
 from basis_select import processes
+from basis_select.evaluation.speed import decode_speed
 from basis_select.recipe import Recipe, override
+from basis_select.run import verbs
 from basis_select.run.disk import OnDisk
 
 
@@ -106,8 +109,9 @@ ROWS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
-def test_every_stage_computes_on_the_gpu(row, gpu, where, tmp_path):
-    bs.save(tiny(tied=True), make_tokenizer(), tmp_path / "model")
+def test_every_stage_computes_on_the_gpu(row, gpu, where, tmp_path, monkeypatch):
+    monkeypatch.setattr(verbs, "decode_speed", functools.partial(decode_speed, tokens=2, rounds=1))
+    bs.save(tiny(tied=True, num_hidden_layers=1), make_tokenizer(), tmp_path / "model")
     lines = [json.dumps({"prompt": f"{a}+{b}=", "response": str(a + b)}) for a in range(8) for b in range(8)]
     (tmp_path / "data.jsonl").write_text("".join(line + "\n" for line in lines))
     plain = Recipe(model=str(tmp_path / "model"), task=str(tmp_path / "data.jsonl"))

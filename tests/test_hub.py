@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -196,9 +197,10 @@ def test_results_of_other_weights_are_not_published(run, tmp_path):
         contents(run, "me/small")
 
 
-def test_a_hub_that_is_not_there(online, run):
+def test_a_hub_that_is_not_there(online, run, monkeypatch):
     online.shutdown()
     online.server_close()
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     result = push(run, "me/small", "--license", "mit")
     assert re.fullmatch(r"error: the connection to \S+ failed .*\n", result.output)
 
@@ -277,6 +279,7 @@ def test_a_password_in_the_address_is_never_printed(there, online, run, monkeypa
     if there == "not there":
         online.shutdown()
         online.server_close()
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between one attempt of the client and the next
     if there == "refusing":
         monkeypatch.setenv("HF_TOKEN", "hf_stranger")
     result = push(run, "me/small", "--license", "mit")

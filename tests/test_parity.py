@@ -6,8 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import tiny
+from conftest import in_processes, tiny
 from safetensors.torch import load_file, save_file
 
 from basis_select import decompose, prune
@@ -153,9 +152,10 @@ def in_one_of_two(rank, folder, task):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_examples(task, tmp_path):
     expected = squared_gradients(tiny(), MEMBERS, task, 5)
-    mp.spawn(in_one_of_two, (tmp_path, task), nprocs=2)
+    in_processes(in_one_of_two, tmp_path, task)
     for rank in range(2):
         found = load_file(tmp_path / f"{rank}.safetensors")
         assert found.keys() == expected.keys()

@@ -45,6 +45,7 @@ def test_a_phonelm_becomes_a_stock_llama(theirs, tmp_path, ids):
         phonelm.convert(hub, tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["phonelm-0.5b", "phonelm-1.5b"])
 def test_its_recipes_can_be_planned(name, theirs, tmp_path):
     phonelm.convert(theirs[1], tmp_path / "stock")

@@ -1,13 +1,16 @@
 import csv
+import io
 import json
+import logging
 import platform
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import addition_recipe, tiny
+from conftest import addition_recipe, start_no_process, tiny
 from filelock import FileLock
 from kill_resume import hashes
 from transformers import AutoModelForCausalLM
@@ -24,9 +27,9 @@ from basis_select.training import engine
 REPO = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    """A whole run on a tiny random model: addition of digits, seconds long."""
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A whole run on a tiny random model: addition of digits, seconds long. No test changes the file."""
     content = {
         "data": {"test": 20, "validation": 10},
         "tune": {"steps": 6, "batch_size": 8},
@@ -37,13 +40,37 @@ def recipe(tmp_path):
         "heal": {"steps": 6, "batch_size": 8},
         "compare": {"plain": {"decompose.metric": "plain", "learn.steps": 0, "prune.budget": "uniform"}},
     }
-    return addition_recipe(tmp_path, tiny(tied=True), 12, **content)
+    return addition_recipe(tmp_path_factory.mktemp("recipe"), tiny(tied=True), 12, **content)
 
 
-def test_one_command_does_it_all(recipe, tmp_path, caplog):
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """`(folder, what was printed, what was told of its stages)` of the whole run, made once; what changes a run changes
+    a `copy`.
+    """
+    out, told = tmp_path_factory.mktemp("whole") / "run", io.StringIO()
+    handler = logging.StreamHandler(told)
+    logging.getLogger("basis_select").addHandler(handler)
     result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(out)])
+    logging.getLogger("basis_select").removeHandler(handler)
     assert result.exit_code == 0, result.output
+    return out, result.output, told.getvalue()
+
+
+@pytest.fixture
+def copy(whole, tmp_path, monkeypatch):
+    """A copy of the run, to go on with; the fresh process that loads what was saved was started for the first one."""
+    start_no_process(monkeypatch)
+    return Path(shutil.copytree(whole[0], tmp_path / "run"))
+
+
+def stage_names(run):
+    return [p.name.rpartition("-")[0] for p in (run / "stages").iterdir()]
+
+
+@pytest.mark.slow
+def test_one_command_does_it_all(whole):
+    out, printed, told = whole
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["parent", "result", "plain"]
     for name, row in results.items():
@@ -52,7 +79,8 @@ def test_one_command_does_it_all(recipe, tmp_path, caplog):
         if name != "parent":
             assert row["sizes"]["targeted"] <= 0.4 * row["sizes"]["targeted_dense"]
             assert sum(row["paired"][k] for k in ("both", "gained", "lost", "neither")) == 20
-    stages = sorted(p.name.rpartition("-")[0] for p in (out / "stages").iterdir())
+    assert results["result"]["reloaded"] == {"bit_equal": True, "max_difference": 0.0, "hashes_match": True}
+    stages = stage_names(out)
     assert stages.count("tune") == 1  # rows share what they have in common
     assert stages.count("decompose") == stages.count("heal") == 2
     final, _ = bs.load(out / "final")
@@ -68,49 +96,53 @@ def test_one_command_does_it_all(recipe, tmp_path, caplog):
     assert manifest["versions"]["torch"].startswith(torch.__version__)
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 6 + 6 + 2 * 6
-    assert re.search(rf"│ result +│ +{results['result']['accuracy']['value']:.1%}", result.stdout)
-    assert f"basis-select push {out} USER/NAME" in result.stdout
-    assert "decompose (result): write 8 groups of 14 layers as bases" in caplog.text
+    assert re.search(rf"│ result +│ +{results['result']['accuracy']['value']:.1%}", printed)
+    assert f"basis-select push {out} USER/NAME" in printed
+    assert "decompose (result): write 8 groups of 14 layers as bases" in told
 
-    written = {p: p.stat().st_mtime_ns for p in (out / "stages").rglob("*")}
-    again = CliRunner().invoke(app, ["run", str(recipe), "--out", str(out)])
+
+@pytest.mark.slow
+def test_the_same_command_repeats_only_what_changed(recipe, copy):
+    stages = stage_names(copy)
+    written = {p: p.stat().st_mtime_ns for p in (copy / "stages").rglob("*")}
+    again = CliRunner().invoke(app, ["run", str(recipe), "--out", str(copy)])
     assert again.exit_code == 0
-    assert written == {p: p.stat().st_mtime_ns for p in (out / "stages").rglob("*")}
-    changed = CliRunner().invoke(app, ["run", str(recipe), "heal.steps=7", "compare={}", "--out", str(out)])
+    assert written == {p: p.stat().st_mtime_ns for p in (copy / "stages").rglob("*")}
+    changed = CliRunner().invoke(app, ["run", str(recipe), "heal.steps=7", "compare={}", "--out", str(copy)])
     assert changed.exit_code == 0
-    new = {p.name.rpartition("-")[0] for p in (out / "stages").iterdir()} - set(stages)
-    assert not new
-    assert len(list((out / "stages").glob("heal-*"))) == 3
-    assert len(list((out / "stages").glob("learn-*"))) == 1
+    assert not set(stage_names(copy)) - set(stages)
+    assert len(list((copy / "stages").glob("heal-*"))) == 3
+    assert len(list((copy / "stages").glob("learn-*"))) == 1
 
 
-def test_one_learning_gives_a_family_of_checkpoints(recipe, tmp_path):
-    out = tmp_path / "run"
-    changes = ["sizes=[0.7, 1.5x]", "compare={}", "prune.multiple_of=1", "data.test=8"]
-    result = CliRunner().invoke(app, ["run", str(recipe), *changes, "--out", str(out)])
+@pytest.mark.slow
+def test_one_learning_gives_a_family_of_checkpoints(recipe, copy):
+    before = stage_names(copy)
+    result = CliRunner().invoke(app, ["run", str(recipe), "sizes=[0.7, 1.5x]", "compare={}", "--out", str(copy)])
     assert result.exit_code == 0, result.output
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((copy / "results.json").read_text())
     assert list(results) == ["parent", "result", "result at 0.7", "result at 1.5x"]
-    stages = [p.name.rpartition("-")[0] for p in (out / "stages").iterdir()]
-    assert (stages.count("learn"), stages.count("prune")) == (1, 3)
+    stages = stage_names(copy)
+    assert stages.count("learn") == 1
+    assert stages.count("prune") == before.count("prune") + 2
     assert stages.count("soft_labels") == 2  # what learning has seen, and what all three sizes heal on
     sizes = {name: row["sizes"] for name, row in results.items()}
     assert sizes["result at 0.7"]["targeted"] <= 0.7 * sizes["parent"]["targeted"]
     assert sizes["result at 1.5x"]["parameters"] <= sizes["parent"]["parameters"] / 1.5
     assert sizes["result"]["targeted"] < sizes["result at 1.5x"]["targeted"] < sizes["result at 0.7"]["targeted"]
-    with (out / "curve.csv").open() as file:
+    with (copy / "curve.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["bytes"]) for row in rows] == sorted(s["bytes"] for s in sizes.values())
-    assert (out / "curve.png").stat().st_size > 5000
+    assert (copy / "curve.png").stat().st_size > 5000
     for size in ("0.7", "1.5x"):
-        assert bs.sizes(bs.load(out / f"final-{size}")[0])["targeted"] == sizes[f"result at {size}"]["targeted"]
-        card = contents(out / f"final-{size}", "me/small")["README.md"]
+        assert bs.sizes(bs.load(copy / f"final-{size}")[0])["targeted"] == sizes[f"result at {size}"]["targeted"]
+        card = contents(copy / f"final-{size}", "me/small")["README.md"]
         assert f"| {sizes[f'result at {size}']['bytes']:,} | {sizes['parent']['bytes']:,} |" in card
 
 
-def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):
+@pytest.mark.slow
+def test_every_choice_runs_through_the_pipeline(recipe, copy, tmp_path):
     """A score that needs derivatives, Basel, refinement, the embedding as bases, max_drop: what others leave out."""
-    out = tmp_path / "run"
     rows = {
         "taylor": {"prune.score": "taylor", "learn.steps": 0, "extend.init": "gradient", "teacher": "bfloat16"},
         "basel": {
@@ -134,10 +166,10 @@ def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):
         },
         "drop": {"prune.keep": None, "prune.max_drop": 0.5, "extend.rank": 0},
     }
-    recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "compare": rows}))
-    (out / "stages").mkdir(parents=True)
-    read = recipes.read(recipe)
-    disk = OnDisk(read, out)
+    path = tmp_path / "every.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "compare": rows}))
+    read = recipes.read(path)
+    disk = OnDisk(read, copy)
     made = {n: bs.load(disk.row(row, until="heal")["model"] / "model")[0] for n, row in read.variants().items()}
     sizes = {name: bs.sizes(model) for name, model in made.items()}
     for name in ("taylor", "basel", "all"):
@@ -147,54 +179,64 @@ def test_every_choice_runs_through_the_pipeline(recipe, tmp_path):
     assert sizes["drop"]["targeted"] < sizes["drop"]["targeted_dense"]
 
 
-def test_inspect_verify_and_plan(recipe, tmp_path):
-    out = tmp_path / "run"
-    runner = CliRunner()
-    assert "GiB of memory a process" in runner.invoke(app, ["plan", str(recipe), "--processes", "4"]).output
-    text = runner.invoke(app, ["plan", str(recipe)]).output
-    assert re.search(r"result: 0.0\d M targeted parameters \(2.50x fewer\)", text)
-    assert not out.exists()
-    assert runner.invoke(app, ["run", str(recipe), "compare={}", "--out", str(out)]).exit_code == 0
-    text = runner.invoke(app, ["inspect", str(out / "final")]).output
+@pytest.mark.slow
+def test_inspect_and_verify(whole):
+    final = whole[0] / "final"
+    text = CliRunner().invoke(app, ["inspect", str(final)]).output
     assert re.search(
         r"layers.0.self_attn.k_proj +64 -> 32 +rank \d+  shares v of model.layers.0.self_attn.q_proj", text
     )
-    assert f"{(out / 'final' / 'model.safetensors').stat().st_size:,}" in text
-    assert "bit-equal" in runner.invoke(app, ["verify", str(out / "final")]).output
+    assert f"{(final / 'model.safetensors').stat().st_size:,}" in text
+    assert "bit-equal" in CliRunner().invoke(app, ["verify", str(final)]).output
+
+
+def test_plan(recipe):
+    there = sorted(recipe.parent.rglob("*"))
+    text = CliRunner().invoke(app, ["plan", str(recipe), "--ranks", "4"]).output
+    assert "GiB of memory a process" in text
+    assert re.search(r"result: 0.0\d M targeted parameters \(2.50x fewer\)", text)
+    assert sorted(recipe.parent.rglob("*")) == there
 
 
 class Killed(BaseException):
     pass
 
 
+STAGES = ("load", "tune", "decompose", "soft_labels", "learn", "prune", "extend", "heal")
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["stage"], row["loss"]) for row in rows]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tune", "learn", "heal"])
-def test_a_stage_stopped_in_its_middle_continues_bit_for_bit(stage, recipe, tmp_path, monkeypatch):
+def test_a_stage_stopped_in_its_middle_continues_bit_for_bit(stage, recipe, whole, copy, monkeypatch):
+    for path in (copy / "stages").iterdir():
+        if path.name.rpartition("-")[0] not in STAGES[: STAGES.index(stage)]:
+            shutil.rmtree(path)
     read = recipes.read(recipe, ["compare={}"])
-
-    def compress(read, folder):
-        (folder / "stages").mkdir(parents=True, exist_ok=True)
-        OnDisk(read, folder).row(until="heal")
-
-    compress(read, tmp_path / "calm")
     monkeypatch.setattr(engine, "SAVE_EVERY", 0.0)
     loss, calls = engine.task_loss, []
 
     def dies(model, batch, teacher=None, kl=1.0):
         calls.append(1)
-        if len(calls) == {"tune": 4, "learn": 10, "heal": 16}[stage]:
+        if len(calls) == 4:
             raise Killed
         return loss(model, batch, teacher, kl)
 
     monkeypatch.setattr(engine, "task_loss", dies)
     with pytest.raises(Killed):
-        compress(read, tmp_path / "killed")
-    partial = next((tmp_path / "killed" / "stages").glob(f".{stage}-*"))
+        OnDisk(read, copy).row(until="heal")
+    partial = next((copy / "stages").glob(f".{stage}-*"))
     assert list(partial.glob("training/checkpoint-3"))
-    compress(read, tmp_path / "killed")
-    assert hashes(tmp_path / "killed") == hashes(tmp_path / "calm")
-    a, b = ((tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("calm", "killed"))
-    losses = [[json.loads(line)["loss"] for line in lines] for lines in (a, b)]
-    assert losses[0] == losses[1]
+    OnDisk(read, copy).row(until="heal")
+    assert set(stage_names(copy)) == set(STAGES)
+    assert hashes(copy).items() <= hashes(whole[0]).items()
+    calm, killed = losses(whole[0]), losses(copy)
+    assert len(killed) == 3 * 6
+    assert killed == calm[: len(killed)]
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(recipe, tmp_path, monkeypatch):
@@ -256,8 +298,6 @@ def test_bad_input_gets_one_sentence(arguments, message, recipe, tmp_path):
 
 
 def test_a_full_disk_is_said_and_leaves_no_half_checkpoint(recipe, tmp_path, monkeypatch):
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])

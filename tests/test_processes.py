@@ -1,4 +1,4 @@
-"""Several processes give what one gives: real torchrun, gloo, on this machine."""
+"""Several processes give what one gives: torchrun and gloo, on this machine."""
 
 import copy
 import json
@@ -10,13 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from conftest import make_tokenizer, tiny
-from in_processes import CASES
+from conftest import in_processes, make_tokenizer, start_no_process, tiny
+from in_processes import CASES, train
 from kill_resume import hashes
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import ProcessException
 
 import basis_select as bs
+from basis_select import recipe as recipes
+from basis_select.run import pipeline
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
@@ -41,18 +45,24 @@ def source(tmp_path_factory):
     return folder
 
 
-def launch(arguments, nodes, processes):
-    """Exit status and what was printed, of a program on `nodes` agents with so many processes each."""
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        meet = f"localhost:{free.getsockname()[1]}"
-    run = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--nnodes", str(nodes)]
-    run += ["--rdzv-backend", "c10d", "--rdzv-endpoint", meet, "--rdzv-id", "test"]
-    command = [sys.executable, *(run if nodes * processes > 1 else ()), *map(str, arguments)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENVIRONMENT}
-    agents = [subprocess.Popen(command, **options) for _ in range(nodes)]
-    printed = "".join(agent.communicate(timeout=1500)[0] for agent in agents)
-    return max(abs(agent.returncode) for agent in agents), printed
+        return free.getsockname()[1]
+
+
+def together(nodes, processes, *arguments):
+    """`in_processes.train` on so many processes of so many nodes, all of them here."""
+    in_processes(train, nodes, processes, free_port(), *arguments, count=nodes * processes)
+
+
+def torchrun(*arguments):
+    """Exit status and what was printed, of the command line on two processes."""
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    run += ["--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "test", "-m", "basis_select"]
+    command = [sys.executable, *run, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    return done.returncode, done.stdout
 
 
 def trained(folder):
@@ -62,15 +72,19 @@ def trained(folder):
     return [row["loss"] for row in rows], [(row["step"], row["tokens"]) for row in rows], weights
 
 
+def run_alone(rank, recipe, folder):
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        start_no_process(patch)
+        pipeline.run(recipes.read(recipe), folder)
+
+
 @pytest.fixture(scope="module")
 def runs(source, tmp_path_factory):
     """Every case in one process, in two, and in two on each of two nodes."""
     out = tmp_path_factory.mktemp("runs")
     for nodes, processes in ((1, 1), (1, 2), (2, 2)):
-        status, printed = launch(
-            [HERE / "in_processes.py", source, out / f"{nodes}x{processes}", *CASES], nodes, processes
-        )
-        assert status == 0, printed
+        together(nodes, processes, source, out / f"{nodes}x{processes}", [*CASES])
     return out
 
 
@@ -90,14 +104,12 @@ def test_several_processes_train_as_one_does(size, case, runs):
 
 def test_after_one_process_was_killed_the_same_command_ends_with_the_same_weights(source, runs, tmp_path):
     cases = ["learn", "heal plus sharded"]
-    command = [HERE / "in_processes.py", source, tmp_path, *cases]
-    for case, steps in zip(cases, ("6", "11"), strict=True):
-        status, _ = launch([*command, "--dies", steps], 1, 2)
-        assert status != 0
+    for case, steps in zip(cases, (6, 11), strict=True):
+        with pytest.raises(ProcessException):
+            together(1, 2, source, tmp_path, cases, steps)
         assert list((tmp_path / case / "training").glob("checkpoint-*/complete"))
         assert not (tmp_path / case / "model").exists()
-    status, printed = launch([*command, "--dies", "0"], 1, 2)
-    assert status == 0, printed
+    together(1, 2, source, tmp_path, cases, 0)
     for case in cases:
         (losses, exact, weights), calm = trained(tmp_path / case), trained(runs / "1x2" / case)
         assert (losses, exact) == calm[:2]
@@ -120,23 +132,23 @@ def test_a_recipe_has_the_same_stages_on_several_processes(source, tmp_path):
     }
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(content))
-    command = ["-m", "basis_select", "run", recipe]
-    for name, processes, more in (("one", 1, ()), ("two", 2, ("--shard",))):
-        status, printed = launch([*command, "--out", tmp_path / name, *more], 1, processes)
-        assert status == 0, printed
+    in_processes(run_alone, recipe, tmp_path / "one", count=1)
+    status, printed = torchrun("run", recipe, "--shard", "--out", tmp_path / "two")
+    assert status == 0, printed
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert hashes(tmp_path / "one").keys() == hashes(tmp_path / "two").keys()
     for row in ("result", "taught"):
         assert two[row]["nll"]["value"] == pytest.approx(one[row]["nll"]["value"], rel=0.02)
         assert two[row]["sizes"] == one[row]["sizes"]
-    status, printed = launch([*command, "heal.steps=0", "learn.steps=0", "--out", tmp_path / "both"], 1, 2)
+    less = ("heal.steps=0", "learn.steps=0", "compare={}")
+    status, printed = torchrun("run", recipe, *less, "--out", tmp_path / "both")
     assert status == 0, printed
     one, both = (next((tmp_path / name / "stages").glob("decompose-*/stage.json")) for name in ("one", "both"))
     one, both = (json.loads(path.read_text()) for path in (one, both))
     assert both["validation_nll"] == pytest.approx(one["validation_nll"], rel=1e-3)
     assert both["sizes"] == one["sizes"]
     shutil.rmtree(tmp_path / "two" / "stages")
-    status, printed = launch([*command, "prune.keep=7", "--out", tmp_path / "two"], 1, 2)
+    status, printed = torchrun("run", recipe, "prune.keep=7", "--out", tmp_path / "two")
     assert status != 0
     assert printed.count("error: ") == 1
     assert "prune.keep is 7.0" in printed

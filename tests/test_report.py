@@ -11,7 +11,7 @@ import pytest
 import yaml
 from compare import read
 from compare_report import report as compared
-from conftest import make_tokenizer, tiny
+from conftest import make_tokenizer, start_no_process, tiny
 from typer.testing import CliRunner
 
 import basis_select as bs
@@ -116,7 +116,9 @@ def run(tmp_path_factory):
         "compare": {ODD: {"decompose.metric": "plain", "learn.steps": 0, "prune.score": "magnitude"}},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content, allow_unicode=True))
-    pipeline.run(recipes.read(folder / "tiny.yaml"), folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        start_no_process(patch)
+        pipeline.run(recipes.read(folder / "tiny.yaml"), folder / "run")
     return folder / "run"
 
 
@@ -125,6 +127,7 @@ def stages(run, row):
     return {s["stage"].rpartition("-")[0]: run / "stages" / s["stage"] for s in history}
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_page_with_every_section_and_the_numbers_of_its_results(run):
     text = (run / "report.html").read_text(encoding="utf-8")
     page, results = checked(text), json.loads((run / "results.json").read_text())
@@ -144,6 +147,7 @@ def test_a_run_leaves_a_page_with_every_section_and_the_numbers_of_its_results(r
         assert hash_ in page.text()
 
 
+@pytest.mark.slow
 def test_names_and_prompts_are_text_not_html(run):
     page = checked((run / "report.html").read_text(encoding="utf-8"))
     assert not {"b", "i"} & {tag for tag, attrs in page.tags if not attrs} - {"b"}
@@ -183,6 +187,7 @@ def test_no_text_becomes_a_tag_or_an_attribute(block):
     assert odd in shown
 
 
+@pytest.mark.slow
 def test_gained_and_lost_items_are_those_of_the_paired_comparison(run):
     results = json.loads((run / "results.json").read_text())
     page = checked((run / "report.html").read_text(encoding="utf-8"))
@@ -193,6 +198,7 @@ def test_gained_and_lost_items_are_those_of_the_paired_comparison(run):
     assert page.texts.count("expected") == sum(paired["gained"] + paired["lost"] for paired in moved.values())
 
 
+@pytest.mark.slow
 def test_the_recipe_shown_repeats_the_run(run, tmp_path):
     page = checked((run / "report.html").read_text(encoding="utf-8"))
     short, full = (t for t in page.texts if t.startswith("model:"))
@@ -202,6 +208,7 @@ def test_the_recipe_shown_repeats_the_run(run, tmp_path):
     assert len(short.splitlines()) < len(full.splitlines()) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["result", ODD])
 def test_the_map_has_the_ranks_of_the_model(run, row):
     model = bs.load(stages(run, row)["save"] / "model")[0]
@@ -226,6 +233,7 @@ def test_an_embedding_that_stays_whole_is_drawn_as_dense():
     assert ">dense<" in html.heat([], extra, "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["result", ODD])
 def test_the_bases_marked_as_kept_are_those_that_prune_chose(run, row):
     """With weights that learning has moved and without; the embedding, which has a budget of its own, too."""
@@ -251,6 +259,7 @@ def test_the_bases_marked_as_kept_are_those_that_prune_chose(run, row):
     assert best == {i for i, stays in enumerate(marked[min(table)]) if stays}
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_left_out_with_a_reason(run, tmp_path):
     results = json.loads((run / "results.json").read_text())
     for row in results.values():
@@ -273,6 +282,7 @@ def test_what_is_missing_is_left_out_with_a_reason(run, tmp_path):
     assert "learn and prune are not there" in page.text()
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_it_again(run, tmp_path):
     before = (run / "report.html").read_text(encoding="utf-8")
     (run / "report.html").unlink()
@@ -306,6 +316,7 @@ def test_letters_and_lines_stand_out_from_what_is_behind_them():
         assert contrast(back, (255, 255, 255) if letters == "f" else (0, 0, 0)) >= 4.5
 
 
+@pytest.mark.slow
 def test_a_comparison_gets_a_page_of_the_same_kind():
     results = read(REPO / "eval" / "results" / "compare.jsonl")
     page = checked(compared(results, "compare"))
@@ -321,7 +332,7 @@ def test_a_comparison_gets_a_page_of_the_same_kind():
 def opened(page, folder, *options, size="1280,2000"):
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={size}"]
     command += [f"--user-data-dir={folder / 'profile'}", *options, page.resolve().as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
 
 
 @pytest.mark.slow

@@ -2,14 +2,14 @@ import itertools
 import json
 import math
 import os
+import runpy
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, tiny
+from conftest import in_processes, make_tokenizer, tiny
 from typer.testing import CliRunner
 
 import basis_select as bs
@@ -297,6 +297,12 @@ def test_data_of_ones_own_is_measured_by_the_same_command(folder, tmp_path):
     assert result["nll"]["value"] > 0
 
 
+def lm_evals_own_command(rank, data, arguments):
+    os.environ["BASIS_SELECT_DATA"] = str(data)
+    sys.argv = ["lm_eval", *arguments]
+    runpy.run_module("lm_eval", run_name="__main__")
+
+
 @pytest.mark.slow
 def test_the_numbers_are_those_of_lm_evals_own_command(data, folder, tmp_path):
     """Bit for bit, on a dense checkpoint: metrics, and every generation and likelihood."""
@@ -312,11 +318,7 @@ def test_the_numbers_are_those_of_lm_evals_own_command(data, folder, tmp_path):
         "output_path": tmp_path / "theirs",
     }
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    subprocess.run(
-        [sys.executable, "-m", "lm_eval", *arguments, "--log_samples"],
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(bs.__file__).parents[1])},
-    )
+    in_processes(lm_evals_own_command, data, [*arguments, "--log_samples"], count=1)
     theirs = json.loads(next((tmp_path / "theirs").rglob("results_*.json")).read_text())["results"]
     model, tokenizer = bs.load(folder)
     ours = bs.evaluate_on(model, tokenizer, tasks, limit=4, batch_size=2)
