@@ -35,7 +35,7 @@ from .directory import (
 from .room import require_decoder
 from .stages import COPIES, ONE, SPREAD, STAGES, TIME, Stage, key, walk
 from .terminal import Silent
-from .view import View, own, task_of
+from .view import View, own, rebuilt, task_of
 from .work import Work, write
 
 KEPT = ("training", "metrics.jsonl")  # of a stage that was killed: from these its training continues
@@ -102,7 +102,8 @@ class OnDisk:
 
     def _perform(self, stage, view, options, read, out):
         where = stage.processes(view.recipe, self.shard)
-        arguments = (*STAGES, TIME).index(stage), view.recipe, options, {**read, **self.more}, out, self.shard, where
+        row, given = own(view.recipe), {**read, **self.more}
+        arguments = (*STAGES, TIME).index(stage), row, options, given, out, self.shard, where
         if where == ONE:
             return perform(view.task, *arguments)
         sendable = dataclasses.replace(view.task, score=None)  # functions of its own cannot be sent
@@ -147,11 +148,12 @@ def data_key(recipe: Recipe, task: Task) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def perform(task, place, recipe, options, given, out, sharded, where) -> dict:
+def perform(task, place, row, options, given, out, sharded, where) -> dict:
     """Do stage number `place` in this process, and write what it makes into `out`; facts of it.
 
-    Arguments are pickled and sent to all processes unless `where` is ONE.
+    row: the plain values of a recipe. Arguments are pickled and sent to all processes unless `where` is ONE.
     """
+    recipe = rebuilt(row)
     set_seed(recipe.seed)
     stage, spread = (*STAGES, TIME)[place], sharded and where == SPREAD
     group = processes.everyone() if where == COPIES else None

@@ -9,14 +9,19 @@ import torch
 from ..decompose import targets
 from ..layers.embedding import module_name
 from ..layers.group import Group
-from ..recipe import Recipe
+from ..recipe import SECTIONS, Recipe
 from ..tasks import Task, load_task
 from . import room
 
 
 def own(section) -> dict:
-    """The options of one section of a recipe."""
+    """The options of one section of a recipe, or all of it, as plain values."""
     return dataclasses.asdict(section)
+
+
+def rebuilt(values: dict) -> Recipe:
+    """The recipe of these plain values, as which it is sent: its sections' classes, made at run time, do not pickle."""
+    return Recipe(**{name: SECTIONS[name](**value) if name in SECTIONS else value for name, value in values.items()})
 
 
 def task_of(recipe: Recipe, tokenizer) -> Task:
