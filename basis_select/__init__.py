@@ -13,8 +13,7 @@
 Importing it registers the checkpoint format, so `AutoModelForCausalLM.from_pretrained` reads such a folder too.
 """
 
-from .checkpoint.files import save, verify
-from .checkpoint.hub import push
+from .checkpoint.files import save
 from .decompose import decompose
 from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
@@ -29,6 +28,7 @@ from .layers.low_rank import LowRankLinear
 from .learn import learn
 from .models import load
 from .prune import prune
+from .publish.push import push
 from .refine import refine
 from .sizes import sizes
 from .stream import decompose_checkpoint
@@ -36,6 +36,7 @@ from .tasks import Task, load_task
 from .training.soft_labels import soft_labels
 from .trim import trim
 from .tune import tune
+from .verify import verify
 
 __version__ = "0.1.0"
 __all__ = [

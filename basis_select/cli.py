@@ -135,7 +135,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")])
 @_command
 def verify(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]):
     """Check a checkpoint's hashes, if it has any, and compare logits of a fresh process with a load in this one."""
-    from .checkpoint.files import verify as check
+    from .verify import verify as check
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no checkpoint folder at {folder}")
@@ -149,7 +149,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]):
 @_command
 def report(folder: Annotated[Path, typer.Argument(help="the folder of a finished run")]):
     """Write report.html of a run again, from the files in its folder."""
-    from .evaluation.run_report import report as write
+    from .run.report import report as write
 
     typer.echo(write(folder))
 
@@ -165,7 +165,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print files and card, contact nobody")] = False,
 ):
     """Publish a checkpoint on the hub with a model card; the same command continues after a lost connection."""
-    from .checkpoint import hub
+    from .publish import push as hub
 
     if not dry_run:
         typer.echo(hub.push(folder, repo_id, private=private, base=base, license=license, replace_card=replace_card))
@@ -292,7 +292,7 @@ def _require_result(out, device):
     """Raise ValueError, before a model is loaded, for a device that is not there or a file that cannot be written."""
     import torch
 
-    from .run.directory import require_file
+    from .writing import require_file
 
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device)
     if not match:
@@ -325,7 +325,7 @@ def _command_line():
 
 
 def _write(path, facts):
-    from .run.directory import replace_text
+    from .writing import replace_text
 
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from . import processes, tuned_on
-from .checkpoint import checks, hub
+from .checkpoint import checks
 from .checkpoint.bounds import require_bounds
 from .checkpoint.cleaning import masked
 from .checkpoint.format import in_files
+from .checkpoint.snapshot import snapshot
 from .layers.embedding import settle_ties
 from .layers.rounded import quantized
 from .reading import read_json
@@ -60,7 +61,7 @@ def load(
         if (Path(source) / checks.ADAPTER).exists():
             raise ValueError(f"an adapter lies beside the GGUF file in {source}: give the file a folder of its own")
         return _load(source, dtype or "float32", **dense)
-    path = hub.snapshot(source) or Path(source)
+    path = snapshot(source) or Path(source)
     if not path.is_dir():
         return _load(source, dtype or "auto")
     checks.require_files(path)

@@ -8,13 +8,13 @@ from typing import Literal, get_args
 
 import torch
 
-from .evaluation.profile import prices
 from .layers.group import Group, groups, only, table_of
 from .layers.shape import Shape
 from .linalg.budget import allocate, by_mass, by_mass_within, linear_prices, table_rank, training_prices, uniform
 from .linalg.scores import SCORES, ScoreName
 from .sizes import sizes
 from .target import Dtype, Target, target
+from .times import prices
 from .training.loss import response_nll
 
 Budget = Literal["global", "uniform", "mass"]

@@ -22,10 +22,10 @@ from basis_select.evaluation.report import cells, markdown
 from basis_select.models import config_and_tokenizer
 from basis_select.reading import read_json
 from basis_select.run import estimates
-from basis_select.run.directory import replace_text
 from basis_select.run.plan import Plan, plan
 from basis_select.target import BYTES
 from basis_select.tasks import SPLITS, read_rows
+from basis_select.writing import replace_text
 
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "eval" / "results"

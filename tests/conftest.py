@@ -21,7 +21,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # two threads 
 
 # Processes in which all is imported, once for all tests, and nothing was computed.
 fresh = multiprocessing.get_context("forkserver")
-fresh.set_forkserver_preload(["basis_select.pipeline", "lm_eval.models.huggingface"])
+fresh.set_forkserver_preload(["basis_select.run.pipeline", "lm_eval.models.huggingface"])
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "gpt_neox")
 VOCABULARY = 128

@@ -10,12 +10,14 @@ import torch
 from conftest import addition_recipe, make_task, make_tokenizer, sampled, start_no_process, tiny
 from typer.testing import CliRunner
 
+from basis_select import machine
 from basis_select import recipe as recipes
-from basis_select.checkpoint import checks, files
+from basis_select.checkpoint import checks
 from basis_select.cli import app
 from basis_select.run import directory, disk, pipeline
 from basis_select.run.view import task_of
 from basis_select.training import engine
+from basis_select.verify import probe_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -218,7 +220,7 @@ def test_a_damaged_run_is_said_before_any_work(name, copy):
 
 def test_what_is_told_to_be_removed_is_made_again(copy, monkeypatch):
     recipe, run = copy
-    monkeypatch.setattr(disk, "forget_peak_memory", directory.forget_peak_memory)
+    monkeypatch.setattr(disk, "forget_peak_memory", machine.forget_peak_memory)
     before = json.loads((run / "results.json").read_text())["result"]["weights_sha256"]
     shutil.rmtree(stage(run, "heal"))
     done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(run)])
@@ -407,7 +409,7 @@ def killed(tmp_path_factory):
 def trained(folder):
     model = tiny(num_hidden_layers=1)
     engine.train(model, make_task(), name="tune", steps=7, batch_size=4, lr=1e-3, seed=0, folder=folder)
-    return files.probe_logits(model)
+    return probe_logits(model)
 
 
 NEWEST = "training/checkpoint-5"

@@ -10,7 +10,6 @@ from conftest import KINDS, make_task, make_tokenizer, sampled, tiny
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from basis_select import decompose, heal, learn, load, processes, prune, refine, save, tune
-from basis_select.checkpoint.files import probe_logits
 from basis_select.heal import add_adapters, suitable_rate
 from basis_select.layers.group import groups, table_of
 from basis_select.run.work import load_teacher
@@ -18,6 +17,7 @@ from basis_select.training import precision
 from basis_select.training.collage import VARIANTS
 from basis_select.training.data import Batches
 from basis_select.training.loss import log_probabilities
+from basis_select.verify import probe_logits
 
 
 @pytest.fixture(scope="module")

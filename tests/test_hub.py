@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 import basis_select as bs
 from basis_select.checkpoint.checks import SIDECAR, weight_hash
-from basis_select.checkpoint.hub import contents
 from basis_select.cli import app
+from basis_select.publish.push import contents
 
 RESULTS = Path(__file__).parents[1] / "eval" / "results" / "quickstart.json"
 BASE_CARD = b"---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# A base model\n"

@@ -112,7 +112,7 @@ def test_choices_are_those_that_there_are():
         (bs.refine, {"batch_size": 0}),
         (bs.tune, {"precision": "fp8"}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_python_gets_the_sentence_of_a_recipe(verb, wrong):
     (name, value), section = *wrong.items(), verb.__name__

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import basis_select as bs
+from basis_select import machine
 from basis_select import recipe as recipes
-from basis_select.checkpoint.hub import contents
 from basis_select.cli import app
-from basis_select.run import directory
+from basis_select.publish.push import contents
 from basis_select.run.disk import OnDisk
 from basis_select.training import engine
 
@@ -330,7 +330,7 @@ def test_a_stage_does_not_start_with_what_others_have_freed():
     blocks = [torch.ones(2**18) for _ in range(512)]
     last = blocks.pop()  # stays, above the others on the heap
     blocks.clear()
-    before = directory.resident_memory()
-    directory.forget_peak_memory()
-    assert directory.peak_memory() < before - 2**28
+    before = machine.resident_memory()
+    machine.forget_peak_memory()
+    assert machine.peak_memory() < before - 2**28
     assert last.sum() == 2**18

@@ -19,9 +19,9 @@ from basis_select import recipe as recipes
 from basis_select.cli import app
 from basis_select.evaluation import figures, html, spectra
 from basis_select.evaluation.report import HEAD, cells
-from basis_select.evaluation.run_report import SECTIONS_OF_A_RUN, report
 from basis_select.layers.group import groups, table_of
 from basis_select.run import pipeline
+from basis_select.run.report import SECTIONS_OF_A_RUN, report
 from basis_select.selection import Rule, of_groups
 from basis_select.sizes import layer_table
 from basis_select.target import target

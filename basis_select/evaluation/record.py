@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from ..machine import environment
 from ..models import config_and_tokenizer, load
 from ..reading import misfit, read_json
-from ..run.directory import environment, replace_text, require_file
 from ..sizes import sizes
 from ..target import Dtype
+from ..writing import replace_text, require_file
 from .accuracy import SEED, compare
 from .report import interval
 from .standard import SUITE, domains, evaluate_task, expand

@@ -1,23 +1,19 @@
-"""A run's folder on disk: files replaced in one step, one run at a time, room and memory watched."""
+"""A run's folder on disk: whose it is, whether it is whole, one run at a time."""
 
 import contextlib
 import ctypes
 import errno
 import functools
-import gc
 import os
-import platform
 import re
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
-import torch
 from filelock import FileLock, Timeout
 
 from ..checkpoint.checks import SIDECAR, check, recorded_files, stored, weight_hash
 from ..reading import read_json, read_lines, sha256, state
+from ..writing import settle, sync
 
 NAME = r"\.?[a-z_]+-[0-9a-f]{10}"  # of the folder of a stage; hidden until it is whole
 FINALS = ("final", "final-*")
@@ -57,15 +53,6 @@ def _digest(path):
 @functools.cache
 def _sha256(path, found):
     return sha256(path)
-
-
-def require_file(path):
-    """Raise ValueError unless a result can be written to the file `path`, before what it costs to get one."""
-    path = Path(path)
-    above = next(p for p in path.resolve().parents if p.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
-        why = "it is a folder" if path.is_dir() else f"{above} is no folder in which files can be written"
-        raise ValueError(f"the result cannot be written to {path}: {why}")
 
 
 def require_own(folder, model):
@@ -171,29 +158,13 @@ def publish(final, target):
         target.rename(old)
         new.rename(target)
         shutil.rmtree(old)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _exchange(one, other):
     """Whether two folders have changed their names in one step, which Linux can on most file systems."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     return rename is not None and rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
-
-
-def settle(folder):
-    """Return when all files of `folder`, and the folder, are on disk."""
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path):
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def require_disk(folder, upstream):
@@ -208,41 +179,6 @@ def require_disk(folder, upstream):
         )
 
 
-def forget_peak_memory():
-    """Give back what is freed and count anew; where the system cannot, the peak is that of the process so far.
-
-    glibc keeps freed tensors of up to 32 MiB for itself: after tuning a model of 0.5 GiB that were 5.5 GiB.
-    """
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory():
-    """Bytes resident at the worst moment since `forget_peak_memory`."""
-    # psutil 7.2 knows the peak on Windows alone; getrusage's, unlike Linux' VmHWM, cannot be counted anew.
-    if Path("/proc/self/status").exists():
-        return linux_memory("VmHWM")
-    if os.name == "nt":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # only where there is such a thing
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-
-
-def resident_memory():
-    """Bytes resident now."""
-    return psutil.Process().memory_info().rss
-
-
-def linux_memory(field):
-    """Bytes that Linux gives for a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
 @contextlib.contextmanager
 def alone(folder):
     """Hold the lock of a run's folder. Raises ValueError if another process does."""
@@ -251,33 +187,3 @@ def alone(folder):
             yield
     except Timeout:
         raise ValueError(f"another run is using {folder}: wait for it or name another folder") from None
-
-
-def environment():
-    """`{versions, python, machine}`: what numbers depend on beside the code."""
-    packages = ("basis-select", "torch", "transformers", "accelerate", "datasets", "lm-eval", "reasoning-gym")
-    return {
-        "versions": {name: version(name) for name in packages if _installed(name)},
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
-    }
-
-
-def _installed(name):
-    try:
-        return bool(version(name))
-    except PackageNotFoundError:
-        return False
-
-
-def replace_text(path, text):
-    """Replace a file in one step: readers see the old text or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -19,19 +19,13 @@ from transformers import AutoTokenizer, set_seed
 from .. import processes
 from ..checkpoint.checks import weight_hash
 from ..checkpoint.format import dense_on_meta
+from ..machine import environment, forget_peak_memory, peak_memory
 from ..models import config_and_tokenizer
 from ..reading import read_lines
 from ..recipe import Recipe
 from ..tasks import Task
-from .directory import (
-    environment,
-    fingerprint,
-    forget_peak_memory,
-    peak_memory,
-    replace_text,
-    require_disk,
-    settle,
-)
+from ..writing import replace_text, settle
+from .directory import fingerprint, require_disk
 from .room import require_decoder
 from .stages import COPIES, ONE, SPREAD, STAGES, TIME, Stage, key, walk
 from .terminal import Silent

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .. import processes
+from ..cost import moments_step, training_step
 from ..derivatives import PROBES
 from ..heal import add_adapters
 from ..layers.embedding import module_name
@@ -15,7 +16,6 @@ from ..moments import EXAMPLES_TOGETHER, moment_bytes, moment_room, passes
 from ..training.data import Batches
 from ..tune import trainable
 from . import measuring, room
-from .cost import moments_step, training_step
 from .measuring import Estimate
 from .view import View
 

@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 
 from .. import recipe as recipes
-from ..checkpoint.files import verify
 from ..evaluation.report import curve, table
-from ..evaluation.run_report import report
 from ..reading import read_json
 from ..recipe import Recipe
-from .directory import alone, check_stages, publish, replace_text, require_own, sweep
+from ..verify import verify
+from ..writing import replace_text
+from .directory import alone, check_stages, publish, require_own, sweep
 from .disk import OnDisk
 from .plan import rows_of
+from .report import report
 from .results import manifest_of, result_of
 from .room import check_budget
 from .terminal import Progress

@@ -6,13 +6,13 @@ import torch
 
 from ..checkpoint.format import dense_on_meta
 from ..decompose import targets
+from ..machine import resident_memory
 from ..models import config_and_tokenizer
 from ..recipe import RESULT, Recipe
 from ..target import BYTES
 from ..tasks import Task
 from ..training.data import require_fit
 from . import estimates, measuring
-from .directory import resident_memory
 from .estimates import Machine
 from .measuring import Estimate
 from .room import require_decoder

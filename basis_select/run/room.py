@@ -5,7 +5,6 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from ..checkpoint.format import dense_on_meta
 from ..decompose import dense_groups, targets
-from ..evaluation.profile import prices
 from ..layers.embedding import module_name
 from ..layers.group import Group
 from ..linalg.budget import table_rank, uniform
@@ -13,6 +12,7 @@ from ..models import config_and_tokenizer
 from ..recipe import Recipe
 from ..selection import even_ranks
 from ..tasks import Task
+from ..times import prices
 from ..training.data import require_fit
 
 

@@ -19,7 +19,7 @@ from ..training.loss import response_nll
 from ..training.precision import fast_bf16
 from ..training.soft_labels import SoftLabels
 from ..tuned_on import remember
-from .directory import replace_text
+from ..writing import replace_text
 
 FILES = {"evaluation": "evaluation.json", "speed": "speed.json", "derivatives": "derivatives.safetensors"}
 

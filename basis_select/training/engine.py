@@ -23,8 +23,8 @@ from .. import processes
 from ..layers.learning import Weights
 from ..progress import progress
 from ..reading import read_json, read_lines, sha256
-from ..run.directory import replace_text, settle
 from ..tuned_on import remember
+from ..writing import replace_text, settle
 from .collage import CollageAdamW
 from .data import Batches, require_fit
 from .loss import task_loss

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import yaml
 
+from ..evaluation import figures, html, spectra
+from ..evaluation.report import ALIGN, HEAD, cells, interval, peak
 from ..reading import misfit, read_json, read_lines, read_yaml
 from ..recipe import RESULT, SECTIONS, Recipe
-from ..run.directory import INTERVAL, SIZES, check_stages, replace_text
-from . import figures, html, spectra
-from .report import ALIGN, HEAD, cells, interval, peak
+from ..writing import replace_text
+from .directory import INTERVAL, SIZES, check_stages
 
 TRAINED = ("tune", "learn", "refine", "heal")
 ROW = {

@@ -1,4 +1,4 @@
-"""Checkpoints on a hub: push one with its card, find one that was pushed."""
+"""Publish a checkpoint on a hub, with its card and with how it was made."""
 
 import contextlib
 import json
@@ -14,33 +14,21 @@ from huggingface_hub import (
     ModelCard,
     get_token,
     hf_hub_download,
-    snapshot_download,
 )
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
+from ..checkpoint import checks
+from ..checkpoint.cleaning import cleaned, masked
+from ..checkpoint.snapshot import mask_logs
+from ..models import load
 from ..reading import read_json
-from . import checks
+from ..sizes import sizes
 from .card import card, evaluation, is_hub_id, is_ours
-from .cleaning import cleaned, masked
 
 log = logging.getLogger(__name__)
 
 ABOUT = ("recipe.yaml", "results.json", "manifest.json")  # of a run: how its checkpoints were made, what they reach
 KEPT = (".gitattributes",)  # the hub's own
-
-
-def snapshot(source):
-    """The local folder with all files of the hub repository `source`, or None if it holds no checkpoint of ours."""
-    if Path(source).is_dir():
-        return None
-    _mask_logs()
-    try:
-        config = Path(hf_hub_download(str(source), "config.json"))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError):  # whoever loads it then says what is wrong
-        return None
-    if not checks.is_compressed(config.parent):
-        return None
-    return Path(snapshot_download(str(source), revision=config.parent.name))
 
 
 def push(
@@ -62,7 +50,7 @@ def push(
     """
     _require_name(repo_id)
     checkpoint, run = _find(folder)
-    _mask_logs()
+    mask_logs()
     api = HfApi()
     address = masked(api.endpoint)
     if get_token() is None:
@@ -103,9 +91,6 @@ def contents(folder, repo_id, *, base=None, metadata=None, replace_card=False):
     card of the base says of licence and language. A README.md in the checkpoint that was written by hand is its card,
     unless `replace_card`. Raises ValueError if the checkpoint fails its checks.
     """
-    from ..models import load
-    from ..sizes import sizes
-
     _require_name(repo_id)
     checkpoint, run = _find(folder)
     model, _ = load(checkpoint)
@@ -138,18 +123,6 @@ def contents(folder, repo_id, *, base=None, metadata=None, replace_card=False):
     if entries:
         made[f".eval_results/{recipe['task']}.yaml"] = yaml.safe_dump(entries, sort_keys=False)
     return {**made, "README.md": text}
-
-
-def _mask_logs():
-    """What the hub's client logs names addresses, which may hold a password."""
-    for name in list(logging.root.manager.loggerDict):
-        if name.partition(".")[0] in ("huggingface_hub", "httpx", "transformers"):
-            logging.getLogger(name).addFilter(_mask_record)
-
-
-def _mask_record(record):
-    record.msg, record.args = masked(record.getMessage()), ()
-    return True
 
 
 def _about(run):
