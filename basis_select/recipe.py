@@ -27,10 +27,11 @@ from .reading import parse_yaml, read_yaml, shown
 from .refine import refine
 from .target import TARGETS, Dtype, Target, target
 from .tasks import load_task
+from .trim import trim
 from .tune import tune
 
 Data, Tune, Decompose, Prune, Refine, Heal = map(options, (load_task, tune, decompose, prune, refine, heal))
-Learn, Extend = options(learn, steps=0), options(extend, rank=0)
+Trim, Learn, Extend = options(trim, tokens="all"), options(learn, steps=0), options(extend, rank=0)
 
 RESULT = "result"  # the name of the recipe's own row among those it compares
 COMMON = ("model", "task", "seed", "dtype", "sizes", "compare", "data", "tune")  # what all rows of a run share
@@ -48,6 +49,7 @@ class Recipe:
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="Seed of every random draw of the run.")] = 0
     data: Data = Data()
     tune: Tune = Tune()
+    trim: Trim = Trim()
     decompose: Decompose = Decompose()
     learn: Learn = Learn()
     prune: Prune = Prune()

@@ -16,6 +16,7 @@ from .sizes import sizes
 from .target import Dtype, Target, target
 from .times import prices
 from .training.loss import response_nll
+from .trim import trimmed_away
 
 Budget = Literal["global", "uniform", "mass"]
 Chosen = list[tuple[Group, torch.Tensor | None]]  # of every group the indices of the bases that stay, or None: dense
@@ -132,7 +133,7 @@ def _share(model, asked, dtype, saved=0):
     if asked.name == "mass":
         return None
     now = sizes(model)
-    return asked.share(now["parameters_dense"], now["targeted_dense"], dtype, saved)
+    return asked.share(now["parameters_dense"], now["targeted_dense"], dtype, saved + trimmed_away(model))
 
 
 def _room(found, share, rule):

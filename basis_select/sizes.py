@@ -7,13 +7,14 @@ from torch import nn
 from .decompose import targets
 from .layers.group import groups, table_of
 from .layers.low_rank import LowRankLinear
+from .trim import trimmed_away
 
 
 def sizes(model: nn.Module, folder: str | Path | None = None) -> dict:
     """Bases kept, parameters of the targeted linears, of the whole model, and bytes of its weight files.
 
-    `*_dense` are the same for the dense parent. Biases and norms count only in the whole model. `bytes` is None
-    without a `folder`; otherwise it is what the .safetensors files there occupy.
+    `*_dense` are the same for the dense parent, before tokens were trimmed away. Biases and norms count only in the
+    whole model. `bytes` is None without a `folder`; otherwise it is what the .safetensors files there occupy.
 
         >>> sizes = bs.sizes(parent)
         >>> sizes["parameters"] == sizes["parameters_dense"]
@@ -32,7 +33,7 @@ def sizes(model: nn.Module, folder: str | Path | None = None) -> dict:
         "targeted": targeted,
         "targeted_dense": targeted_dense,
         "parameters": total - weights,
-        "parameters_dense": total - weights - targeted + targeted_dense + saved,
+        "parameters_dense": total - weights - targeted + targeted_dense + saved + trimmed_away(model),
         "bytes": sum(p.stat().st_size for p in Path(folder).glob("*.safetensors")) if folder else None,
     }
 

@@ -5,7 +5,7 @@ import random
 import string
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +29,7 @@ class Example:
     answer: str | None  # what a generated response must contain; None: only its likelihood is scored
     input_ids: tuple  # prompt, response and end token
     start: int  # index of the first token that is trained; generation is given those before it
+    spelled: int = 0  # response tokens more than before the tokenizer was trimmed: NLL is per token of then
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,23 @@ def _stops(rows, tokenizer):
     found = {text for text in found if text and tokenizer.eos_token not in text}
     bodies = [row["response"].removesuffix(row.get("turn_end", "")) for row in rows]
     return tuple(sorted(text for text in found if not any(text in body for body in bodies)))
+
+
+def counted_as(task: Task, original: Task) -> Task:
+    """`task`, whose responses count as many tokens as in `original`: the same examples, before tokens were trimmed.
+
+    Raises ValueError where one of them was left out or cut in other tokens.
+    """
+    found = {}
+    for split in SPLITS:
+        ours, theirs = getattr(task, split), getattr(original, split)
+        if [(e.prompt, e.response) for e in ours] != [(e.prompt, e.response) for e in theirs]:
+            raise ValueError(f"the {split} split is another one in trimmed tokens: raise data.max_length")
+        found[split] = [
+            replace(e, spelled=len(e.input_ids) - e.start - (len(o.input_ids) - o.start))
+            for e, o in zip(ours, theirs, strict=True)
+        ]
+    return replace(task, **found)
 
 
 def _encode(row, encoder, max_length, report):

@@ -7,12 +7,15 @@ import re
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .layers.embedding import LowRankEmbedding
+from .options import Natural, checked
 from .tasks import Task
 
 log = logging.getLogger(__name__)
@@ -21,19 +24,27 @@ BYTES = frozenset(f"<0x{i:02X}>" for i in range(256))  # tokens of SentencePiece
 FILES = ("tokenizer.json", "tokenizer_config.json")  # what the trimmed tokenizer is read from
 
 
+@checked
 def trim(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     *,
-    text: str | Path | None = None,
-    frequent: int = 0,
+    tokens: Annotated[
+        Literal["task", "all"],
+        Field(description="Which tokens stay: those that the task's training split needs, or all there are."),
+    ] = "task",
+    text: Annotated[
+        str | None, Field(description="A UTF-8 file whose `frequent` most frequent tokens stay as well.")
+    ] = None,
+    frequent: Annotated[Natural, Field(description="How many tokens of `text` stay.")] = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict]:
     """Drop the tokens that the training split of `task` does not need, in place.
 
     Returns `(model, tokenizer, report)`: the model with rows for the tokens left, a new tokenizer, and how many tokens
-    there were and are, and which share of the tokens of the validation and test splits are now spelled in pieces. The
-    task holds tokens of the old tokenizer: load it again with the new one.
+    and parameters there were and are, and which share of the tokens of the validation and test splits are now spelled
+    in pieces, which the model's config keeps as `trimmed`. The task holds tokens of the old tokenizer: load it again
+    with the new one. With `tokens="all"` nothing changes.
 
     What stays: tokens of the training split, those that they are merged from, all single bytes (or all single
     characters where the tokenizer has no bytes), special tokens, those of the chat template and those that the model's
@@ -48,6 +59,11 @@ def trim(
         >>> report["tokens_before"] - report["tokens"]
         0
     """
+    if tokens == "all":
+        every = model.get_input_embeddings().num_embeddings
+        return model, tokenizer, {"tokens": every, "tokens_before": every}
+    if getattr(model.config, "trimmed", None):
+        raise ValueError("this model has been trimmed already: trim the one that it was made of")
     if bool(text) != bool(frequent):
         raise ValueError("`text` and `frequent` go together: how many of the most frequent tokens of a text to keep")
     _check_tables(model)
@@ -60,13 +76,21 @@ def trim(
     smaller = _tokenizer(tokenizer, content, kept)
     new = {old: i for i, old in enumerate(kept)}
     _check_pieces(task, tokenizer, smaller, new)
+    before = model.num_parameters()
     report = {"tokens": len(kept), "tokens_before": model.get_input_embeddings().num_embeddings}
     for split in ("validation", "test"):
         ids = [token for example in getattr(task, split) for token in example.input_ids]
         report[f"spelled_{split}"] = sum(token not in new for token in ids) / max(1, len(ids))
     _shrink(model, kept, new)
+    report["parameters_away"] = before - model.num_parameters()
+    model.config.trimmed = report
     log.info("trim: %s tokens of %s stay", f"{len(kept):,}", f"{report['tokens_before']:,}")
     return model, smaller, report
+
+
+def trimmed_away(model: nn.Module) -> int:
+    """Parameters of the rows of tokens that a model has been trimmed of."""
+    return (getattr(model.config, "trimmed", None) or {}).get("parameters_away", 0)
 
 
 def _check_tables(model):

@@ -15,7 +15,7 @@ from basis_select import recipe as recipes
 from basis_select.checkpoint import checks
 from basis_select.cli import app
 from basis_select.run import directory, disk, pipeline
-from basis_select.run.view import task_of
+from basis_select.run.room import in_tokens
 from basis_select.training import engine
 from basis_select.verify import probe_logits
 
@@ -309,7 +309,7 @@ def test_an_edit_that_keeps_size_and_time_is_noticed(file, made, tmp_path):
             )
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
             assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-        task = make_task() if file.startswith("model") else task_of(recipe, make_tokenizer())
+        task = make_task() if file.startswith("model") else in_tokens(recipe, make_tokenizer())
         keys.append((directory.fingerprint(recipe.model), disk.data_key(recipe, task)))
     assert keys[0] != keys[1]
 

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from basis_select import decompose, load, load_task, prune, save
+from basis_select import decompose, load, load_task, prune, save, sizes
+from basis_select.recipe import Recipe, override
+from basis_select.run.disk import OnDisk
+from basis_select.run.plan import plan
+from basis_select.run.room import check_budget, in_tokens
 from basis_select.trim import BYTES, trim
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -195,3 +199,30 @@ def test_what_cannot_be_trimmed_is_refused(rows, tokenizer, task):
         trim(decompose(tiny(), task, examples=8, embedding=True), tokenizer, task)
     with pytest.raises(ValueError, match="go together"):
         trim(tiny(), tokenizer, task, frequent=5)
+
+
+@pytest.mark.slow
+def test_a_recipe_trims_after_tuning_and_counts_tokens_as_its_parent_does(rows, tmp_path):
+    tokenizer = wrapped(byte_level())
+    save(tiny(vocab_size=len(tokenizer), tied=True), tokenizer, tmp_path / "model")
+    plain = Recipe(model=str(tmp_path / "model"), task=rows)
+    changes = {"data.test": 12, "tune.steps": 2, "heal.steps": 2, "decompose.examples": 8, "prune.keep": None}
+    changes |= {"tune.batch_size": 4, "heal.batch_size": 4, "prune.size": "2x", "prune.multiple_of": 2}
+    row = override(plain, {**changes, "trim.tokens": "task"}, "test")
+    (tmp_path / "run" / "stages").mkdir(parents=True)
+    disk = OnDisk(row, tmp_path / "run")
+    check_budget(row, disk.row(until="load")["parent"] / "model", in_tokens(row, tokenizer))
+    dense, small = disk.row(dense=True), disk.row()
+    parent, model = (load(state["final"] / "model")[0] for state in (dense, small))
+    assert model.config.trimmed["tokens_before"] == len(tokenizer) == parent.config.vocab_size
+    assert model.config.vocab_size == model.config.trimmed["tokens"] < parent.config.vocab_size
+    assert sizes(model)["parameters_dense"] == sizes(parent)["parameters_dense"]
+    assert sizes(model)["parameters"] <= sizes(parent)["parameters"] / 2  # of what the parent had before
+    items = [json.loads((s["evaluation"] / "evaluation.json").read_text())["items"] for s in (dense, small)]
+    counted = [[(item["prompt"], item["tokens"]) for item in found] for found in items]
+    assert counted[0] == counted[1]
+    spelled = [e.spelled for e in disk.tokens(small["tokenizer"])[1].test]
+    assert max(spelled) > 0  # some responses are longer in the tokens that are left
+    wanted = plan(row, rates={"train": 1e9, "float64": 1e9}).rows["result"]
+    assert wanted.parent.config.vocab_size == model.config.vocab_size
+    assert wanted.published == pytest.approx(sizes(model)["parameters"], rel=0.1)

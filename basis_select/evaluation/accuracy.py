@@ -56,7 +56,7 @@ def evaluate(
             [((e.prompt, e.response), list(e.input_ids[: e.start]), body) for e, body in pairs]
         )
         items = [
-            {"prompt": e.prompt, "answer": e.answer, "nll": -log_p, "tokens": len(body)}
+            {"prompt": e.prompt, "answer": e.answer, "nll": -log_p, "tokens": len(body) - e.spelled}
             for (e, body), (log_p, _) in zip(pairs, found, strict=True)
         ]
         if task.score:

@@ -12,12 +12,13 @@ MARK = "written by basis_select, sha256 of the text above:"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
-def card(repo_id, base, metadata, sizes, recipe, row, parent, versions):
+def card(repo_id, base, metadata, sizes, recipe, row, parent, versions, trimmed=None):
     """The text of README.md.
 
     metadata: licence and language, as in the card of the base. sizes, row, parent: what `sizes` returns, and the
     results of this checkpoint and of the dense parent as results.json has them; recipe: the mapping in recipe.yaml;
-    versions: of the packages that made it. Without a run, recipe and versions are empty and row and parent None.
+    versions: of the packages that made it; trimmed: what `trim` reports, if it was. Without a run, recipe and versions
+    are empty and row and parent None.
     """
     made = ModelCard.from_template(
         _metadata(base, metadata),
@@ -32,6 +33,7 @@ def card(repo_id, base, metadata, sizes, recipe, row, parent, versions):
         row=row,
         recipe=recipe,
         versions=versions,
+        trimmed=trimmed,
     )
     return signed(made.content)
 

@@ -111,6 +111,7 @@ def contents(folder, repo_id, *, base=None, metadata=None, replace_card=False):
         row=row,
         parent=parent,
         versions=versions,
+        trimmed=getattr(model.config, "trimmed", None),
     )
     own = checkpoint / "README.md"
     if not replace_card and own.exists() and not is_ours(own.read_text(encoding="utf-8")):

@@ -26,10 +26,10 @@ from ..recipe import Recipe
 from ..tasks import Task
 from ..writing import replace_text, settle
 from .directory import fingerprint, require_disk
-from .room import require_decoder
+from .room import in_tokens, require_decoder
 from .stages import COPIES, ONE, SPREAD, STAGES, TIME, Stage, key, walk
 from .terminal import Silent
-from .view import View, own, rebuilt, task_of
+from .view import View, own, rebuilt
 from .work import Work, write
 
 KEPT = ("training", "metrics.jsonl")  # of a stage that was killed: from these its training continues
@@ -107,7 +107,8 @@ class OnDisk:
         """`(tokenizer, task)` of the stage that made the tokenizer; no stage, neither."""
         if folder not in self.tasks:
             tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False) if folder else None
-            self.tasks[folder] = tokenizer, task_of(self.recipe, tokenizer) if folder else None
+            original = next((task for _, task in self.tasks.values() if task), None)
+            self.tasks[folder] = tokenizer, in_tokens(self.recipe, tokenizer, original) if folder else None
         return self.tasks[folder]
 
     def on_meta(self, folder: Path):

@@ -1,5 +1,6 @@
 """What every stage of a recipe costs, from the model's config and the token counts of its task alone."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from ..learn import weights
 from ..linalg.metrics import METRICS
 from ..moments import EXAMPLES_TOGETHER, moment_bytes, moment_room, passes
 from ..training.data import Batches
+from ..trim import trim
 from ..tune import trainable
 from . import measuring, room
 from .measuring import Estimate
@@ -40,6 +42,16 @@ def loading(view: View, machine: Machine) -> Estimate:
 
 def tuning(view: View, machine: Machine) -> Estimate:
     return _training(view, machine, "tune", view.recipe.seed, trainable, sharded=True)
+
+
+def trimming(view: View, machine: Machine) -> Estimate:
+    """Next to nothing; but what is planned after it has fewer tokens."""
+    original = view.task
+    view.parent, view.tokenizer, _ = trim(
+        copy.deepcopy(view.parent), view.tokenizer, original, **dataclasses.asdict(view.recipe.trim)
+    )
+    view.task = room.in_tokens(view.recipe, view.tokenizer, original)
+    return Estimate()
 
 
 def decomposing(view: View, machine: Machine) -> Estimate:

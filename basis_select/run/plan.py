@@ -15,9 +15,9 @@ from ..training.data import require_fit
 from . import estimates, measuring
 from .estimates import Machine
 from .measuring import Estimate
-from .room import require_decoder
+from .room import in_tokens, require_decoder
 from .stages import TIME, Stage, key, walk
-from .view import View, task_of
+from .view import View
 
 LIBRARIES = 2**28  # bytes more that libraries and the kernels they generate take in a run than when its plan starts
 
@@ -36,7 +36,7 @@ def plan(recipe: Recipe, processes: int = 1, rates: dict | None = None) -> "Plan
     machine = Machine(rates or measuring.machine_rates(), processes)
     config, tokenizer = config_and_tokenizer(recipe.model)
     require_decoder(config, recipe.model)
-    model, task = dense_on_meta(config), task_of(recipe, tokenizer)
+    model, task = dense_on_meta(config), in_tokens(recipe, tokenizer)
     require_fit(model, task)
     targets(model)  # raises ValueError if there is nothing to decompose
     forecast, views = Forecast(model, tokenizer, task, machine), {}

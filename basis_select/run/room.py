@@ -1,5 +1,7 @@
 """What a recipe's size means for a model: the fraction of the targeted parameters, and of every layer, that stays."""
 
+import dataclasses
+
 import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -11,16 +13,26 @@ from ..linalg.budget import table_rank, uniform
 from ..models import config_and_tokenizer
 from ..recipe import Recipe
 from ..selection import even_ranks
-from ..tasks import Task
+from ..tasks import Task, counted_as, load_task
 from ..times import prices
 from ..training.data import require_fit
+from ..trim import trim, trimmed_away
 
 
 def check_budget(recipe: Recipe, source: str, task: Task) -> None:
     """Raise ValueError if the model at `source` cannot take the task, or no choice of ranks meets the recipe's size."""
-    model = dense_on_meta(config_and_tokenizer(source)[0])
+    config, tokenizer = config_and_tokenizer(source)
+    model = dense_on_meta(config)
     require_fit(model, task)
+    model, tokenizer, _ = trim(model, tokenizer, task, **dataclasses.asdict(recipe.trim))
+    task = in_tokens(recipe, tokenizer, task)
     fraction(recipe, model, groups_of(recipe, model, targets(model), task))
+
+
+def in_tokens(r: Recipe, tokenizer, original: Task | None = None) -> Task:
+    """The task of a recipe in the tokens of `tokenizer`; NLL is per token of the `original`, of an untrimmed one."""
+    task = load_task(r.task, tokenizer, r.seed, **dataclasses.asdict(r.data))
+    return counted_as(task, original) if original else task
 
 
 def require_decoder(config, source: str) -> None:
@@ -48,8 +60,9 @@ def is_table(group: Group) -> bool:
 
 def keep_of(r: Recipe, model: torch.nn.Module, targeted: int) -> float:
     """The fraction of the `targeted` parameters of a dense model, on any device, that a row of a recipe keeps."""
-    total = sum(p.numel() for p in model.parameters())
-    return r.asked.share(total, targeted + shared_table(r, model), r.dtype, saved_elsewhere(r, model))
+    away = trimmed_away(model)
+    total = sum(p.numel() for p in model.parameters()) + away
+    return r.asked.share(total, targeted + shared_table(r, model), r.dtype, saved_elsewhere(r, model) + away)
 
 
 def shared_table(r: Recipe, model: torch.nn.Module) -> int:

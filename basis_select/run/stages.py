@@ -119,6 +119,15 @@ STAGES = (
         dense=True,
     ),
     Stage(
+        name="trim",
+        reads=("parent",),
+        makes=("parent", "model", "tokenizer"),
+        options=verbs.trim_options,
+        says=lambda view: "keep the tokens that the task needs",
+        run=verbs.run_trim,
+        cost=estimates.trimming,
+    ),
+    Stage(
         name="decompose",
         reads=("parent",),
         makes=("model",),

@@ -14,9 +14,10 @@ from ..recipe import Recipe
 from ..refine import refine
 from ..tasks import Task
 from ..training.soft_labels import seen, soft_labels
+from ..trim import trim
 from ..tune import tune
 from .directory import fingerprint
-from .room import is_table
+from .room import in_tokens, is_table
 from .view import View, own
 from .work import Work
 
@@ -27,6 +28,18 @@ def run_load(work: Work) -> None:
 
 def run_tune(work: Work) -> None:
     tune(work.model, work.task, work.folder, work.recipe.seed, **own(work.recipe.tune))
+
+
+def trim_options(view: View) -> dict | None:
+    trim = view.recipe.trim
+    if trim.tokens == "all":
+        return None
+    return own(trim) | ({"text": fingerprint(trim.text)} if trim.text else {})
+
+
+def run_trim(work: Work) -> None:
+    work.model, work.tokenizer, report = trim(work.model, work.tokenizer, work.task, **own(work.recipe.trim))
+    work.task, work.facts = in_tokens(work.recipe, work.tokenizer, work.task), {"trimmed": report}
 
 
 def say_decompose(view: View) -> str:

@@ -10,7 +10,7 @@ from ..decompose import targets
 from ..layers.embedding import module_name
 from ..layers.group import Group
 from ..recipe import SECTIONS, Recipe
-from ..tasks import Task, load_task
+from ..tasks import Task
 from . import room
 
 
@@ -22,11 +22,6 @@ def own(section) -> dict:
 def rebuilt(values: dict) -> Recipe:
     """The recipe of these plain values, as which it is sent: its sections' classes, made at run time, do not pickle."""
     return Recipe(**{name: SECTIONS[name](**value) if name in SECTIONS else value for name, value in values.items()})
-
-
-def task_of(recipe: Recipe, tokenizer) -> Task:
-    """The task of a recipe in the tokens of `tokenizer`."""
-    return load_task(recipe.task, tokenizer, recipe.seed, **own(recipe.data))
 
 
 @dataclass

@@ -125,7 +125,7 @@ def _divergence_of_some(log_q, log_p, tokens):
 @torch.no_grad()
 def response_nlls(model, examples, pad_id=0, batch_size=16):
     """`(nll, tokens)`, (n,) each in order of `examples`: summed negative log-likelihood of the response, in nats,
-    and its number of tokens, the end token counted.
+    and its number of tokens, the end token counted, before the tokenizer was trimmed.
     """
     nll, tokens = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.long)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
@@ -140,7 +140,7 @@ def response_nlls(model, examples, pad_id=0, batch_size=16):
         owner = torch.tensor(rows)[batch["positions"] // batch["input_ids"].shape[1]]
         nll.index_add_(0, owner[real], losses[real])
         tokens.index_add_(0, owner[real], torch.ones(int(real.sum()), dtype=torch.long))
-    return nll, tokens
+    return nll, tokens - torch.tensor([example.spelled for example in examples])
 
 
 def response_nll(model, examples, pad_id=0, batch_size=16):
