@@ -85,7 +85,10 @@ class Recipe:
     @property
     def asked(self) -> Target:
         """How much stays. Raises ValueError unless `prune` says it in exactly one way."""
-        return target(**{name: getattr(self.prune, name) for name in TARGETS})
+        try:
+            return target(**{name: getattr(self.prune, name) for name in TARGETS})
+        except ValueError as error:
+            raise ValueError(f"prune: {error}") from None
 
     def variants(self) -> dict[str, Self]:
         """`{name: Recipe}` of the rows in `compare`."""

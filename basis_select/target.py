@@ -68,8 +68,8 @@ def target(
     given = {"keep": keep, "size": size, "max_drop": max_drop, "mass": mass, "latency": latency}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
-        named = f"{' and '.join(given)} are" if given else "none is"
-        raise ValueError(f"give exactly one of {', '.join(TARGETS)} to say how much stays: {named} given")
+        named = f"{' and '.join(given)} are given" if given else "nothing says how much stays"
+        raise ValueError(f"{named}: give exactly one of {', '.join(TARGETS)}")
     ((name, value),) = given.items()
     if name == "size":
         return _size(value)

@@ -216,7 +216,7 @@ def test_a_recipe_that_asks_for_a_time_is_planned(timed_recipe):
     for change, problem in (
         ("prune.costs=null", "prune.latency needs prune.costs"),
         ("prune.latency=50x decode", "the fastest choice of ranks"),
-        ("prune.keep=0.5", "prune names keep and latency: give exactly one of"),
+        ("prune.keep=0.5", "prune: keep and latency are given: give exactly one of"),
     ):
         wrong = CliRunner().invoke(app, ["plan", timed_recipe, change])
         assert wrong.exit_code == 1

@@ -10,7 +10,7 @@ from conftest import logits, tiny
 
 from basis_select import decompose, learn, load, prune, save, sizes
 from basis_select.layers.group import groups
-from basis_select.selection import Rule, select
+from basis_select.selection import Rule, cut, select
 from basis_select.target import target
 
 
@@ -130,10 +130,10 @@ def test_a_learning_that_was_stopped_between_cuts_continues_bit_for_bit(task, tm
     def stopped(*args, **kwargs):
         if next(left) == 2:
             raise InterruptedError
-        return select(*args, **kwargs)
+        return cut(*args, **kwargs)
 
     with monkeypatch.context() as m:
-        m.setattr(sys.modules[learn.__module__], "select", stopped)
+        m.setattr(sys.modules[learn.__module__], "cut", stopped)
         with pytest.raises(InterruptedError):
             learn(copy.deepcopy(whole), task, folder=tmp_path / "b", **options)
     assert list((tmp_path / "b").rglob("checkpoint-4"))  # after two of three cuts

@@ -10,10 +10,6 @@ from basis_select.linalg.scores import SCORES
 from basis_select.target import target
 
 
-def linear(scores, costs, dense, multiple):
-    return [linear_prices(len(s), c, d, multiple) for s, c, d in zip(scores, costs, dense, strict=True)]
-
-
 def moment(n, seed, tokens=None):
     x = torch.randn(tokens or 4 * n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return x.T @ x / len(x)
@@ -182,7 +178,8 @@ def test_allocate_never_exceeds_the_budget_and_leaves_no_room_for_another_step(s
     ]
     budget = int(keep * sum(dense))
     try:
-        ranks = allocate(scores, linear(scores, costs, dense, multiple), budget)
+        may_become = [linear_prices(Shape(i, (o,)), min(i, o), multiple) for i, o, _ in shapes]
+        ranks = allocate(scores, may_become, budget)
     except ValueError as error:
         least = [d if multiple * c >= d else multiple * c for c, d in zip(costs, dense, strict=True)]
         assert sum(least) > budget
@@ -199,9 +196,12 @@ def test_allocate_never_exceeds_the_budget_and_leaves_no_room_for_another_step(s
 
 def test_global_prefers_the_layer_whose_bases_are_worth_more_per_parameter():
     strong, weak = torch.linspace(20, 10, 10), torch.linspace(2, 1, 10)
-    scores, dense = [strong, weak], [10_000, 10_000]
-    assert allocate(scores, linear(scores, [10, 10], dense, 1), 110) == [10, 1]
-    assert allocate(scores, linear(scores, [100, 10], dense, 1), 300) == [2, 10]
+
+    def prices(cost):
+        return [*((rank, rank * cost) for rank in range(1, 11)), (None, 10_000)]
+
+    assert allocate([strong, weak], [prices(10), prices(10)], 110) == [10, 1]
+    assert allocate([strong, weak], [prices(100), prices(10)], 300) == [2, 10]
 
 
 @given(

@@ -13,10 +13,10 @@ import yaml
 from typer.testing import CliRunner
 
 import basis_select as bs
-from basis_select import answers
+from basis_select import answers, target
 from basis_select.cli import app
 from basis_select.export import FORMATS
-from basis_select.linalg import budget, metrics, scores
+from basis_select.linalg import metrics, scores
 from basis_select.options import options, properties
 from basis_select.recipe import SECTIONS, Recipe, json_schema, override
 
@@ -91,7 +91,7 @@ def test_choices_are_those_that_there_are():
     for names, table in (
         (metrics.MetricName, metrics.METRICS),
         (scores.ScoreName, scores.SCORES),
-        (budget.Dtype, budget.BYTES),
+        (target.Dtype, target.BYTES),
         (answers.ScoreName, answers.SCORES),
         (get_type_hints(bs.export)["to"], FORMATS),
     ):

@@ -192,7 +192,7 @@ def test_inspect_and_verify(whole):
 
 def test_plan(recipe):
     there = sorted(recipe.parent.rglob("*"))
-    text = CliRunner().invoke(app, ["plan", str(recipe), "--ranks", "4"]).output
+    text = CliRunner().invoke(app, ["plan", str(recipe), "--processes", "4"]).output
     assert "GiB of memory a process" in text
     assert re.search(r"result: 0.0\d M targeted parameters \(2.50x fewer\)", text)
     assert sorted(recipe.parent.rglob("*")) == there
@@ -270,8 +270,8 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(recipe, t
         (["heal.lr=0"], "command line: heal.lr is 0, it should be a number above 0"),
         (["prune.keep=0.001"], "the smallest possible is"),
         (["prune.keep=1.5"], "prune.keep is 1.5, it should be a fraction"),
-        (["prune.size=2x"], "prune names keep and size: give exactly one of keep, size, max_drop, mass"),
-        (["prune.keep=null"], "prune names no size"),
+        (["prune.size=2x"], "prune: keep and size are given: give exactly one of keep, size, max_drop, mass"),
+        (["prune.keep=null"], "prune: nothing says how much stays"),
         (["prune.keep=null", "prune.size=twice"], "size='twice' should read like 4x, 90M or 120MB"),
         (["prune.keep=null", "prune.mass=0.5"], "it goes with prune.budget=mass"),
         (["prune.keep_embedding=0.5"], "it goes with decompose.embedding"),

@@ -181,7 +181,7 @@ def test_the_most_frequent_tokens_of_a_text_stay_too(rows, tmp_path):
     sizes, spelled = [], []
     for frequent in (10, 100, 1000):
         model, task = tiny(vocab_size=len(tokenizer)), load_task(rows, tokenizer)
-        report = trim(model, tokenizer, task, text=tmp_path / "text.txt", frequent=frequent)[2]
+        report = trim(model, tokenizer, task, text=str(tmp_path / "text.txt"), frequent=frequent)[2]
         sizes.append(report["tokens"])
         spelled.append(report["spelled_test"])
     assert sizes == sorted(sizes)
