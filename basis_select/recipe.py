@@ -138,7 +138,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _check_rows(recipe, path):
+def _check_rows(recipe: Recipe, path: Path) -> None:
     """Raise ValueError unless further sizes and rows of `compare` are other models under names of their own."""
     seen = {}
     for size in recipe.every_size():
@@ -164,7 +164,7 @@ def _check_rows(recipe, path):
                 raise ValueError(f"{where}: {key} is what all rows share: a run of its own can have another")
 
 
-def _check_together(r):
+def _check_together(r: Recipe) -> None:
     asked = r.asked
     _check_data(r)
     if r.prune.keep_embedding is not None and not r.decompose.embedding:
