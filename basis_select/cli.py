@@ -277,7 +277,7 @@ def export(
     typer.echo(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
 
 
-def _recipe(path, changes):
+def _recipe(path: Path, changes: Sequence[str] | None):
     from . import recipe
 
     return recipe.read(path, changes or ())
@@ -307,7 +307,7 @@ def _require_result(out: Path | None, device: str) -> None:
         require_file(out)
 
 
-def _load_to(source, device):
+def _load_to(source: str, device: str):
     """A model on a device, in bf16 where that is native there, else in fp32."""
     import torch
 

@@ -54,7 +54,7 @@ class Flops(TorchDispatchMode):
 
     flops = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = function(*args, **(kwargs or {}))
         self.flops += _flops(function, args, kwargs or {}, out)
         return out
@@ -195,7 +195,7 @@ class _Watch(TorchDispatchMode):
     def cost(self, held: int, gradients: int = 0, states: int = 0) -> Cost:
         return Cost(self.flops, self.head_flops, held, states, gradients, self.peak - held, self.block)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = function(*args, **(kwargs or {}))
         flops = _flops(function, args, kwargs or {}, out)
         if flops and any(self.vocabulary in x.shape for x in args if torch.is_tensor(x)):
