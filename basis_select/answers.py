@@ -8,12 +8,12 @@ from fractions import Fraction
 from typing import Literal
 
 
-def exact(generated, answer):
+def exact(generated: str, answer: str) -> bool:
     """The response is the answer, up to surrounding white space."""
     return generated.strip() == answer.strip()
 
 
-def number(generated, answer):
+def number(generated: str, answer: str) -> bool:
     """The number that `generated` ends in, after the last '####' or in the last \\boxed{} if any, is that of `answer`.
 
     Whole numbers must be equal, others to one part in a million. Units, currencies and percent signs do not count.
@@ -57,7 +57,7 @@ _NUMBER = re.compile(
 )
 
 
-def _last_number(text):
+def _last_number(text: str) -> Fraction | None:
     """The last number of a text, after '####' or in the last \\boxed{} if it has one, as a Fraction; None without."""
     for m in reversed(list(_NUMBER.finditer(_plain(_boxed(text.rpartition("####")[2]))))):
         value = _value(m["digits"].replace(",", "")) * Fraction(10) ** int(m["power"] or 0) / _value(m["below"] or "1")
@@ -66,11 +66,11 @@ def _last_number(text):
     return None
 
 
-def _value(digits):
+def _value(digits: str) -> Fraction:
     return Fraction(Decimal(digits))  # int takes no more than some thousand digits
 
 
-def _boxed(text):
+def _boxed(text: str) -> str:
     text = text[text.rfind(r"\boxed{") :] if r"\boxed{" in text else text
     depth = 0
     for i, character in enumerate(text if text.startswith(r"\boxed{") else ""):
@@ -80,7 +80,7 @@ def _boxed(text):
     return text
 
 
-def _plain(text):
+def _plain(text: str) -> str:
     """A text with numbers as `_NUMBER` reads them: without typography, LaTeX, currencies."""
     text = _DASH.sub("-", text.translate(_TYPED))
     text = _THOUSANDS.sub(lambda m: m[0].replace(" ", "") if m[0][0].isdigit() else "", text)

@@ -7,8 +7,9 @@ import re
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,21 +19,21 @@ MANY = 2**31 - 1
 RecipeFile = Annotated[Path, typer.Argument(help="a YAML recipe", show_default=False)]
 
 
-def main():
+def main() -> None:
     app()
 
 
-def _fail(sentence):
+def _fail(sentence: str) -> NoReturn:
     typer.echo(f"error: {sentence}", err=True)
     raise typer.Exit(1) from None
 
 
-def _command(function):
+def _command(function: Callable) -> Callable:
     """Register a command whose foreseeable failures are one sentence, not a traceback."""
 
     @app.command(name=function.__name__.rstrip("_"))
     @functools.wraps(function)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> None:
         from safetensors import SafetensorError
         from transformers.utils.logging import disable_progress_bar
 
@@ -62,14 +63,14 @@ def run(
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="run directory, default runs/RECIPE")] = None,
     shard: Annotated[bool, typer.Option("--shard", help="under torchrun: spread models over the processes")] = False,
-):
+) -> None:
     """Compress a model for a task as the recipe says; the same command continues a killed run.
 
     Under torchrun all processes train together.
     """
     from . import processes
 
-    def work():
+    def work() -> None:
         read = _recipe(recipe, changes)
         from .run import pipeline
         from .run.terminal import show, what_next
@@ -87,7 +88,7 @@ def plan(
     recipe: RecipeFile,
     changes: Changes = None,
     processes: Annotated[int, typer.Option(min=1, max=4096, help="how many share the work, a machine each")] = 1,
-):
+) -> None:
     """Say what a recipe will do and cost, without doing it."""
     from .run.plan import plan as make
     from .run.plan import text
@@ -96,7 +97,9 @@ def plan(
 
 
 @_command
-def keys(schema: Annotated[bool, typer.Option("--schema", help="write a JSON schema for editors instead")] = False):
+def keys(
+    schema: Annotated[bool, typer.Option("--schema", help="write a JSON schema for editors instead")] = False,
+) -> None:
     """List the keys of a recipe: what each does, what it may be and its default."""
     from . import recipe
 
@@ -113,7 +116,7 @@ def keys(schema: Annotated[bool, typer.Option("--schema", help="write a JSON sch
 
 
 @_command
-def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]):
+def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
     """Ranks per layer and the four sizes of a checkpoint."""
     from .models import load
     from .sizes import layer_table, sizes
@@ -133,7 +136,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")])
 
 
 @_command
-def verify(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]):
+def verify(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
     """Check a checkpoint's hashes, if it has any, and compare logits of a fresh process with a load in this one."""
     from .verify import verify as check
 
@@ -147,7 +150,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]):
 
 
 @_command
-def report(folder: Annotated[Path, typer.Argument(help="the folder of a finished run")]):
+def report(folder: Annotated[Path, typer.Argument(help="the folder of a finished run")]) -> None:
     """Write report.html of a run again, from the files in its folder."""
     from .run.report import report as write
 
@@ -163,7 +166,7 @@ def push(
     license: Annotated[str | None, typer.Option(help="of the base model, if its card cannot be read")] = None,
     replace_card: Annotated[bool, typer.Option("--replace-card", help="also a card written by hand")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print files and card, contact nobody")] = False,
-):
+) -> None:
     """Publish a checkpoint on the hub with a model card; the same command continues after a lost connection."""
     from .publish import push as hub
 
@@ -194,7 +197,7 @@ def eval_(
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="run programs the model writes, in the sandbox")
     ] = False,
-):
+) -> None:
     """Measure a model on standard benchmarks or on the data of a task, and pair it with its parent item by item."""
     from .evaluation.record import lines, measure
 
@@ -229,7 +232,7 @@ def bench(
     ] = 0.0,
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="a JSON file for the result")] = None,
-):
+) -> None:
     """Time to the first token, time per token, memory and where the time goes, of models that take turns."""
     from .evaluation.bench import bench as measure
     from .evaluation.bench import table
@@ -248,7 +251,7 @@ def profile(
     tokens: Annotated[str, typer.Option(help="tokens computed at once, 1 is decoding")] = "1,128",
     device: Device = "cpu",
     out: Annotated[Path, typer.Option(help="the table of costs")] = Path("costs.json"),
-):
+) -> None:
     """Measure what each rank of each layer shape costs on this device, for prune.costs."""
     from .evaluation.profile import profile as measure
 
@@ -264,7 +267,7 @@ def export(
     source: Annotated[str, typer.Argument(help="a checkpoint folder, or any model that a recipe takes")],
     out: Annotated[Path, typer.Argument(help="a new folder")],
     to: Annotated[str, typer.Option(help="dense, onnx, openvino or int8")],
-):
+) -> None:
     """Write a model in a form that other runtimes read."""
     from .export import export as write
 
@@ -274,13 +277,13 @@ def export(
     typer.echo(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
 
 
-def _recipe(path, changes):
+def _recipe(path: Path, changes: Sequence[str] | None):
     from . import recipe
 
     return recipe.read(path, changes or ())
 
 
-def _counts(option, text, example):
+def _counts(option: str, text: str, example: str) -> list[int]:
     """The numbers of a text like 1,128, each at least 1 and named once."""
     found = [int(n) for n in text.split(",")] if re.fullmatch(r"\d{1,7}(,\d{1,7})*", text) else [0]
     if min(found) < 1 or len(set(found)) < len(found):
@@ -288,7 +291,7 @@ def _counts(option, text, example):
     return found
 
 
-def _require_result(out, device):
+def _require_result(out: Path | None, device: str) -> None:
     """Raise ValueError, before a model is loaded, for a device that is not there or a file that cannot be written."""
     import torch
 
@@ -304,7 +307,7 @@ def _require_result(out, device):
         require_file(out)
 
 
-def _load_to(source, device):
+def _load_to(source: str, device: str):
     """A model on a device, in bf16 where that is native there, else in fp32."""
     import torch
 
@@ -315,16 +318,16 @@ def _load_to(source, device):
     return load(source, "bfloat16" if fast_bf16(device) else "float32")[0].to(device)
 
 
-def _name(source, among):
+def _name(source: str, among: Sequence[str]) -> str:
     """The last part of a path, unless another's is the same."""
     return Path(source).name if [Path(m).name for m in among].count(Path(source).name) == 1 else source
 
 
-def _command_line():
+def _command_line() -> str:
     return " ".join(["basis-select", *sys.argv[1:]])
 
 
-def _write(path, facts):
+def _write(path: Path | None, facts: dict) -> None:
     from .writing import replace_text
 
     if path:

@@ -1,14 +1,17 @@
 """What a training step computes and keeps in memory: the step itself, run on tensors that have no data."""
 
 import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .checkpoint.format import BasisSelectConfig, build
 from .decompose import targets
@@ -51,18 +54,18 @@ class Flops(TorchDispatchMode):
 
     flops = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = function(*args, **(kwargs or {}))
         self.flops += _flops(function, args, kwargs or {}, out)
         return out
 
 
-def _flops(function, args, kwargs, out):
+def _flops(function: Callable, args: tuple, kwargs: dict, out: Any) -> int:
     formula = _FORMULAS.get(function._overloadpacket)
     return formula(*args, **kwargs, out_val=out) if formula else 0
 
 
-def _model(config, dtype=torch.float32, **bases):
+def _model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, **bases: Any) -> PreTrainedModel:
     """A model of `config`, with factored layers if any are given; the weights of bases are fp32 as in training."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if bases:
@@ -75,16 +78,16 @@ def _model(config, dtype=torch.float32, **bases):
 
 
 def training_step(
-    config,
-    shape,
-    trains,
-    taught=False,
-    precision="fp32",
-    checkpointing=False,
-    teacher="float32",
-    soft_labels=0,
-    bases=None,
-):
+    config: PreTrainedConfig,
+    shape: tuple[int, int, int],
+    trains: Callable[[nn.Module], object],
+    taught: bool = False,
+    precision: str = "fp32",
+    checkpointing: bool = False,
+    teacher: str = "float32",
+    soft_labels: int = 0,
+    bases: dict | None = None,
+) -> Cost:
     """The Cost of one step of training/engine.py on a batch of `shape`, (rows, length, response tokens).
 
     trains: function that sets what of a model requires gradients; bases: a dict, how checkpoint/format.py describes the
@@ -113,7 +116,7 @@ def training_step(
     return cost
 
 
-def _teacher(config, dtype, soft_labels, batch):
+def _teacher(config: PreTrainedConfig, dtype: str, soft_labels: int, batch: dict) -> Callable:
     """The dense parent, or what it says of a batch."""
     if soft_labels:
         said = torch.zeros(len(batch["positions"]), soft_labels)
@@ -121,7 +124,7 @@ def _teacher(config, dtype, soft_labels, batch):
     return _model(config, torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)).requires_grad_(False)
 
 
-def _states(parameters, precision):
+def _states(parameters: list[nn.Parameter], precision: str) -> list[torch.Tensor]:
     """The tensors that the optimizer keeps. What a step needs beside them is a few MB at a time."""
     if precision == "fp32":
         optimizer = torch.optim.AdamW(parameters, fused=True)
@@ -136,7 +139,7 @@ def _states(parameters, precision):
     return [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
 
 
-def moments_step(config, shape):
+def moments_step(config: PreTrainedConfig, shape: tuple[int, int, int]) -> Cost:
     """The Cost of one batch of moments.second_moments without the moments: two backward passes to activations."""
     with FakeTensorMode():
         model = _model(config)
@@ -149,7 +152,7 @@ def moments_step(config, shape):
     return watch.cost(held)
 
 
-def forward_pass(model, **inputs):
+def forward_pass(model: PreTrainedModel, **inputs: Any) -> Cost:
     """The Cost of one forward pass of `model` without gradients, run for real; `passing` is what it adds to weights
     and buffers at the worst moment, a cache included.
     """
@@ -160,7 +163,7 @@ def forward_pass(model, **inputs):
     return watch.cost(held)
 
 
-def _batch(rows, length, responses):
+def _batch(rows: int, length: int, responses: int) -> dict:
     positions = torch.zeros(responses, dtype=torch.long)
     return {
         "input_ids": torch.zeros(rows, length, dtype=torch.long),
@@ -170,7 +173,7 @@ def _batch(rows, length, responses):
     }
 
 
-def _largest_block(model):
+def _largest_block(model: nn.Module) -> int:
     stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
     blocks = max(stacks, key=lambda m: sum(p.numel() for p in m.parameters()))
     return max(sum(p.nbytes for p in block.parameters()) for block in blocks)
@@ -182,17 +185,17 @@ class _Watch(TorchDispatchMode):
     torch's own counter tells modules apart, but by hooks that keep alive what would be freed.
     """
 
-    def __init__(self, model, tensors):
+    def __init__(self, model: PreTrainedModel, tensors: Iterable[torch.Tensor]):
         super().__init__()
         self.vocabulary, self.block = model.get_input_embeddings().num_embeddings, _largest_block(model)
         self.flops = self.head_flops = 0
         self.alive, self.now, self.peak = set(), 0, 0
         self._see(tensors)
 
-    def cost(self, held, gradients=0, states=0):
+    def cost(self, held: int, gradients: int = 0, states: int = 0) -> Cost:
         return Cost(self.flops, self.head_flops, held, states, gradients, self.peak - held, self.block)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = function(*args, **(kwargs or {}))
         flops = _flops(function, args, kwargs or {}, out)
         if flops and any(self.vocabulary in x.shape for x in args if torch.is_tensor(x)):
@@ -202,7 +205,7 @@ class _Watch(TorchDispatchMode):
         self._see(x for x in tree_leaves(out) if torch.is_tensor(x))
         return out
 
-    def _see(self, tensors):
+    def _see(self, tensors: Iterable[torch.Tensor]) -> None:
         for x in tensors:
             storage = x.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
@@ -212,6 +215,6 @@ class _Watch(TorchDispatchMode):
                 self.now += size
                 self.peak = max(self.peak, self.now)
 
-    def _gone(self, key, size):
+    def _gone(self, key: int, size: int) -> None:
         self.alive.remove(key)
         self.now -= size

@@ -2,8 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _computes_a_product(module):
+def _computes_a_product(module: nn.Module) -> bool:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(size, generator=generator) for size in ((2, 3, 5), (7, 5), (7,)))
     bias = None if module.bias is None else bias
@@ -120,7 +120,7 @@ def _computes_a_product(module):
     return True
 
 
-def _some(names):
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -215,13 +215,13 @@ def decompose(
     return decompose_embedding(model, task, table) if embedding else model
 
 
-def _of_table(moments):
+def _of_table(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     if TABLE not in moments[0]:
         raise ValueError("these moments lack the embedding's: collect them with second_moments(..., embedding=True)")
     return moments[0][TABLE], moments[1][TABLE][0]
 
 
-def _install(model, found, i, layers):
+def _install(model: nn.Module, found: Sequence[Group], i: int, layers: Sequence[nn.Module]) -> None:
     for name, layer in zip(found[i].names, layers, strict=True):
         model.set_submodule(name, layer)
 
@@ -229,7 +229,7 @@ def _install(model, found, i, layers):
 def deal(shapes: list[Shape], ranks: int) -> list[int]:
     """Which of `ranks` processes decomposes each group: the costliest first, always to the one with least to do."""
 
-    def cost(shape):
+    def cost(shape: Shape) -> int:
         return 3 * shape.dense_cost * shape.full_rank + 10 * shape.full_rank**3  # products, eigenvectors
 
     load, owners = [0] * ranks, [0] * len(shapes)
@@ -239,7 +239,9 @@ def deal(shapes: list[Shape], ranks: int) -> list[int]:
     return owners
 
 
-def _from_owner(model, dense, layers, source, group):
+def _from_owner(
+    model: PreTrainedModel, dense: Group, layers: list[LearningLinear] | None, source: int, group: dist.ProcessGroup
+) -> list[LearningLinear] | None:
     """The layers of a `dense` Group in every process, sent by `source`, which has made them; None if it did not."""
     sent = torch.tensor(layers[0].rank if layers else 0, device=model.device)
     dist.broadcast(sent, source, group)
@@ -333,14 +335,14 @@ def decompose_embedding(
 class _Called(nn.Module):
     """Stands for a layer in a forward, and notes whether anything but calling it is done: reading its weights."""
 
-    def __init__(self, name, layer, read):
+    def __init__(self, name: str, layer: nn.Module, read: set[str]):
         super().__init__()
         self._held = name, layer, read  # in a tuple: not registered
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._held[1](*args, **kwargs)
 
-    def __getattr__(self, attribute):
+    def __getattr__(self, attribute: str) -> Any:
         name, layer, read = self.__dict__["_held"]
         if attribute in ("weight", "bias"):
             read.add(name)
@@ -397,7 +399,7 @@ def only_called(model: nn.Module, layers: dict[str, nn.Module], task: Task | Non
     return {name: layer for name, layer in layers.items() if name not in read}
 
 
-def _watched_ids(task, i):
+def _watched_ids(task: Task | None, i: int) -> torch.Tensor:
     """Token ids (1, L) of an example, of any tokens if there is no task."""
     return next(iter(Batches(task.train[i : i + 1], 1, 1, seed=0)))["input_ids"] if task else torch.zeros(1, 8).long()
 
@@ -411,8 +413,8 @@ def same_input(model: nn.Module, layers: dict[str, nn.Module], task: Task | None
     """
     reads = {}
 
-    def watch(name, held):
-        def hook(module, args, kwargs):
+    def watch(name: str, held: dict[int, tuple]) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = layer_input(args, kwargs)
             # Held, so that no second tensor can get its id; what was overwritten in between is another input.
             number, _ = held.setdefault(id(x), (len(held), x))

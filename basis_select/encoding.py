@@ -1,6 +1,7 @@
 """How text becomes tokens: one way for training, for likelihoods and for where generation starts."""
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 PROBES = string.ascii_letters + string.digits + string.punctuation  # to see what a tokenizer adds to a text
 
 
-def _shared(a, b):
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     """How many items two lists have in common at their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
@@ -24,7 +25,7 @@ class Encoder:
     tokenizer: Any
 
     @cached_property
-    def before(self):
+    def before(self) -> list[int]:
         """Tokens that the tokenizer puts before a text. Raises ValueError where it changes the text's own."""
         text = next((t for t in PROBES if self.tokenizer.encode(t, add_special_tokens=False)), None)
         if text is None:
@@ -35,13 +36,13 @@ class Encoder:
                 return whole[:at]
         raise ValueError("this tokenizer encodes a text differently with its special tokens and without them")
 
-    def text(self, text, rendered=False):
+    def text(self, text: str, rendered: bool = False) -> list[int]:
         """Tokens of a text that more may follow."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         starts = rendered or ids[: len(self.before)] == self.before
         return ids if starts else [*self.before, *ids]
 
-    def pair(self, prompt, response, rendered=False):
+    def pair(self, prompt: str, response: str, rendered: bool = False) -> tuple[list[int], int]:
         """`(tokens, start)`: both texts together, and where the response begins: at the first token that the prompt
         alone would not have there.
 
@@ -56,7 +57,7 @@ class Encoder:
         first = self.tokenizer.bos_token_id
         return [self.tokenizer.eos_token_id if first is None else first, *ids], 1
 
-    def closed(self, ids, start, turn_end=""):
+    def closed(self, ids: list[int], start: int, turn_end: str = "") -> list[int]:
         """`ids` with one end token after the response, which begins at `start`, unless a template ends its turns."""
         end = self.tokenizer.eos_token_id
         last = max((i for i in range(start, len(ids)) if ids[i] == end), default=None)

@@ -9,8 +9,9 @@ import copy
 import dataclasses
 import io
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -60,14 +61,14 @@ def export(
     return Path(out)
 
 
-def _dense(model, tokenizer, out):
+def _dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path) -> None:
     save(dense(model), tokenizer, out)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     log.warning("%s is dense: %.1f MB, no smaller than the model was before it was cut", out, size / 1e6)
 
 
 @torch.no_grad()
-def dense(model):
+def dense(model: PreTrainedModel) -> PreTrainedModel:
     """A stock model with the function of `model`, which stays as it is: products of factors, the embedding put back."""
     config, state = plain_config(model.config), {}
     for name, module in model.named_modules():
@@ -87,7 +88,7 @@ def dense(model):
     return made
 
 
-def _onnx(model, tokenizer, out):
+def _onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path) -> None:
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
@@ -100,7 +101,7 @@ def _onnx(model, tokenizer, out):
             tokenizer.save_pretrained(partial)
 
 
-def _openvino(model, tokenizer, out):
+def _openvino(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path) -> None:
     try:
         import openvino
         from openvino_tokenizers import convert_tokenizer
@@ -119,7 +120,7 @@ def _openvino(model, tokenizer, out):
                 openvino.save_model(graph, partial / f"{name}.xml")
 
 
-def _trace(model, exporter, config):
+def _trace(model: PreTrainedModel, exporter: type, config: Any) -> Any:
     """One graph of ids, mask, positions and cache -> logits and cache; all lengths and the batch are free."""
     # In 16 bits transformers' OpenVINO exporter hides the weights of nn.Linear, which an embedding of bases reads.
     if model.dtype != torch.float32:
@@ -146,7 +147,7 @@ def _trace(model, exporter, config):
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Exporters report every step, and say of each version newer than theirs that it is newer."""
     ours, theirs = transformers_logging.get_verbosity(), logging.getLogger("torch.onnx")
     level = theirs.level
@@ -160,11 +161,11 @@ def _quiet():
         theirs.setLevel(level)
 
 
-def _int8(model, tokenizer, out):
+def _int8(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path) -> None:
     save(to_int8(copy.deepcopy(model)), tokenizer, out)
 
 
-def to_int8(model):
+def to_int8(model: PreTrainedModel) -> PreTrainedModel:
     """Round factors, and linear layers left dense but a tied head, to int8, in place; returns the model."""
     layers = targets(model, required=False)
     for name, module in model.named_modules():

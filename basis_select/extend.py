@@ -1,9 +1,11 @@
 """Add new bases: directions the pretrained weights do not have, for healing to fill."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 from transformers import PreTrainedModel
 
 from .layers.group import groups
@@ -70,26 +72,26 @@ def extend(
 
 
 @torch.no_grad()
-def _leading(m, rank):
+def _leading(m: torch.Tensor, rank: int) -> torch.Tensor:
     """The `rank` leading right singular vectors of m, as rows; random ones where m has fewer."""
     m = m.double()
     vectors = torch.linalg.eigh(m.T @ m).eigenvectors
     return vectors[:, -rank:].T
 
 
-def _gradients(model, task, examples, seed):
+def _gradients(model: PreTrainedModel, task: Task, examples: int, seed: int) -> list[torch.Tensor]:
     """dL/dW of every group's stacked product W, (sum out, in) in fp32."""
     require_fit(model, task)
     found = groups(model)
     total = [torch.zeros(sum(g.shape.outputs), g.shape.inputs) for g in found]
     handles = []
 
-    def watch(into):
-        def hook(module, args, output):
+    def watch(into: torch.Tensor) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
             x = args[0].detach()
 
             @torch.autocast(x.device.type, enabled=False)
-            def add(g):
+            def add(g: torch.Tensor) -> None:
                 into.add_((g.flatten(0, -2).float().T @ x.flatten(0, -2).float()).cpu())
 
             output.register_hook(add)

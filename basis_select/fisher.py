@@ -1,16 +1,25 @@
 """The empirical Fisher information of weights, as FWSVD takes it."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
+from .tasks import Task
 from .training.data import Batches, drawn
 from .training.loss import frozen, response_logits
 from .training.precision import autocast
 
 
-def squared_gradients(model, members, task, examples, group=None):
+def squared_gradients(
+    model: nn.Module,
+    members: Sequence[Sequence[str]],
+    task: Task,
+    examples: int,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, torch.Tensor]:
     """`{leader: (in,)}`, fp32: how much each input of a group of layers matters to the task.
 
     The mean over `examples` training examples of the squared gradient of every weight, summed over the weights that

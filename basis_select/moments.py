@@ -1,7 +1,7 @@
 """Second moments of what layers read and of the loss's gradients at what they write, over the tokens of a task."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import psutil
 import torch
@@ -14,7 +14,7 @@ from .layers.embedding import lookup_scale
 from .layers.group import Group
 from .layers.shape import Shape, moment_shape
 from .linalg import metrics
-from .tasks import Task
+from .tasks import Example, Task
 from .training.data import Batches, drawn
 from .training.loss import activation_gradients, response_logits
 from .training.precision import autocast
@@ -58,7 +58,7 @@ def second_moments(
 
     @torch.no_grad()
     @torch.autocast(model.device.type, enabled=False)  # sums of products are what bf16 must not touch
-    def add(store, key, x):
+    def add(store: dict, key: str | tuple[str, int], x: torch.Tensor) -> None:
         if not len(x):
             return
         shape = moment_shape(x.shape[1])
@@ -69,11 +69,11 @@ def second_moments(
                 store[key] = x.new_zeros(shape)
             metrics.add_product(store[key], x, x)
 
-    def seen(name, x):
+    def seen(name: str, x: torch.Tensor) -> torch.Tensor:
         x, real = x.detach().flatten(0, -2), mask["head" if name == head else "body"]
         return (x[real] if name == head or not routed else x).float()
 
-    def add_outputs(names, parts):
+    def add_outputs(names: Sequence[str], parts: dict[str, torch.Tensor]) -> None:
         some = next(iter(parts.values()))
         shape = shapes[names[0]]
         wide = zip(names, shape.outputs, strict=True)
@@ -83,14 +83,14 @@ def second_moments(
         for i, x in enumerate(wide):
             add(outputs[labels], (names[0], i), x)
 
-    def on_gradient(names, name, call, g):
+    def on_gradient(names: Sequence[str], name: str, call: int, g: torch.Tensor) -> None:
         parts = pending.setdefault((names[0], call), {})
         parts[name] = seen(name, g)
         if len(parts) == len(names):
             add_outputs(names, pending.pop((names[0], call)))
 
-    def on_forward(names, name):
-        def hook(module, args, kwargs, output):
+    def on_forward(names: Sequence[str], name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
             call = calls[name] = calls.get(name, 0) + 1
             if name == names[0] and uses.inputs:
                 x = seen(name, layer_input(args, kwargs))
@@ -167,7 +167,7 @@ def layer_input(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _is_routed(model, example):
+def _is_routed(model: nn.Module, example: Example) -> bool:
     """Whether some linear layers see only some of the tokens, as experts do, in an order of their own.
 
     Which of them are padding is then not known, so that there must be none.
@@ -175,7 +175,7 @@ def _is_routed(model, example):
     batch, head = next(iter(Batches([example], 1, 1, 0))), model.get_output_embeddings()
     tokens, routed = batch["input_ids"].numel(), []
 
-    def hook(module, args, kwargs):
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = layer_input(args, kwargs)
         routed.append(x.numel() != tokens * x.shape[-1])
 
@@ -190,7 +190,7 @@ def _is_routed(model, example):
     return any(routed)
 
 
-def _without_padding(batch):
+def _without_padding(batch: dict) -> dict:
     """A batch of one row, its padding cut off."""
     tokens = int(batch["real"].sum())
     return batch | {key: batch[key][:, :tokens] for key in ("input_ids", "real")}
@@ -204,7 +204,7 @@ class _TableMoments:
     sum of the two is replaced by the one Kronecker product of the same trace and the same proportions.
     """
 
-    def __init__(self, model, task):
+    def __init__(self, model: nn.Module, task: Task):
         self.embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         vocabulary, d = self.embedding.weight.shape
         self.gradient, like = None, self.embedding.weight.detach()
@@ -217,20 +217,20 @@ class _TableMoments:
             self.rows = {labels: like.new_zeros(vocabulary, dtype=torch.float32) for labels in ("own", "drawn")}
             self.handles.append(head.register_forward_hook(self._on_head))
 
-    def _on_embedding(self, module, args, output):
+    def _on_embedding(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         output.register_hook(self._on_gradient)
 
-    def _on_gradient(self, g):
+    def _on_gradient(self, g: torch.Tensor) -> None:
         self.gradient = g
 
-    def _on_head(self, module, args, output):
+    def _on_head(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         self.states = args[0].detach().flatten(0, -2)
 
-    def add_gradient(self, labels, real):
+    def add_gradient(self, labels: str, real: torch.Tensor) -> None:
         g, self.gradient = self.gradient.flatten(0, -2)[real].float() * self.scale, None
         self.columns[labels].addmm_(g.T, g)
 
-    def add_head(self, p, y, real):
+    def add_head(self, p: torch.Tensor, y: torch.Tensor, real: torch.Tensor) -> None:
         """p: (n, vocabulary) probabilities and y: (n,) labels at the hidden states that the head has just read."""
         if not self.tied:
             return
@@ -240,11 +240,11 @@ class _TableMoments:
         self.rows["drawn"] += p.sum(0) - square
         self.rows["own"] += square.index_add_(0, y, 1 - 2 * p.gather(1, y[:, None])[:, 0])
 
-    def sums(self):
+    def sums(self) -> list[dict[str, torch.Tensor]]:
         """What is summed over tokens: dicts of tensors."""
         return [self.columns, self.rows, {"hidden": self.hidden}] if self.tied else [self.columns]
 
-    def moments(self, count):
+    def moments(self, count: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """`(columns: (d, d), rows: (vocabulary,))`."""
         parts = [(_both(*self.columns.values()) / count["body"], self.frequency / self.frequency.sum())]
         if self.tied:
@@ -255,7 +255,7 @@ class _TableMoments:
         return columns / trace(columns), rows
 
 
-def _both(own, drawn):
+def _both(own: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     """Half of the moment with each kind of labels, the second scaled to the trace of the first; in place of `own`.
 
     Where one of them is zero, the other.
@@ -266,7 +266,7 @@ def _both(own, drawn):
     return own.add_(drawn, alpha=first / second).div_(2)
 
 
-def _sum(store, device, group):
+def _sum(store: dict, device: torch.device, group: dist.ProcessGroup) -> None:
     """Sums over the processes of a group, in place, of what a dict holds: tensors or counts, some may lack some."""
     shapes = [None] * dist.get_world_size(group)
     dist.all_gather_object(shapes, {key: getattr(x, "shape", ()) for key, x in store.items()}, group)
@@ -289,7 +289,7 @@ def trace(moment: torch.Tensor) -> torch.Tensor:
     return (moment.diagonal() if moment.dim() == 2 else moment).sum()
 
 
-def _complete(moment):
+def _complete(moment: torch.Tensor) -> torch.Tensor:
     """The lower triangle mirrored, in place."""
     return moment.copy_(moment.tril() + moment.tril(-1).T) if moment.dim() else moment
 

@@ -25,7 +25,7 @@ Verb = TypeVar("Verb", bound=Callable)
 Options = TypeVar("Options")
 
 
-def _from_text(value):
+def _from_text(value: Any) -> Any:
     with contextlib.suppress(ValueError):  # YAML reads 1e-4 as text
         return float(value) if isinstance(value, str) else value
     return value
@@ -45,7 +45,7 @@ Checkpointing = Annotated[
 
 
 class _Untitled(GenerateJsonSchema):
-    def field_title_should_be_set(self, schema):
+    def field_title_should_be_set(self, schema: dict) -> bool:
         return False
 
 
@@ -66,7 +66,7 @@ def checked(verb: Verb) -> Verb:
     plain, signature = typing.get_type_hints(verb), inspect.signature(verb)
 
     @functools.wraps(verb)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         given = {f.name: kwargs[f.name] for f in dataclasses.fields(known) if f.name in kwargs}
         right = make(known, given, f"{verb.__name__}: ")
         return verb(*args, **kwargs | {name: getattr(right, name) for name in given})

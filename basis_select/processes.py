@@ -6,7 +6,9 @@ calls, in a single process. The run's folder must be on a disk that all processe
 
 import contextlib
 import os
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,17 +29,17 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def everyone():
+def everyone() -> dist.ProcessGroup | None:
     """The group of all processes; None if there is one."""
     return dist.group.WORLD if count() > 1 else None
 
 
-def started():
+def started() -> bool:
     """Whether torchrun has started this process, if only one."""
     return "LOCAL_RANK" in os.environ
 
 
-def join():
+def join() -> None:
     """Meet the other processes if torchrun has started this process and they have not met yet."""
     if started() and not dist.is_initialized():
         if torch.cuda.is_available():
@@ -45,14 +47,14 @@ def join():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
-def device():
+def device() -> torch.device:
     """Where this process computes: on a GPU if there is one, under torchrun on its own, else on the first."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def lead(work):
+def lead(work: Callable[[], object]) -> None:
     """`work()` in the first process; the others take part in what it passes to `everywhere` until it returns.
 
     If it raises, that process ends with the error and torchrun ends the others.
@@ -72,14 +74,14 @@ def lead(work):
         dist.destroy_process_group()
 
 
-def _next_job():
+def _next_job() -> tuple[Callable, tuple] | None:
     try:
         return _told(None)
     except RuntimeError:  # the first process is gone
         return None
 
 
-def everywhere(function, *arguments):
+def everywhere(function: Callable, *arguments: Any) -> Any:
     """`function(*arguments)` in all processes, called by the first; both are pickled.
 
     Returns the first one's result when all are done: only then may it move the files that they read.
@@ -90,12 +92,12 @@ def everywhere(function, *arguments):
     return result
 
 
-def agreed(decide):
+def agreed(decide: Callable[[], Any]) -> Any:
     """What `decide()` returns in the first process, in every process."""
     return _told(decide() if index() == 0 else None)
 
 
-def gathered(value):
+def gathered(value: Any) -> list:
     """What every process gives, in their order, in every process."""
     if count() == 1:
         return [value]
@@ -104,11 +106,11 @@ def gathered(value):
     return found
 
 
-def barrier():
+def barrier() -> None:
     total(torch.zeros(1))
 
 
-def _told(value):
+def _told(value: Any) -> Any:
     if count() == 1:
         return value
     box = [value]
@@ -116,7 +118,7 @@ def _told(value):
     return box[0]
 
 
-def layout():
+def layout() -> Any:
     """How `load(..., sharded=True)` spreads a model: over the processes of a node, with a replica on every node."""
     from transformers.distributed import DistributedConfig
 
@@ -126,18 +128,18 @@ def layout():
     return DistributedConfig(fsdp_size=node, dp_replicate_size=count() // node)
 
 
-def is_sharded(model):
+def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def gather_no_more(model):
+def gather_no_more(model: torch.nn.Module) -> None:
     """Leave parameters sharded that a forward pass gathered and no backward pass let go: only those can be trained."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def whole(x):
+def whole(x: Any) -> Any:
     """A tensor as it is, a sharded one gathered by all: in the memory of the first process, None in others."""
     if not isinstance(x, DTensor):
         return x
@@ -145,32 +147,32 @@ def whole(x):
     return full.cpu() if index() == 0 else None
 
 
-def local(x):
+def local(x: torch.Tensor) -> torch.Tensor:
     """A tensor as it is, of a sharded one this process's part."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def sharded_like(p, x):
+def sharded_like(p: torch.Tensor, x: Any) -> Any:
     """`x`, which every process has, spread as the parameter `p` is if it is a tensor of that shape."""
     if not isinstance(p, DTensor) or not torch.is_tensor(x) or x.shape != p.shape:
         return x
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
-def total(x):
+def total(x: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over processes, in place."""
     if count() > 1:
         dist.all_reduce(x)
     return x
 
 
-def unify(parameters):
+def unify(parameters: Iterable[torch.nn.Parameter]) -> None:
     """The first process's values for what is not sharded, in all processes."""
     for p in _replicated(parameters):
         dist.broadcast(p.data, src=0)
 
 
-def average_gradients(parameters):
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Make gradients of what is not sharded (FSDP does the rest) the mean over processes, summed in fp32."""
     bucket, size = [], 0
     for p in _replicated(parameters):
@@ -183,11 +185,11 @@ def average_gradients(parameters):
         _average(bucket)
 
 
-def _average(tensors):
+def _average(tensors: list[torch.Tensor]) -> None:
     mean = total(torch.cat([t.flatten().float() for t in tensors])) / count()
     for t, part in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
         t.copy_(part.view_as(t))
 
 
-def _replicated(parameters):
+def _replicated(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
     return [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)] if count() > 1 else []

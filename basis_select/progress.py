@@ -5,7 +5,9 @@ from collections.abc import Collection
 from tqdm.auto import tqdm
 
 
-def progress(items: Collection, name: str, unit: str, total: int | None = None, done: int = 0, quiet: bool = False):
+def progress(
+    items: Collection, name: str, unit: str, total: int | None = None, done: int = 0, quiet: bool = False
+) -> tqdm:
     """`items` one by one, with a line in words on stderr; the first `done` of all `total` are behind us already."""
     text = "{desc}: {unit} {n_fmt} of {total_fmt}{time}"
     return _Bar(items, desc=name, unit=unit, total=total, initial=done, disable=quiet, bar_format=text)
@@ -21,7 +23,7 @@ def duration(seconds: float) -> str:
 
 class _Bar(tqdm):
     @property
-    def format_dict(self):
+    def format_dict(self) -> dict:
         found = super().format_dict
         done, seconds = found["n"] - found["initial"], found["elapsed"]
         time = ""

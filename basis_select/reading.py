@@ -5,6 +5,8 @@ import json
 import os
 import reprlib
 import stat
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -30,7 +32,7 @@ class _Plain(yaml.SafeLoader):
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise yaml.MarkedYAMLError(None, None, f"write out what *{event.anchor} stands for", event.start_mark)
@@ -38,7 +40,7 @@ class _Plain(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(None, None, f"the tag {event.tag} has no meaning here", event.start_mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
             if not key.tag.endswith(":str"):
@@ -51,12 +53,12 @@ class _Plain(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def shown(value):
+def shown(value: Any) -> str:
     """`repr`, cut to what fits into a sentence."""
     return _repr.repr(value)
 
 
-def parse_yaml(text, where):
+def parse_yaml(text: str, where: str | Path) -> Any:
     """The value of a YAML text. Raises ValueError, which begins with `where`, for anything but plain YAML."""
     try:
         return yaml.load(text, _Plain)
@@ -69,7 +71,7 @@ def parse_yaml(text, where):
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
 
 
-def read_yaml(path):
+def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file of at most LARGEST bytes. Raises ValueError or FileNotFoundError naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe at {path}")
@@ -79,7 +81,7 @@ def read_yaml(path):
     return content
 
 
-def regular(path):
+def regular(path: str | Path) -> None:
     """Raise ValueError unless `path` is a file: to open a FIFO waits for ever, to open a device may act."""
     try:
         mode = os.stat(path).st_mode
@@ -90,7 +92,7 @@ def regular(path):
         raise ValueError(f"{path} is {kind}, it should be a file")
 
 
-def opened(path):
+def opened(path: str | Path) -> BinaryIO:
     """A regular file, opened to read its bytes. Raises ValueError for anything else, without waiting for it."""
     regular(path)
     # Another may lie there by now: it does not block, and what was opened is asked what it is.
@@ -101,17 +103,17 @@ def opened(path):
     return file
 
 
-def state(found):
+def state(found: os.stat_result) -> tuple[int, ...]:
     """What tells one state of a file from another, of its os.stat_result: no edit leaves its ctime as it was."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_text(path, most=None):
+def read_text(path: str | Path, most: int | None = None) -> str:
     """The text of a UTF-8 file of at most `most` bytes, its lines ended by \\n. Raises ValueError naming the file."""
     with opened(path) as file:
         content = file.read() if most is None else file.read(most + 1)
@@ -123,18 +125,18 @@ def read_text(path, most=None):
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
-def read_json(path, shape=dict):
+def read_json(path: str | Path, shape: type | tuple | dict | list = dict) -> Any:
     """The value in a JSON file, of a shape as in `misfit`. Raises ValueError naming the file."""
     return parse_json(read_text(path, LARGEST_JSON), shape, path)
 
 
-def read_lines(path, shape=dict, stop=None):
+def read_lines(path: str | Path, shape: type | tuple | dict | list = dict, stop: int | None = None) -> list:
     """The values in the first `stop` lines of a JSONL file, each as in `read_json`."""
     lines = read_text(path).splitlines()[:stop]
     return [parse_json(line, shape, f"{path}, line {i},") for i, line in enumerate(lines, 1)]
 
 
-def parse_json(text, shape, where):
+def parse_json(text: str, shape: type | tuple | dict | list, where: str | Path) -> Any:
     """The JSON value in `text`, of a shape as in `misfit`. Raises ValueError, which begins with `where`."""
     try:
         value = json.loads(text, object_pairs_hook=once)
@@ -147,7 +149,7 @@ def parse_json(text, shape, where):
     return value
 
 
-def once(pairs):
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object of which no key occurs twice. Raises ValueError naming one that does."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -156,7 +158,7 @@ def once(pairs):
     return found
 
 
-def misfit(value, shape, name="it"):
+def misfit(value: Any, shape: type | tuple | dict | list, name: str = "it") -> str | None:
     """What of `value` does not have `shape`, as a phrase; None if all has.
 
     shape: a type or a tuple of types, `{key: shape}` with the keys that must be there, `{str: shape}` for any keys,

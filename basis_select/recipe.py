@@ -11,7 +11,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic.dataclasses
 import yaml
@@ -141,7 +141,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _check_rows(recipe, path):
+def _check_rows(recipe: Recipe, path: Path) -> None:
     """Raise ValueError unless further sizes and rows of `compare` are other models under names of their own."""
     seen = {}
     for size in recipe.every_size():
@@ -167,7 +167,7 @@ def _check_rows(recipe, path):
                 raise ValueError(f"{where}: {key} is what all rows share: a run of its own can have another")
 
 
-def _check_together(r):
+def _check_together(r: Recipe) -> None:
     asked = r.asked
     _check_data(r)
     if r.prune.keep_embedding is not None and not r.decompose.embedding:
@@ -189,7 +189,7 @@ def _check_together(r):
         raise ValueError(f"learn.rounds={r.learn.rounds} prunings do not fit into {room} steps of learning")
 
 
-def _check_data(r):
+def _check_data(r: Recipe) -> None:
     for key in ("model", "task"):
         if not getattr(r, key).strip() or not getattr(r, key).isprintable():
             raise ValueError(f"{key} is {shown(getattr(r, key))}, it should be the name or path of a {key}")
@@ -209,7 +209,7 @@ def write(recipe: Recipe) -> str:
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
-def _flat(content, path):
+def _flat(content: dict, path: Path) -> dict[str, Any]:
     flat = {}
     for key, value in content.items():
         if key in SECTIONS:
@@ -238,7 +238,7 @@ def override(recipe: Recipe, changes: dict, where: str) -> Recipe:
     return recipe
 
 
-def _changed(part, name, value, where):
+def _changed(part: Any, name: str, value: Any, where: str) -> Any:
     """A recipe or a section of it with one option changed."""
     known = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
     if name in known:
@@ -279,7 +279,7 @@ def reference() -> dict[str, tuple[str, list[tuple[str, str, str | None, str]]]]
     return found
 
 
-def _default(kind, key):
+def _default(kind: type, key: str) -> str | None:
     """The default of an option as YAML has it, None for one that has to be given."""
     required = schema(kind).get("required", ())
     if key in required:

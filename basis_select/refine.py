@@ -1,7 +1,8 @@
 """Match every decoder block to its dense original, block by block, before the model is healed end to end."""
 
 import math
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -65,7 +66,15 @@ def refine(
     return model
 
 
-def _fit(model, block, inputs, more, targets, real, lr):
+def _fit(
+    model: PreTrainedModel,
+    block: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    more: Sequence[tuple],
+    targets: Sequence[torch.Tensor],
+    real: Sequence[torch.Tensor],
+    lr: float,
+) -> None:
     parameters = [p.requires_grad_(True) for p in block.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / len(inputs))) / 2)
@@ -84,7 +93,7 @@ def _fit(model, block, inputs, more, targets, real, lr):
     block.requires_grad_(False)
 
 
-def blocks(model):
+def blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder's blocks: the longest ModuleList whose members hold linear layers."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     lists = [m for m in lists if any(isinstance(x, nn.Linear | LowRankLinear) for x in m.modules())]
@@ -98,7 +107,7 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def _calls(model, found, batch, seen):
+def _calls(model: PreTrainedModel, found: list[nn.Module], batch: dict, seen: dict) -> tuple[torch.Tensor, list[tuple]]:
     """What a model gives its blocks for a batch: hidden states (B, L, d), and `[(args, kwargs), ...]` beside them.
 
     seen: tensors among the arguments of earlier batches, by content; equal ones are held once. Raises ValueError where
@@ -106,7 +115,7 @@ def _calls(model, found, batch, seen):
     """
     first, given, made = [], [], []
 
-    def before(block, args, kwargs):
+    def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
         name = f"{type(block).__name__} {found.index(block)} of {type(model).__name__}"
         if not args:
             raise ValueError(f"{name} gets its hidden states by name: they must be its first argument to be refined")
@@ -119,10 +128,10 @@ def _calls(model, found, batch, seen):
             first.append(x)
         given.append(pytree.tree_map_only(torch.Tensor, lambda t: _once(t, seen), (rest, kwargs)))
 
-    def after(block, args, output):
+    def after(block: nn.Module, args: tuple, output: Any) -> None:
         made[:] = [_hidden(output)]
 
-    def stop(head, args):
+    def stop(head: nn.Module, args: tuple) -> None:
         raise _Reached
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in set(found)]
@@ -141,7 +150,7 @@ def _calls(model, found, batch, seen):
     return first[0], given
 
 
-def _once(tensor, seen):
+def _once(tensor: torch.Tensor, seen: dict) -> torch.Tensor:
     """The first of all tensors of this content: masks and rotary embeddings are alike in blocks and batches."""
     alike = seen.setdefault((tensor.shape, tensor.dtype, tensor.device, tensor.double().sum().item()), [])
     found = next((t for t in alike if t is tensor or t.equal(tensor)), None)
@@ -151,10 +160,10 @@ def _once(tensor, seen):
     return found
 
 
-def _run(block, x, call):
+def _run(block: nn.Module, x: torch.Tensor, call: tuple) -> torch.Tensor:
     rest, kwargs = call
     return _hidden(block(x, *rest, **kwargs))
 
 
-def _hidden(output):
+def _hidden(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output

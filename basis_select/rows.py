@@ -1,12 +1,16 @@
 """Rows of a user's own files: `{prompt, response}` or `{messages, tools}`, checked one by one."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import PreTrainedTokenizerBase
 
 from .reading import once, read_text
 
 
-def file_rows(path, tokenizer):
+def file_rows(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """The rows of a file as `{prompt, response, answer, where}`, those of messages with `turn_end` and `rendered`.
 
     Raises ValueError naming the file and the row.
@@ -16,7 +20,7 @@ def file_rows(path, tokenizer):
     return rows
 
 
-def one_kind(rows):
+def one_kind(rows: Sequence[dict]) -> None:
     """Raise ValueError, naming the first row of the other kind, where rows of messages stand beside rows of prompts."""
     for row in rows:
         if row.get("rendered") != rows[0].get("rendered"):
@@ -26,7 +30,7 @@ def one_kind(rows):
             )
 
 
-def _file_row(row, where, tokenizer):
+def _file_row(row: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> dict:
     if not isinstance(row, dict):
         raise ValueError(f"{where} is {_kind(row)}; a row is {{prompt, response}} or {{messages}}")
     if "messages" in row:
@@ -47,7 +51,7 @@ def _file_row(row, where, tokenizer):
 _MARK = "0f6b2d"  # stands for an answer where a template's turn end is looked for
 
 
-def _chat_row(row, where, tokenizer):
+def _chat_row(row: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> dict:
     """The last answer is the response, with what the chat template puts after it."""
     messages, tools = row["messages"], row.get("tools")
     if unknown := sorted(row.keys() - {"messages", "tools", "answer"}):
@@ -61,7 +65,7 @@ def _chat_row(row, where, tokenizer):
     if not isinstance(answer, str | None) or ("answer" in row and answer is None):
         raise ValueError(f"{where}: `answer` is {_kind(answer)}, it should be text")
 
-    def written(messages, tools=tools, **how):
+    def written(messages: list[dict], tools: list[dict] | None = tools, **how: Any) -> str:
         try:
             return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how)
         except Exception as error:  # a template is a program: it raises what it likes
@@ -89,7 +93,7 @@ def _chat_row(row, where, tokenizer):
     }
 
 
-def _check_written(text, messages, tools, where):
+def _check_written(text: str, messages: list[dict], tools: list[dict] | None, where: str) -> None:
     """Raise ValueError if a template's text lacks the name of a tool or of one that is called."""
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     for key, functions in (("tools", tools or ()), ("tool_calls", calls)):
@@ -100,7 +104,7 @@ def _check_written(text, messages, tools, where):
                 raise ValueError(f"{where}: the chat template leaves out `{key}`: it does not write {name!r}")
 
 
-def _check_messages(messages, where):
+def _check_messages(messages: Any, where: str) -> None:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{where}: `messages` is {_kind(messages)}, it should be a list of objects")
     for message in messages:
@@ -114,18 +118,18 @@ def _check_messages(messages, where):
         raise ValueError(f"{where}: the last of `messages` must have the role assistant")
 
 
-def _check_objects(value, name, where):
+def _check_objects(value: Any, name: str, where: str) -> None:
     if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
         raise ValueError(f"{where}: `{name}` is {_kind(value)}, it should be a list of objects")
 
 
-def _kind(value):
+def _kind(value: Any) -> str:
     """What a value of a JSON file is, with an article."""
     names = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
     return names.get(type(value), f"the number {value}")
 
 
-def read_rows(path):
+def read_rows(path: str | Path) -> list:
     """The rows of a JSON or JSONL file. Raises ValueError naming the file, and the line that is not valid."""
     # The loader of datasets 5.2 reads 63 of the 90 faulty files of tests/test_bad_data.py without an error, among them
     # Latin-1 and two objects on a line, names the file in none of the other 27, and makes a datetime of text like one.
@@ -142,7 +146,7 @@ def read_rows(path):
     return [_parsed(line, f"{path}, line {i},") for i, line in lines if line.strip()]
 
 
-def _parsed(text, where):
+def _parsed(text: str, where: str | Path) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=once, parse_constant=_constant)
         json.dumps(value, ensure_ascii=False).encode()
@@ -155,5 +159,5 @@ def _parsed(text, where):
     return value
 
 
-def _constant(name):
+def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number there")

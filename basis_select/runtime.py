@@ -1,7 +1,11 @@
 """Run an ONNX export: a model without PyTorch weights whose `generate` is transformers' own."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
-from transformers import AutoTokenizer, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import ModelOutput
 
 from .checkpoint.checks import checked
 from .reading import read_json
@@ -17,7 +21,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
 
     device = torch.device("cpu")
 
-    def __init__(self, folder, options=None):
+    def __init__(self, folder: str | Path, options: Any = None):
         from transformers.exporters import ExportedModel
 
         exported = ExportedModel.from_pretrained(folder, device="cpu", session_options=options)
@@ -31,13 +35,13 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        use_cache=True,
-        return_dict=True,
-    ):
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: DynamicCache | None = None,
+        use_cache: bool = True,
+        return_dict: bool = True,
+    ) -> ModelOutput:
         """input_ids: (batch, tokens); attention_mask: (batch, cached + tokens); the output has logits and the cache."""
         cache = DynamicCache(config=self.config) if cache is None else cache
         for layer, (heads, size) in zip(cache.layers, self.heads, strict=True):
@@ -52,7 +56,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         return self.runner(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache)
 
 
-def load_export(folder, dtype=None):
+def load_export(folder: Path, dtype: str | None = None) -> tuple[OnnxModel, PreTrainedTokenizerBase]:
     """`(model, tokenizer)` of what `export` wrote for ONNX; hashes are checked first."""
     with checked(folder, graphs=True):
         if read_json(folder / MANIFEST).get("export_format") != "onnx":

@@ -14,6 +14,7 @@ from .linalg.budget import allocate, by_mass, by_mass_within, linear_prices, tab
 from .linalg.scores import SCORES, ScoreName
 from .sizes import sizes
 from .target import Dtype, Target, target
+from .tasks import Task
 from .times import prices
 from .training.loss import response_nll
 from .trim import trimmed_away
@@ -46,7 +47,7 @@ def select(
     model: torch.nn.Module,
     asked: Target,
     rule: Rule | None = None,
-    task=None,
+    task: Task | None = None,
     dtype: Dtype = "bfloat16",
     costs: str | None = None,
     keep_embedding: float | None = None,
@@ -121,14 +122,14 @@ def even_ranks(shapes: Sequence[Shape], room: float, multiple_of: int) -> list[i
     return uniform(shapes, bases, may_become, room)
 
 
-def _weighted(model):
+def _weighted(model: torch.nn.Module) -> list[Group]:
     found = groups(model)
     if not found or not all(group.weighted for group in found):
         raise ValueError("there are no weighted bases to prune: call decompose first")
     return found
 
 
-def _share(model, asked, dtype, saved=0):
+def _share(model: torch.nn.Module, asked: Target, dtype: Dtype, saved: int = 0) -> float | None:
     """The fraction of the targeted parameters that a target leaves; None for a mass, which says nothing of it."""
     if asked.name == "mass":
         return None
@@ -136,17 +137,17 @@ def _share(model, asked, dtype, saved=0):
     return asked.share(now["parameters_dense"], now["targeted_dense"], dtype, saved + trimmed_away(model))
 
 
-def _room(found, share, rule):
+def _room(found: list[Group], share: float, rule: Rule) -> int:
     """The parameters that all bases to choose may have."""
     later = sum((rule.reserve + group.new_rank) * group.shape.basis_cost for group in found)
     return int(share * sum(group.shape.dense_cost for group in found)) - later
 
 
-def _below_break_even(group, index):
+def _below_break_even(group: Group, index: torch.Tensor | None) -> torch.Tensor | None:
     return None if index is None or len(index) > group.shape.largest_rank else index
 
 
-def _survivors(found, room, multiple_of):
+def _survivors(found: list[Group], room: int | None, multiple_of: int) -> tuple[list[torch.Tensor], bool]:
     """Indices of the bases to choose from, per group, and whether they are the choice already.
 
     Of the nested sets that the prunings of `learn` left, the smallest that fills the `room`, or the one that
@@ -164,7 +165,15 @@ def _survivors(found, room, multiple_of):
     return alive, True
 
 
-def _choose(found, alive, asked, rule, room, trains=False, prices=None):
+def _choose(
+    found: list[Group],
+    alive: list[torch.Tensor],
+    asked: Target,
+    rule: Rule,
+    room: float | None,
+    trains: bool = False,
+    prices: list | None = None,
+) -> list[torch.Tensor | None]:
     """For each group the indices to keep among those `alive`, or None to leave it as it is.
 
     room: parameters, None for a mass, or with `prices` of every group's ranks what those count.
@@ -191,7 +200,7 @@ def _choose(found, alive, asked, rule, room, trains=False, prices=None):
     ]
 
 
-def _scores(found, alive, rule):
+def _scores(found: list[Group], alive: list[torch.Tensor], rule: Rule) -> list[torch.Tensor]:
     """What each of the bases that are `alive` is worth: a list of (bases,), one for each group."""
     generator = torch.Generator().manual_seed(rule.seed)
     scores = []
@@ -202,7 +211,9 @@ def _scores(found, alive, rule):
     return scores
 
 
-def _in_time(found, asked, rule, costs, settled):
+def _in_time(
+    found: list[Group], asked: Target, rule: Rule, costs: str | None, settled: list[tuple[Group, int]]
+) -> Chosen:
     """`select` by measured times. settled: `[(table, its rank)]` of an embedding whose part is known."""
     if costs is None:
         raise ValueError("latency is reached by measured times: name the file of costs that basis-select profile wrote")
@@ -216,7 +227,7 @@ def _in_time(found, asked, rule, costs, settled):
 
 
 @torch.no_grad()
-def smallest(model: torch.nn.Module, task, asked: Target, rule: Rule) -> Target:
+def smallest(model: torch.nn.Module, task: Task | None, asked: Target, rule: Rule) -> Target:
     """The smallest keep, to about 1 %, at which the validation NLL rises by no more nats per token than are asked.
 
     Found by bisection over nested selections; the other bases are only set aside, so that nothing has to be rebuilt.
@@ -237,7 +248,7 @@ def smallest(model: torch.nn.Module, task, asked: Target, rule: Rule) -> Target:
 
 
 @torch.no_grad()
-def best_share(model: torch.nn.Module, task, asked: Target, rule: Rule, dtype: Dtype) -> int:
+def best_share(model: torch.nn.Module, task: Task, asked: Target, rule: Rule, dtype: Dtype) -> int:
     """The rank of the embedding with the least validation NLL at this size of the whole model.
 
     What either costs by its own s does not compare: a small error of the table moves tens of thousands of logits at
@@ -250,7 +261,7 @@ def best_share(model: torch.nn.Module, task, asked: Target, rule: Rule, dtype: D
         largest = table.shape.largest_rank // step * step
 
     @functools.cache
-    def nll(rank):
+    def nll(rank: int) -> float:
         try:
             chosen = of_groups(found, asked, rule, _share(model, asked, dtype, _saved(table, rank)))
         except ValueError as error:  # too little is left for the layers
@@ -258,7 +269,7 @@ def best_share(model: torch.nn.Module, task, asked: Target, rule: Rule, dtype: D
             return math.inf
         return _nll_of(model, task, [*chosen, (table, _best(table, rank))])
 
-    def near(rank):
+    def near(rank: float) -> int:
         rank = max(round(rank / step), 1) * step
         return rank if rank < table.rank and _saved(table, rank) else largest
 
@@ -273,16 +284,16 @@ def best_share(model: torch.nn.Module, task, asked: Target, rule: Rule, dtype: D
     return min((best, near(best * 2**0.5), near(best / 2**0.5)), key=nll)
 
 
-def _saved(table, rank):
+def _saved(table: Group, rank: int) -> int:
     """Parameters by which an embedding of that rank is smaller."""
     return table.shape.dense_cost - table.shape.deployed(rank)
 
 
-def _best(table, rank):
+def _best(table: Group, rank: int) -> torch.Tensor:
     return table.s.argsort(descending=True, stable=True)[:rank]
 
 
-def _nll_of(model, task, chosen):
+def _nll_of(model: torch.nn.Module, task: Task, chosen: Chosen) -> float:
     """Validation NLL with only the bases that are `chosen`."""
     with only(chosen):
         return response_nll(model, task.validation, task.pad_id)

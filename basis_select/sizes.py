@@ -38,7 +38,7 @@ def sizes(model: nn.Module, folder: str | Path | None = None) -> dict:
     }
 
 
-def layer_table(model):
+def layer_table(model: nn.Module) -> list[dict]:
     """`[{name, in, out, rank (None: dense), shares}, ...]` in model order; `shares` names the layer that owns v."""
     owners = {layer: name for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
     rows = []

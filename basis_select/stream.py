@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from . import tuned_on
@@ -25,12 +25,13 @@ from .checkpoint.files import whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards, in_files
 from .decompose import Examples, Metric, Sharing, dense_groups, factored, reached, targets
 from .layers.group import Group
+from .linalg import metrics
 from .linalg.metrics import METRICS
 from .models import config_and_tokenizer, load
-from .moments import moment_bytes, moment_room, passes, second_moments
+from .moments import Moments, moment_bytes, moment_room, passes, second_moments
 from .options import Fraction, checked
 from .selection import rank_below
-from .target import Dtype, target
+from .target import Dtype, Target, target
 from .tasks import Task
 from .training.data import require_fit
 
@@ -122,7 +123,7 @@ def decompose_checkpoint(
     return Path(folder)
 
 
-def _skeleton(config, dtype, files):
+def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, files: dict[str, Path]) -> PreTrainedModel:
     """The model on the meta device, its head tied as the tensors in the files are, not as the config says."""
     # Of the ways to compute experts this one takes any dtype and looks at no values.
     with torch.device("meta"):
@@ -137,7 +138,7 @@ def _skeleton(config, dtype, files):
     return model
 
 
-def _files(source):
+def _files(source: Path) -> dict[str, Path]:
     """`{name of a tensor: file that holds it}`."""
     index = source / "model.safetensors.index.json"
     if index.exists():
@@ -149,7 +150,7 @@ def _files(source):
         return dict.fromkeys(file.keys(), path)
 
 
-def _opened(path, name):
+def _opened(path: Path, name: str) -> safe_open:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: it should hold {name}")
     try:
@@ -158,7 +159,7 @@ def _opened(path, name):
         raise ValueError(f"{path} is not a whole safetensors file, {name} cannot be read: {error}") from None
 
 
-def _check(source, files, tensors):
+def _check(source: Path, files: dict[str, Path], tensors: dict[str, torch.Tensor]) -> None:
     """Raise unless every one of `tensors` is in its file, whole and of that shape. Only headers are read."""
     for name in tensors:
         if name not in files:
@@ -175,13 +176,13 @@ def _check(source, files, tensors):
                     raise ValueError(f"{path} holds {name} of shape {shape}, config.json asks for {wanted}")
 
 
-def _read(files, name):
+def _read(files: dict[str, Path], name: str) -> torch.Tensor:
     """A tensor whose memory is the mapped file: its pages go when it does."""
     with safe_open(files[name], "pt") as file:
         return file.get_tensor(name)
 
 
-def _tensors(model):
+def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """`{name: tensor, on the meta device or empty}` of everything that a checkpoint of this model holds."""
     state, tied = in_files(model, model.state_dict()) | guards(model), model.all_tied_weights_keys
     names = sorted((name for name in state if name not in tied), key=dot_natural_key)  # as a loaded model is saved
@@ -189,7 +190,7 @@ def _tensors(model):
     return {name: tensor.clone() for name, tensor in stored.items()}  # not a view: its own size is what is asked for
 
 
-def _rank(group, asked):
+def _rank(group: Group, asked: Target | None) -> int:
     if asked is None:
         return group.shape.full_rank
     rank = rank_below(group.shape, asked.amount)
@@ -198,7 +199,14 @@ def _rank(group, asked):
     return rank
 
 
-def _factors(model, group, files, moments, uses, rank):
+def _factors(
+    model: PreTrainedModel,
+    group: Group,
+    files: dict[str, Path],
+    moments: Moments | None,
+    uses: metrics.Metric,
+    rank: int,
+) -> dict[str, torch.Tensor]:
     """`{name: tensor}` of what a checkpoint holds instead of the weights of a group, whose layers have no values."""
     dense = Group(group.names, [_linear(model, name, layer, files) for name, layer in group.items()])
     made = zip(group.names, factored(dense, moments, uses, rank), strict=True)
@@ -206,7 +214,7 @@ def _factors(model, group, files, moments, uses, rank):
     return revert_weight_conversion(model, in_files(model, state))
 
 
-def _linear(model, name, meta, files):
+def _linear(model: PreTrainedModel, name: str, meta: nn.Module, files: dict[str, Path]) -> nn.Linear:
     """The nn.Linear of which `meta` is the shape, with its weights."""
     linear = nn.Linear(meta.in_features, meta.out_features, meta.bias is not None, device="meta")
     values = {}
@@ -217,13 +225,15 @@ def _linear(model, name, meta, files):
     return linear
 
 
-def _put(tensors, path, files):
+def _put(tensors: dict[str, torch.Tensor], path: Path, files: dict[str, Path]) -> None:
     """Write tensors to a file where they wait until shards are written, and say so in `files`."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     files |= dict.fromkeys(tensors, path)
 
 
-def _write_shards(folder, tensors, files, max_shard_size, parameters):
+def _write_shards(
+    folder: Path, tensors: dict[str, torch.Tensor], files: dict[str, Path], max_shard_size: str | int, parameters: int
+) -> None:
     """Weights and index of a checkpoint of `tensors`, which are empty or in `files`.
 
     A shard is written from mapped files, so that it is never in memory as a whole.

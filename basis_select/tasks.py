@@ -4,10 +4,10 @@ import logging
 import random
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
@@ -181,7 +181,7 @@ def load_task(
     return Task(source, **splits, score=scored, pad_id=_pad(tokenizer), report=report, stops=_stops(every, tokenizer))
 
 
-def _check_used(source, options, prompt, made):
+def _check_used(source: str, options: dict, prompt: str | None, made: bool) -> None:
     """Raise ValueError for what the source would not look at."""
     known = ["data_dir"] if source in HUB else []
     if prompt is not None and not made:
@@ -193,11 +193,11 @@ def _check_used(source, options, prompt, made):
         raise ValueError(f"data_dir is {folder!r}, it should be the path of a folder")
 
 
-def _pad(tokenizer):
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _told(report, max_length):
+def _told(report: dict, max_length: int) -> str:
     """What `report` counts of cut, dropped and repeated rows, as a phrase."""
     reasons = {
         "truncated": f"examples were cut to max_length={max_length} tokens",
@@ -209,7 +209,7 @@ def _told(report, max_length):
     return ", ".join(f"{report[key]:,} {reason}" for key, reason in reasons.items() if report[key])
 
 
-def _scoring(source, rows, score):
+def _scoring(source: str, rows: list[dict], score: Callable | None) -> Callable | None:
     """How responses are scored: `score`, else the first of SCORES by which all rows are right. None without answers.
 
     Raises ValueError, with an example, if the rows' own responses do not score as right.
@@ -230,7 +230,7 @@ def _scoring(source, rows, score):
     )
 
 
-def _stops(rows, tokenizer):
+def _stops(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Texts that end a response of these rows, beside the end token: none that is in a response itself."""
     found = {row.get("turn_end", "").strip() for row in rows} | {row.get("next", "") for row in rows}
     found = {text for text in found if text and tokenizer.eos_token not in text}
@@ -255,7 +255,7 @@ def counted_as(task: Task, original: Task) -> Task:
     return replace(task, **found)
 
 
-def _encode(row, encoder, max_length, report):
+def _encode(row: dict, encoder: Encoder, max_length: int, report: dict) -> Example | None:
     ids, start = encoder.pair(row["prompt"], row["response"], row.get("rendered", False))
     if start >= max_length:
         report["dropped_too_long"] += 1
@@ -271,7 +271,9 @@ def _encode(row, encoder, max_length, report):
     return Example(row["prompt"], row["response"], row["answer"], tuple(ids), start)
 
 
-def _disjoint(rows, sizes, seed=0, made=False):
+def _disjoint(
+    rows: dict[str, list[dict]], sizes: dict[str, int], seed: int = 0, made: bool = False
+) -> tuple[dict[str, list[dict]], dict]:
     """`(rows, report)`: no prompt in two splits, the test first, and each split as large as it may be, drawn by `seed`.
 
     Of rows that are `made` there are as many as one likes: the first are taken, and no prompt twice.
@@ -297,7 +299,9 @@ def _disjoint(rows, sizes, seed=0, made=False):
     return kept, report
 
 
-def _reasoning_gym(family, options, template, sizes, seed):
+def _reasoning_gym(
+    family: str, options: dict, template: str | None, sizes: dict[str, int], seed: int
+) -> tuple[dict[str, list[dict]], Callable]:
     try:
         import reasoning_gym
     except ImportError:
@@ -315,13 +319,13 @@ def _reasoning_gym(family, options, template, sizes, seed):
     return rows, number if rationale else exact
 
 
-def generated(family, split, size, seed=0):
+def generated(family: str, split: str, size: int, seed: int = 0) -> list[dict]:
     """The first `size` rows of which `load_task("reasoning_gym:FAMILY", seed=seed)` makes a split."""
     sizes = dict.fromkeys(SPLITS, 1) | {split: size}
     return _disjoint(_reasoning_gym(family, {}, None, sizes, seed)[0], sizes, made=True)[0][split]
 
 
-def _gym_row(item, template, family):
+def _gym_row(item: dict, template: str | None, family: str) -> dict:
     metadata, answer = item["metadata"], str(item["answer"])
     rationale = next((metadata[k] for k in ("answer_cot", "rationale", "cot") if metadata.get(k)), None)
     response = answer
@@ -342,7 +346,7 @@ def _gym_row(item, template, family):
     return row if template else {**row, "next": _NEXT}
 
 
-def _hub(name, options, sizes, seed):
+def _hub(name: str, options: dict, sizes: dict[str, int], seed: int) -> tuple[dict[str, list[dict]], Callable | None]:
     from datasets import load_dataset
 
     spec = HUB[name]
@@ -362,7 +366,7 @@ def _hub(name, options, sizes, seed):
     return _hold_out(rows, sizes, seed), spec.score
 
 
-def _hub_row(spec, row, where):
+def _hub_row(spec: _Hub, row: dict, where: str) -> dict:
     try:
         filled = {**fill(spec, row), "where": where}
     except (KeyError, IndexError, TypeError, AttributeError):
@@ -375,13 +379,13 @@ def _hub_row(spec, row, where):
 class _Filler(string.Formatter):
     """str.format, but only of texts and numbers."""
 
-    def format_field(self, value, format_spec):
+    def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise TypeError(f"{value!r} is no text")
         return super().format_field(value, format_spec)
 
 
-def fill(spec, row):
+def fill(spec: _Hub, row: dict) -> dict:
     """A row of a data set in HUB as `{prompt, response, answer}`; `next` where a text ends the response."""
     filled = {
         "prompt": _Filler().format(spec.prompt, **row),
@@ -391,14 +395,14 @@ def fill(spec, row):
     return {**filled, "next": _NEXT} if spec.prompt.startswith(_NEXT.strip()) else filled
 
 
-def _hold_out(rows, sizes, seed):
+def _hold_out(rows: dict[str, list[dict]], sizes: dict[str, int], seed: int) -> dict[str, list[dict]]:
     if "validation" not in rows:
         count = min(sizes["validation"], max(len(rows["train"]) // 3, len(rows["train"]) > 1))
         rows["train"], rows["validation"] = _draw(rows["train"], count, seed)
     return rows
 
 
-def _folder(path, tokenizer, sizes, seed):
+def _folder(path: Path, tokenizer: PreTrainedTokenizerBase, sizes: dict[str, int], seed: int) -> dict[str, list[dict]]:
     files = {split: path / f"{split}.jsonl" for split in SPLITS}
     missing = [split for split in ("train", "test") if not files[split].is_file()]
     if missing:
@@ -408,7 +412,7 @@ def _folder(path, tokenizer, sizes, seed):
     return _hold_out(rows, sizes, seed)
 
 
-def _file(source, tokenizer, sizes, seed):
+def _file(source: str, tokenizer: PreTrainedTokenizerBase, sizes: dict[str, int], seed: int) -> dict[str, list[dict]]:
     path = Path(source)
     if path.suffix.lower() not in (".json", ".jsonl"):
         if path.is_file():
@@ -427,7 +431,7 @@ def _file(source, tokenizer, sizes, seed):
     return {"train": train, "validation": validation, "test": test}
 
 
-def _draw(rows, count, seed):
+def _draw(rows: Sequence[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
     """`(those left, those drawn)`, each in the order they had."""
     held = set(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
     return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]

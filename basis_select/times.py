@@ -1,9 +1,11 @@
 """What ranks cost by the times that `basis-select profile` measured on a device."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .layers.shape import Shape
 from .reading import read_json
+from .target import Target
 
 TABLE = {  # what the file that `profile` fills holds
     "layers": [{"in": int, "out": [int], "dense": {str: float}, "ranks": {str: {str: float}}}],
@@ -11,7 +13,9 @@ TABLE = {  # what the file that `profile` fills holds
 }
 
 
-def prices(path, asked, shapes, reserve=0, more=()):
+def prices(
+    path: str | Path, asked: Target, shapes: Sequence[Shape], reserve: int = 0, more: Sequence[tuple[Shape, int]] = ()
+) -> tuple[list[list[tuple[int | None, float]]], float]:
     """What `linalg.budget.allocate` needs to choose ranks by time: `([(rank, seconds), ..., (None, seconds)] per shape,
     seconds that all of them may take)`.
 

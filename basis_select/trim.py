@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -93,7 +93,7 @@ def trimmed_away(model: nn.Module) -> int:
     return (getattr(model.config, "trimmed", None) or {}).get("parameters_away", 0)
 
 
-def _check_tables(model):
+def _check_tables(model: PreTrainedModel) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, LowRankEmbedding) or not isinstance(head, nn.Linear):
         raise ValueError("the embedding or the head is written as bases: trim before decompose")
@@ -104,7 +104,7 @@ def _check_tables(model):
         raise ValueError(f"{', '.join(others)} has a row for every token beside the embedding: it cannot be trimmed")
 
 
-def _vocabulary(content):
+def _vocabulary(content: dict) -> dict[str, int]:
     """`{token: id}` of the model of a tokenizer.json, without the tokens that are added to it."""
     kind, found = content["model"]["type"], content["model"]["vocab"]
     if kind == "BPE":
@@ -114,7 +114,7 @@ def _vocabulary(content):
     raise ValueError(f"a {kind} tokenizer cannot be trimmed: it has no smaller pieces to write other text with")
 
 
-def _special(model, tokenizer, content):
+def _special(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, content: dict) -> set[int]:
     """Ids of special tokens, and of those that the model's configs name."""
     found = {*tokenizer.all_special_ids, *(t["id"] for t in content["added_tokens"] if t["special"])}
     for *_, value in _token_ids(model):
@@ -122,7 +122,7 @@ def _special(model, tokenizer, content):
     return found
 
 
-def _token_ids(model):
+def _token_ids(model: PreTrainedModel) -> list[tuple[Any, str, Any]]:
     """`[(config, key, value), ...]` of all that names tokens in the configs of a model and of its generation."""
     parts = [model.config, *(getattr(model.config, name) for name in model.config.sub_configs), model.generation_config]
     found = []
@@ -136,11 +136,11 @@ def _token_ids(model):
     return found
 
 
-def _flat(value):
+def _flat(value: int | list) -> list[int]:
     return [value] if isinstance(value, int) else [token for item in value for token in _flat(item)]
 
 
-def _of_template(tokenizer):
+def _of_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens of the text that a chat template writes itself, as far as its source says."""
     template = tokenizer.chat_template or ""
     template = "\n".join(template.values()) if isinstance(template, dict) else template
@@ -151,7 +151,7 @@ def _of_template(tokenizer):
     return {t for text in (*outside, *quoted, *words) for t in tokenizer.encode(text, add_special_tokens=False)}
 
 
-def _closed(content, wanted):
+def _closed(content: dict, wanted: set[int]) -> list[int]:
     """Ids of the tokens to keep, in order: `wanted` and all that these and any other text are built from."""
     vocabulary, model = _vocabulary(content), content["model"]
     names = {i: token for token, i in vocabulary.items()}
@@ -178,11 +178,11 @@ def _closed(content, wanted):
     return own + sorted(i for i in wanted if i in added and i not in names)
 
 
-def _pair(merge):
+def _pair(merge: str | list[str]) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
-def _ancestors(token, ranks):
+def _ancestors(token: str, ranks: dict[tuple[str, ...], int]) -> set[str]:
     """Every token that merging the characters of `token` passes through."""
     parts, found = list(token), set(token)
     while len(parts) > 1:
@@ -194,7 +194,7 @@ def _ancestors(token, ranks):
     return found
 
 
-def _tokenizer(tokenizer, content, kept):
+def _tokenizer(tokenizer: PreTrainedTokenizerBase, content: dict, kept: list[int]) -> PreTrainedTokenizerBase:
     """The same kind of tokenizer over the tokens `kept`, in their order."""
     new, model = {old: i for i, old in enumerate(kept)}, content["model"]
     content = copy.deepcopy(content)
@@ -221,7 +221,7 @@ def _tokenizer(tokenizer, content, kept):
         return AutoTokenizer.from_pretrained(folder)
 
 
-def _renumbered(part, new):
+def _renumbered(part: Any, new: dict[int, int]) -> Any:
     """A post-processor with new ids: of TemplateProcessing's `ids`, and of the pairs `[token, id]` that others hold."""
     if isinstance(part, dict):
         return {
@@ -235,7 +235,9 @@ def _renumbered(part, new):
     return part
 
 
-def _check_pieces(task, tokenizer, smaller, new):
+def _check_pieces(
+    task: Task, tokenizer: PreTrainedTokenizerBase, smaller: PreTrainedTokenizerBase, new: dict[int, int]
+) -> None:
     """Raise ValueError unless every training example keeps its tokens; one that was cut has others, which may go."""
     texts = [e.prompt + e.response for e in task.train]
     both = (which(texts, add_special_tokens=False)["input_ids"] for which in (tokenizer, smaller))
@@ -245,7 +247,7 @@ def _check_pieces(task, tokenizer, smaller, new):
 
 
 @torch.no_grad()
-def _shrink(model, kept, new):
+def _shrink(model: PreTrainedModel, kept: list[int], new: dict[int, int]) -> None:
     """Take rows `kept` of embedding and head, and give the configs the new ids."""
     rows = torch.tensor(kept)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -263,5 +265,5 @@ def _shrink(model, kept, new):
         setattr(part, key, _mapped(value, new))
 
 
-def _mapped(value, new):
+def _mapped(value: int | list, new: dict[int, int]) -> int | list:
     return new.get(value, value) if isinstance(value, int) else [_mapped(item, new) for item in value]

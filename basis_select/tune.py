@@ -43,7 +43,7 @@ def tune(
     return model
 
 
-def trainable(model, embeddings=False):
+def trainable(model: PreTrainedModel, embeddings: bool = False) -> None:
     """What tune and heal train: every parameter except, unless `embeddings`, the embedding and a dense output head."""
     if quantized(model):
         raise ValueError("int8 weights do not train: train the checkpoint that they were rounded from")

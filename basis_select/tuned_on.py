@@ -12,9 +12,13 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import nn
 
 FILE = "tuned_on.json"
 WORDS = 8  # of a passage
@@ -30,14 +34,14 @@ class TunedOn:
     prompts: np.ndarray
     passages: np.ndarray
 
-    def __or__(self, other):
+    def __or__(self, other: "TunedOn") -> "TunedOn":
         return TunedOn(np.union1d(self.prompts, other.prompts), np.union1d(self.passages, other.passages))
 
-    def trained(self, prompts):
+    def trained(self, prompts: Iterable[str]) -> list[bool]:
         """Whether each of these texts is the prompt of a row that was trained on."""
         return np.isin(np.array([prompt_key(text) for text in prompts], np.uint64), self.prompts).tolist()
 
-    def near(self, texts):
+    def near(self, texts: Sequence[str]) -> list[bool]:
         """Whether each of these texts, all of one test, shares SHARE of its passages with rows trained on."""
         found = [passages(text) for text in texts]
         counts = Counter(passage for text in found for passage in text)
@@ -46,7 +50,7 @@ class TunedOn:
         return [len(p) >= LEAST and bool(np.isin(p, self.passages).mean() >= SHARE) for p in own]
 
 
-def remember(model, *splits):
+def remember(model: nn.Module, *splits: Any) -> None:
     """Add the examples of `splits` to what `model` was tuned on."""
     texts = [example.prompt for split in splits for example in split]
     marks = {mark for text in texts for mark in passages(text)}
@@ -55,23 +59,23 @@ def remember(model, *splits):
     model.tuned_on = new if known is None else known | new
 
 
-def prompt_key(text):
+def prompt_key(text: str) -> int:
     """What two prompts share that count as one."""
     return _hash(" ".join(text.lower().split()), 8)
 
 
-def passages(text):
+def passages(text: str) -> set[int]:
     """The hashes of all passages of a text; of one that is shorter, its own."""
     words = re.findall(r"[^\W\d_]+|0", re.sub(r"\d[\d.,]*", "0", text.lower()))
     starts = range(max(1, len(words) - WORDS + 1))
     return {_hash(" ".join(words[i : i + WORDS]), 4) for i in starts}
 
 
-def _hash(text, size):
+def _hash(text: str, size: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "little")
 
 
-def near(texts, tests):
+def near(texts: Iterable[str], tests: Sequence[str]) -> list[bool]:
     """Whether each of `texts` holds SHARE of the passages of one of `tests`."""
     holders = {}
     for i, test in enumerate(tests):
@@ -85,14 +89,14 @@ def near(texts, tests):
     return found
 
 
-def write(model, folder):
+def write(model: nn.Module, folder: Path) -> None:
     """Write what `model` was tuned on beside its weights, if that is known."""
     if (known := getattr(model, "tuned_on", None)) is not None:
         fields = {name: base64.b64encode(getattr(known, name).tobytes()).decode() for name in ("prompts", "passages")}
         (folder / FILE).write_text(json.dumps(fields))
 
 
-def read(model, folder):
+def read(model: nn.Module, folder: Path) -> None:
     """Give `model` what the checkpoint in `folder` says that it was tuned on. Raises ValueError, naming a bad file."""
     path = folder / FILE
     if not path.exists():

@@ -14,7 +14,7 @@ from .checkpoint.checks import SIDECAR
 from .models import load
 
 
-def probe_logits(model):
+def probe_logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits (2, 16, vocabulary) on fixed token ids: what `verify` compares."""
     vocabulary = model.config.get_text_config().vocab_size  # an export has no module of its embedding
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -48,5 +48,5 @@ def verify(folder: str | Path, model: PreTrainedModel | None = None) -> dict[str
     }
 
 
-def _dump(folder, out):
+def _dump(folder: str, out: str) -> None:
     save_file({"logits": probe_logits(load(folder)[0])}, out)

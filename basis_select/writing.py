@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def replace_text(path, text):
+def replace_text(path: Path, text: str) -> None:
     """Replace a file in one step: readers see the old text or the new."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -17,13 +17,13 @@ def replace_text(path, text):
         partial.unlink(missing_ok=True)
 
 
-def settle(folder):
+def settle(folder: Path) -> None:
     """Return when all files of `folder`, and the folder, are on disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
-def sync(path):
+def sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -33,7 +33,7 @@ def sync(path):
         os.close(handle)
 
 
-def require_file(path):
+def require_file(path: str | Path) -> None:
     """Raise ValueError unless a result can be written to the file `path`, before what it costs to get one."""
     path = Path(path)
     above = next(p for p in path.resolve().parents if p.exists())

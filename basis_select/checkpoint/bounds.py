@@ -2,8 +2,10 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..reading import read_json
 from .checks import description, stored
@@ -12,7 +14,7 @@ from .format import build, dense_on_meta
 SLACK = 2**20  # numbers that a model may have beside twice those in its files: what is missing is named elsewhere
 
 
-def require_bounds(folder, config):
+def require_bounds(folder: Path, config: PreTrainedConfig) -> None:
     """Raise ValueError, naming config.json, if the model it describes is far larger than the weights beside it.
 
     config: what transformers read from it. Nothing is asked of folders whose weights are not in safetensors, or are
@@ -37,7 +39,7 @@ def require_bounds(folder, config):
         raise ValueError(f"{path} describes a model of {asked:,} parameters, the files beside it hold {held:,}")
 
 
-def _require_numbers(path, value, name=""):
+def _require_numbers(path: Path, value: Any, name: str = "") -> None:
     """NaN is no setting, and neither are a scalar without bound or an epsilon below zero."""
     if isinstance(value, dict):
         for key, inner in value.items():

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -45,7 +46,7 @@ class Place(NamedTuple):
 
 
 @contextlib.contextmanager
-def checked(folder, graphs=False):
+def checked(folder: str | Path, graphs: bool = False) -> Iterator[None]:
     """Check a checkpoint before the block and, after it, that what was hashed is what the block could read.
 
     Loaders open files by their paths, so no handle can be passed on to them: after the block every file must still be
@@ -60,7 +61,7 @@ def checked(folder, graphs=False):
             raise ValueError(f"{path} was replaced or changed while it was loaded: nothing of it is used")
 
 
-def check(folder, graphs=False):
+def check(folder: str | Path, graphs: bool = False) -> dict[Path, tuple[int, ...]]:
     """`{file: what identifies it}` of a checkpoint that is whole, and that is what was saved.
 
     Every file must have its recorded sha256, every tensor be where the index says, and nothing else that a loader reads
@@ -81,24 +82,24 @@ def check(folder, graphs=False):
     return states
 
 
-def is_saved(folder):
+def is_saved(folder: str | Path) -> bool:
     """Whether `save` wrote this folder, or it says that it is one of ours."""
     return (Path(folder) / SIDECAR).exists() or is_compressed(folder)
 
 
-def is_compressed(folder):
+def is_compressed(folder: str | Path) -> bool:
     """Whether this folder's config.json says that it is one of ours."""
     return _said(folder) is not None
 
 
-def _said(folder):
+def _said(folder: str | Path) -> dict | None:
     """What this folder's config.json says of our format, None if nothing."""
     path = Path(folder) / "config.json"
     said = read_json(path).get("quantization_config") if os.path.lexists(path) else None
     return said if isinstance(said, dict) and said.get("quant_method") == METHOD else None
 
 
-def description(folder):
+def description(folder: Path) -> BasisSelectConfig | None:
     """The BasisSelectConfig in this folder's config.json, None if it is no checkpoint of ours."""
     said = _said(folder)
     if said is None:
@@ -110,7 +111,7 @@ def description(folder):
     return BasisSelectConfig(**said)
 
 
-def _check_guards(folder, config, places):
+def _check_guards(folder: Path, config: BasisSelectConfig, places: dict[str, Place]) -> None:
     """What makes transformers refuse such a folder without this package must be what was written for that."""
     for guard in (HINT, *factored_weights(config)):
         for name, place in places.items():
@@ -123,7 +124,7 @@ def _check_guards(folder, config, places):
                 )
 
 
-def _require_listed(folder, recorded, graphs):
+def _require_listed(folder: Path, recorded: dict[str, str], graphs: bool) -> None:
     """Raise ValueError for everything in the folder that was not saved with it, unless no loader reads it."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -140,7 +141,7 @@ def _require_listed(folder, recorded, graphs):
             raise ValueError(f"{path} was not part of this checkpoint when it was saved: remove it")
 
 
-def _recorded(folder):
+def _recorded(folder: Path) -> dict[str, str]:
     """`{file name: sha256}` of what was saved, and is there."""
     path = folder / SIDECAR
     if not os.path.lexists(path):
@@ -160,7 +161,7 @@ def _recorded(folder):
     return recorded
 
 
-def _require_own(folder, path):
+def _require_own(folder: Path, path: Path) -> None:
     """Raise ValueError for a link that leads out of the folder, unless the hub's cache made it."""
     home = folder.resolve()
     roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -169,7 +170,7 @@ def _require_own(folder, path):
         raise ValueError(f"{path} is a link out of its folder, to {target}: copy the file there")
 
 
-def _check_hashes(folder, recorded):
+def _check_hashes(folder: Path, recorded: dict[str, str]) -> dict[Path, tuple[int, ...]]:
     states = {}
     for name, digest in recorded.items():
         path = folder / name
@@ -182,7 +183,7 @@ def _check_hashes(folder, recorded):
     return states
 
 
-def _check_index(folder, places):
+def _check_index(folder: Path, places: dict[str, str]) -> None:
     path = folder / INDEX
     if not path.exists():
         if set(places.values()) != {"model.safetensors"}:
@@ -200,14 +201,14 @@ def _check_index(folder, places):
             raise ValueError(f"{path} says that {name} is in {said}, it is in {found}")
 
 
-def _check_choice(folder):
+def _check_choice(folder: Path) -> None:
     """The config must leave it to the index which files hold the weights."""
     path = folder / "config.json"
     if (chosen := read_json(path).get("transformers_weights")) is not None:
         raise ValueError(f"{path} names {chosen!r} as its weights (transformers_weights): {INDEX} does that")
 
 
-def stored(folder):
+def stored(folder: str | Path) -> dict[str, Place]:
     """`{name of a tensor: Place}`, from the headers alone. Raises ValueError, naming the file."""
     weights = sorted(path for path in Path(folder).glob("*.safetensors") if not path.name.startswith("."))
     if not weights:
@@ -221,7 +222,7 @@ def stored(folder):
     return found
 
 
-def _headers(path):
+def _headers(path: Path) -> dict[str, Place]:
     regular(path)
     try:
         with safe_open(path, "pt") as file:
@@ -231,19 +232,19 @@ def _headers(path):
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def require_files(folder):
+def require_files(folder: str | Path) -> None:
     """Raise ValueError, naming it, for a FIFO, socket or device in this folder: some loader might open it."""
     for path in sorted(Path(folder).iterdir()):
         if not path.is_dir() and path.exists():
             regular(path)
 
 
-def recorded_files(folder):
+def recorded_files(folder: str | Path) -> list[str]:
     """Names of the files that were saved as this checkpoint, and of the one that records them."""
     return [*_recorded(Path(folder)), SIDECAR]
 
 
-def weight_hash(folder):
+def weight_hash(folder: str | Path) -> str:
     """One digest for all weight files of a checkpoint, from the recorded hash of each."""
     recorded = _recorded(Path(folder))
     digests = [f"{name} {recorded[name]}" for name in sorted(recorded) if name.endswith(".safetensors")]

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 HIDDEN = "***"
 SECRET_KEYS = re.compile(r"(?i)(^|[_-])(token|secret|password|passwd|api_?key|credentials?|authorization)$")
@@ -17,13 +18,13 @@ WHOLE_PATH = re.compile(r"(?:file://)?(?:/|~|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)[^\n]*
 INNER_PATH = re.compile(r"""(?<![^\s"'=(:,\[])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\"']+[/\\])+([^\s/\\"',)]*)""")
 
 
-def masked(text):
+def masked(text: object) -> str:
     """A text without passwords and access tokens."""
     text = QUERY.sub(rf"\1{HIDDEN}", USER.sub("", str(text)))
     return BEARER.sub(rf"\1{HIDDEN}", SECRETS.sub(HIDDEN, text))
 
 
-def cleaned(value, key=""):
+def cleaned(value: Any, key: str = "") -> tuple[Any, list[str]]:
     """`(value, keys that changed)`: paths of this machine become their last part, secrets are hidden.
 
     value: what YAML or JSON hold. A key that names a file or a folder loses relative folders as well.
@@ -41,7 +42,7 @@ def cleaned(value, key=""):
     return text, [key] if text != value else []
 
 
-def _without_folders(text, name):
+def _without_folders(text: str, name: str) -> str:
     is_id = name == "model" and text.count("/") == 1 and not Path(text).exists()
     relative = name in PATH_KEYS and ("/" in text or "\\" in text) and not is_id
     if WHOLE_PATH.fullmatch(text) or (relative and "://" not in text and not text.startswith("wheel:")):

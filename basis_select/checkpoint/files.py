@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -60,7 +61,7 @@ def save(
     return Path(folder)
 
 
-def _saveable(model):
+def _saveable(model: torch.nn.Module) -> PreTrainedModel:
     """The model of transformers in what DDP or torch.compile made of it, described as it is."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(model, PreTrainedModel):
@@ -74,7 +75,7 @@ def _saveable(model):
 
 
 @contextlib.contextmanager
-def whole(folder):
+def whole(folder: str | Path) -> Iterator[Path]:
     """A folder to fill with a checkpoint; it becomes `folder`, hashes added, if the block ends without an error.
 
     What a process that was killed has left of it is removed. Raises FileExistsError if `folder` holds anything.
@@ -104,7 +105,7 @@ def whole(folder):
         raise
 
 
-def _rewrite(folder, dtype, without, more):
+def _rewrite(folder: Path, dtype: Dtype | None, without: Container[str], more: Mapping[str, torch.Tensor]) -> None:
     """Cast a saved checkpoint (unless `dtype` is None), drop the tensors in `without` and add `more`, shard by shard.
 
     (save_pretrained takes a state dict, but neither sees tied tensors in a cast one nor uses it for a model that has a

@@ -19,10 +19,12 @@ import contextlib
 import copy
 import itertools
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -35,7 +37,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.embedding import LowRankEmbedding, install, module_name, settle_ties
-from ..layers.group import groups, table_of
+from ..layers.group import Group, groups, table_of
 from ..layers.learning import LearningLinear
 from ..layers.low_rank import LowRankLinear
 from ..layers.rounded import Int8Linear, quantized
@@ -55,7 +57,15 @@ HINT = "import_basis_select_before_loading"  # an empty tensor too: transformers
 @register_quantization_config(METHOD)
 class BasisSelectConfig(QuantizationConfigMixin):
     def __init__(
-        self, ranks=None, groups=None, weighted=0, new=0, embedding=None, int8=None, format_version=VERSION, **kwargs
+        self,
+        ranks: dict[str, int] | None = None,
+        groups: list[list[str]] | None = None,
+        weighted: int = 0,
+        new: int = 0,
+        embedding: dict | None = None,
+        int8: list[str] | None = None,
+        format_version: int = VERSION,
+        **kwargs: Any,
     ):
         self.quant_method = METHOD
         self.format_version = format_version
@@ -68,7 +78,7 @@ class BasisSelectConfig(QuantizationConfigMixin):
         require_description({**self.__dict__, **kwargs})
 
 
-def require_loadable(model):
+def require_loadable(model: PreTrainedModel) -> None:
     """Raise ValueError if AutoModelForCausalLM, which reads checkpoints, does not know this kind of model."""
     config = model.config
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
@@ -78,14 +88,14 @@ def require_loadable(model):
         )
 
 
-def unstorable(model, layers):
+def unstorable(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> list[str]:
     """Those of `layers`, `{name: module}`, whose factors transformers would store but not read again.
 
     It makes one tensor of theirs and others', or stores them under a name that it takes for another.
     """
     shapes = {f"{name}.u.weight": (layers[name].out_features, layers[name].in_features) for name in layers}
 
-    def stored(names):
+    def stored(names: Iterable[str]) -> list[str]:
         return [*revert_weight_conversion(model, {name: torch.empty(shapes[name], device="meta") for name in names})]
 
     conversions = get_model_conversion_mapping(model)
@@ -101,12 +111,12 @@ def unstorable(model, layers):
     ]
 
 
-def register(model):
+def register(model: PreTrainedModel) -> None:
     """Let `save_pretrained` of `model` describe what it then is, whoever calls it."""
     model.hf_quantizer = BasisSelectQuantizer(BasisSelectConfig())
 
 
-def describe(model):
+def describe(model: PreTrainedModel) -> None:
     """Write what the modules of `model` are now into its config, and which of its tensors are tied.
 
     Raises ValueError, naming the tensor, unless a model made from that config has the very tensors of this one.
@@ -118,7 +128,7 @@ def describe(model):
     _require_described(model, found)
 
 
-def description(model):
+def description(model: PreTrainedModel) -> BasisSelectConfig | None:
     """The BasisSelectConfig of the modules that there are, None if all are dense."""
     found, embedding, int8 = groups(model), _describe_embedding(model), quantized(model)
     if not found and not embedding and not int8:
@@ -136,7 +146,7 @@ def description(model):
     )
 
 
-def _require_alike(group, first):
+def _require_alike(group: Group, first: Group) -> None:
     """All bases are weighted or none, and all have as many new ones: the format says it once for the whole model."""
     for name, layer in group.items():
         if _kind(layer) != _kind(first.leader):
@@ -146,14 +156,14 @@ def _require_alike(group, first):
             )
 
 
-def _kind(layer):
+def _kind(layer: LowRankLinear) -> tuple[int, int]:
     """The power of a layer's weights, 0 if it has none, and how many new bases are beside them."""
     if not isinstance(layer, LearningLinear):
         return 0, 0
     return layer.leader.s.power, layer.new.rank if layer.new else 0
 
 
-def _describe_embedding(model):
+def _describe_embedding(model: PreTrainedModel) -> dict | None:
     table, embedding = table_of(model), model.get_input_embeddings()
     if table is None:
         return None
@@ -161,7 +171,7 @@ def _describe_embedding(model):
     return {"name": name, "rank": table.rank, "tied": embedding.tied, "scale": embedding.scale}
 
 
-def _require_described(model, found):
+def _require_described(model: PreTrainedModel, found: BasisSelectConfig | None) -> None:
     here = model.state_dict()
     for part, remedy in REMEDIES.items():
         if wrong := next((name for name in here if part in name), None):
@@ -179,19 +189,19 @@ def _require_described(model, found):
             )
 
 
-def stock(model, config):
+def stock(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A dense model of `config`, of the class and the dtype of `model`, on the meta device."""
     with torch.device("meta"):
         return type(model)._from_config(config, dtype=model.dtype)
 
 
-def dense_on_meta(config):
+def dense_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """A dense model of `config` without values."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(plain_config(config), trust_remote_code=False)
 
 
-def plain_config(config):
+def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy that says nothing of factors: else transformers would look for a quantizer."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
@@ -199,18 +209,18 @@ def plain_config(config):
     return config
 
 
-def in_files(model, state):
+def in_files(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state`, tensors by their names in `model`, by the names that they have in checkpoints."""
     names = {f"{layer}.{here}": f"{layer}.{there}" for layer in _weighted(model) for here, there in WEIGHTS.items()}
     return {names.get(name, name): tensor for name, tensor in state.items()}
 
 
-def _weighted(model):
+def _weighted(model: nn.Module) -> list[str]:
     """Names of the layers that own weights of bases."""
     return [n for n, m in model.named_modules() if isinstance(m, LearningLinear) and m.leader is m]
 
 
-def guards(model):
+def guards(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """`{name: empty tensor}` of what a checkpoint of `model` holds beside its state: nothing if no layer is bases."""
     found, state = description(model), in_files(model, model.state_dict())
     # The `weight` of weighted bases can have the name: its shape is not the dense one either.
@@ -218,20 +228,20 @@ def guards(model):
     return {name: torch.empty(0, dtype=model.dtype) for name in names if name not in state}
 
 
-def factored_weights(config):
+def factored_weights(config: BasisSelectConfig) -> list[str]:
     """Names that the weights of the layers written as bases would have if these were dense."""
     factored = config.ranks or ([config.embedding["name"]] if config.embedding else [])
     return [f"{name}.weight" for name in sorted(factored)]
 
 
-def _guard_names(model, config):
+def _guard_names(model: PreTrainedModel, config: BasisSelectConfig) -> list[str]:
     weights = factored_weights(config)
     # Not one that transformers stores under another name or as a part of another tensor.
     kept = (name for name in weights if [*revert_weight_conversion(model, {name: torch.empty(0)})] == [name])
     return [*itertools.islice(kept, 1), HINT] if weights else []
 
 
-def build(model, config):
+def build(model: PreTrainedModel, config: BasisSelectConfig) -> None:
     """Replace the listed nn.Linear layers by LowRankLinear of the listed ranks, weights uninitialised.
 
     Raises ValueError, naming the layer, if the model cannot have such layers.
@@ -255,12 +265,12 @@ def build(model, config):
         model.set_submodule(name, Int8Linear.like(_listed(model, name, nn.Linear)))
 
 
-def _leaders(config):
+def _leaders(config: BasisSelectConfig) -> dict[str, str]:
     """`{follower: leader}` of all groups."""
     return {name: leader for leader, *followers in config.groups for name in followers}
 
 
-def _listed(model, name, kind):
+def _listed(model: nn.Module, name: str, kind: type[nn.Module]) -> nn.Module:
     """The module that config.json calls `name`."""
     try:
         module = model.get_submodule(name)
@@ -272,7 +282,7 @@ def _listed(model, name, kind):
 
 
 @contextlib.contextmanager
-def _stand_ins(model):
+def _stand_ins(model: nn.Module) -> Iterator[None]:
     """Within it, dense layers without values in the place of ours.
 
     Architectures initialise what no file holds module by module, and reach for the `weight` of linear layers below,
@@ -298,24 +308,24 @@ def _stand_ins(model):
 class BasisSelectQuantizer(HfQuantizer):
     requires_calibration = True  # it only ever reads what decompose and prune have written
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         build(model, self.quantization_config)
         known = {rf"^(.+\.)?{re.escape(name)}$" for name in _guard_names(model, self.quantization_config)}
         model._keys_to_ignore_on_load_unexpected = known | set(model._keys_to_ignore_on_load_unexpected or ())
 
-        def initialize_weights():
+        def initialize_weights() -> None:
             with _stand_ins(model):
                 type(model).initialize_weights(model)
 
         model.initialize_weights = initialize_weights  # of this load alone
 
-    def update_weight_conversions(self, weight_conversions, model):
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
         layers = "|".join(map(re.escape, _weighted(model)))
         names = WEIGHTS.items() if layers else ()
         self.renamings = [WeightRenaming(rf"^({layers})\.{there}$", rf"\1.{here}") for here, there in names]
         return [*super().update_weight_conversions(weight_conversions, model), *self.renamings]
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         del model.initialize_weights
         # They are no part of what transformers would revert: `in_files` does it for models that were never loaded too.
         model._weight_conversions = [c for c in model._weight_conversions if c not in self.renamings]
@@ -336,20 +346,20 @@ class BasisSelectQuantizer(HfQuantizer):
                             moved[tensor] = tensor.clone()
                         kind[name] = moved[tensor]
 
-    def get_state_dict_and_metadata(self, model):
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict]:
         if getattr(model, "_hf_peft_config_loaded", False):  # transformers then writes the adapter alone
             return model.state_dict(), {}
         describe(model)
         return {**in_files(model, model.state_dict()), **guards(model)}, {}
 
-    def _dequantize(self, model, dtype=None):
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name in quantized(model):
             model.set_submodule(name, model.get_submodule(name).to_linear())
         for group in filter(None, [*groups(model), table_of(model)]):
             group.to_dense(model)
         return model
 
-    def is_serializable(self):
+    def is_serializable(self) -> bool:
         return True
 
     is_trainable = property(lambda self: True)

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from typing import Any
 
 from ..reading import shown
 
@@ -9,7 +10,7 @@ VERSION = 1
 LARGEST = 2**31  # above every rank that a tensor in memory can have
 
 
-def require_version(version):
+def require_version(version: Any) -> None:
     if version != VERSION or type(version) is not int:
         raise ValueError(
             f"this checkpoint has format version {version}; this basis_select reads version {VERSION}: "
@@ -17,7 +18,7 @@ def require_version(version):
         )
 
 
-def require_description(description):
+def require_description(description: Any) -> None:
     """Raise ValueError, naming the field, unless this is a `quantization_config` that format.py can build from."""
     if not isinstance(description, dict):
         raise ValueError(f"quantization_config is {shown(description)}, it should be an object")
@@ -38,12 +39,12 @@ def require_description(description):
     _require_groups(description.get("groups", []), ranks)
 
 
-def _require_rank(where, rank):
+def _require_rank(where: str, rank: Any) -> None:
     if not _counts(rank) or rank < 1:
         raise ValueError(f"{where} the rank {shown(rank)}, which is not a number of bases")
 
 
-def _require_embedding(embedding):
+def _require_embedding(embedding: dict) -> None:
     embedding = {"scale": 1.0, **embedding}
     if embedding.keys() != EMBEDDING.keys():
         raise ValueError(f"quantization_config.embedding has {shown(sorted(embedding))}, it needs {sorted(EMBEDDING)}")
@@ -54,7 +55,7 @@ def _require_embedding(embedding):
     _require_rank(f"quantization_config.embedding gives {embedding['name']}", embedding["rank"])
 
 
-def _require_groups(groups, ranks):
+def _require_groups(groups: list[list[str]], ranks: dict[str, int]) -> None:
     """Every group names layers that have one rank, each layer once in all."""
     seen = set()
     for group in groups:
@@ -71,15 +72,15 @@ def _require_groups(groups, ranks):
             seen.add(name)
 
 
-def _counts(value):
+def _counts(value: Any) -> bool:
     return type(value) is int and 0 <= value < LARGEST
 
 
-def _is_name(value):
+def _is_name(value: Any) -> bool:
     return isinstance(value, str) and all(value.split("."))
 
 
-def _is_names(value):
+def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_name, value)) and len(set(value)) == len(value)
 
 

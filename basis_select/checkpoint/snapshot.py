@@ -10,7 +10,7 @@ from . import checks
 from .cleaning import masked
 
 
-def snapshot(source):
+def snapshot(source: str | Path) -> Path | None:
     """The local folder with all files of the hub repository `source`, or None if it holds no checkpoint of ours."""
     if Path(source).is_dir():
         return None
@@ -24,13 +24,13 @@ def snapshot(source):
     return Path(snapshot_download(str(source), revision=config.parent.name))
 
 
-def mask_logs():
+def mask_logs() -> None:
     """What the hub's client logs names addresses, which may hold a password."""
     for name in list(logging.root.manager.loggerDict):
         if name.partition(".")[0] in ("huggingface_hub", "httpx", "transformers"):
             logging.getLogger(name).addFilter(_mask_record)
 
 
-def _mask_record(record):
+def _mask_record(record: logging.LogRecord) -> bool:
     record.msg, record.args = masked(record.getMessage()), ()
     return True

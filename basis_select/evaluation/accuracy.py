@@ -2,7 +2,10 @@
 
 import functools
 import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +19,7 @@ from transformers import (
 )
 
 from ..encoding import Encoder
-from ..tasks import Task
+from ..tasks import Example, Task
 from ..training.data import require_fit
 from ..training.precision import products
 
@@ -72,7 +75,7 @@ def evaluate(
     }
 
 
-def summary(items):
+def summary(items: Sequence[dict]) -> dict:
     """`accuracy` and `nll` of some items of `evaluate`."""
     return {
         "accuracy": wilson([item["correct"] for item in items]) if "correct" in items[0] else None,
@@ -80,13 +83,20 @@ def summary(items):
     }
 
 
-def _body(example, end):
+def _body(example: Example, end: int | None) -> list[int]:
     """The response's tokens without the end token, unless it is all there is."""
     body = list(example.input_ids[example.start :])
     return body[:-1] if body[-1] == end and len(body) > 1 else body
 
 
-def _generated(model, tokenizer, task, examples, most, rows):
+def _generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    most: int,
+    rows: int,
+) -> list[str]:
     """The greedy response to each prompt, as text: without what ends it, and without what of the prompt is in it."""
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
@@ -115,7 +125,7 @@ def _generated(model, tokenizer, task, examples, most, rows):
     return [texts[i] for i in range(len(examples))]
 
 
-def _until(tokens, tokenizer, ends, stops):
+def _until(tokens: list[int], tokenizer: PreTrainedTokenizerBase, ends: set[int], stops: Sequence[str]) -> str:
     """The text of `tokens` before the first end token or stop."""
     tokens = tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
     for stop in stops:  # a turn end may be a special token, which the text returned does not show
@@ -130,17 +140,17 @@ def _until(tokens, tokenizer, ends, stops):
 class _Stops(StoppingCriteria):
     """A row is done when one of `stops` is in what was generated for it, special tokens and all."""
 
-    def __init__(self, tokenizer, stops, width):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], width: int):
         self.tokenizer, self.stops, self.width = tokenizer, stops, width
         self.last = 2 * max(len(tokenizer.encode(stop, add_special_tokens=False)) for stop in stops)
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.width :][:, -self.last :])
         done = [any(stop in text for stop in self.stops) for text in texts]
         return torch.tensor(done, device=input_ids.device)
 
 
-def padded(prompts, pad_id):
+def padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`(ids, real)`, (B, L) each, of lists of tokens that end together: padded at their start."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id)
@@ -151,7 +161,7 @@ def padded(prompts, pad_id):
     return ids, real
 
 
-def lm_eval():
+def lm_eval() -> ModuleType:
     """The package. Raises ValueError that names the extra where it is not installed."""
     try:
         import lm_eval
@@ -164,22 +174,34 @@ def lm_eval():
 
 
 @functools.cache
-def _adapter():
+def _adapter() -> type:
     """lm-eval's model for transformers, with our way from text to tokens."""
 
     class Adapter(lm_eval().models.huggingface.HFLM):
         @functools.cached_property
-        def encoder(self):
+        def encoder(self) -> Encoder:
             return Encoder(self.tokenizer)
 
-        def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs):
+        def tok_encode(
+            self,
+            string: str,
+            add_special_tokens: bool | None = None,
+            left_truncate_len: int | None = None,
+            **kwargs: Any,
+        ) -> list[int]:
             return self.encoder.text(string, add_special_tokens is False)[-(left_truncate_len or 0) :]
 
-        def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+        def tok_batch_encode(
+            self,
+            strings: Sequence[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
             return padded(rows, self.tokenizer.pad_token_id)
 
-        def _encode_pair(self, context, continuation):
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
             ids, start = self.encoder.pair(context, continuation)
             return ids[:start], ids[start:]
 
@@ -187,7 +209,9 @@ def _adapter():
 
 
 @contextmanager
-def harness(model, tokenizer, batch_size, name, longest=None):
+def harness(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, name: str, longest: int | None = None
+) -> Iterator[Any]:
     """lm-eval's view of a model, while it measures a task called `name`.
 
     `longest` bounds the tokens of a request below what the model can take. Raises ValueError at the first logit that
@@ -208,7 +232,17 @@ def harness(model, tokenizer, batch_size, name, longest=None):
         tokenizer.padding_side = side
 
 
-def run(model, tokenizer, task, batch_size, name, longest=None, execute=False, limit=None, samples=None):
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Any,
+    batch_size: int,
+    name: str,
+    longest: int | None = None,
+    execute: bool = False,
+    limit: int | None = None,
+    samples: list[int] | None = None,
+) -> tuple[Any, dict]:
     """`(lm, results)` of lm-eval on one of its tasks, within `harness`.
 
     `execute` lets tasks run model-written code; `samples` are the indices of its documents, all without.
@@ -232,8 +266,8 @@ def run(model, tokenizer, task, batch_size, name, longest=None, execute=False, l
 
 
 @contextmanager
-def _finite_logits(model, name):
-    def check(module, args, logits):
+def _finite_logits(model: PreTrainedModel, name: str) -> Iterator[None]:
+    def check(module: torch.nn.Module, args: tuple, logits: torch.Tensor) -> None:
         if not torch.isfinite(logits.sum(dtype=torch.float32)):
             count = int((~torch.isfinite(logits)).sum())
             if count:
@@ -248,23 +282,23 @@ def _finite_logits(model, name):
         hook.remove()
 
 
-def likelihood(lm, sample):
+def likelihood(lm: Any, sample: dict) -> dict:
     """`{nll, tokens}` of a sample of a likelihood task: nats of the response, and the tokens lm-eval scored for it."""
     return {"nll": -sample["resps"][0][0][0], "tokens": len(lm._encode_pair(*sample["arguments"][0])[1])}
 
 
-def wilson(correct):
+def wilson(correct: Sequence[bool]) -> dict[str, float]:
     """Share of true items, with its 95 % interval."""
     interval = stats.binomtest(sum(correct), len(correct)).proportion_ci(method="wilson")
     return {"value": sum(correct) / len(correct), "low": float(interval.low), "high": float(interval.high)}
 
 
-def pooled(nll, tokens):
+def pooled(nll: Sequence[float], tokens: Sequence[int]) -> dict[str, float | None]:
     """NLL per token of all items together, with its 95 % bootstrap interval over items."""
     return bootstrap(lambda n, t, axis=-1: n.sum(axis) / t.sum(axis), nll, tokens)
 
 
-def bootstrap(statistic, *columns, paired=True):
+def bootstrap(statistic: Callable, *columns: Sequence[float], paired: bool = True) -> dict[str, float | None]:
     """`statistic(*columns)` with its 95 % percentile interval when items are drawn anew; None where one item is all.
 
     Items are the rows of `columns`, or those of each column by itself unless they are `paired`.
@@ -311,5 +345,5 @@ def compare(parent: dict, result: dict) -> dict:
     return found
 
 
-def _identity(item):
+def _identity(item: dict) -> str:
     return item["prompt_sha256"] if "prompt_sha256" in item else item["prompt"]

@@ -9,7 +9,8 @@ import collections
 import contextlib
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,7 +77,7 @@ def bench(
     return facts
 
 
-def _row(what, name, way, seconds, floors, tokens):
+def _row(what: str | int, name: str, way: str, seconds: dict, floors: dict[str, dict], tokens: int) -> dict:
     """One measurement beside its floor and those of the first model."""
     base = next(iter(floors))
     steps = tokens if what == "decode" else 1
@@ -96,7 +97,7 @@ def _row(what, name, way, seconds, floors, tokens):
     }
 
 
-def _floors(model, prompts, generation):
+def _floors(model: PreTrainedModel, prompts: Sequence[int], generation: Generation) -> dict:
     """`{prompt length: FLOPs of its first token, "decode": bytes read for a token}`."""
     found = {}
     for n in prompts:
@@ -106,7 +107,7 @@ def _floors(model, prompts, generation):
     return found | {"decode": weights_read(model) + _cache_bytes(generation)}
 
 
-def weights_read(model):
+def weights_read(model: PreTrainedModel) -> int:
     """Bytes of the weights that every token needs: all but an embedding of which only rows are looked up."""
     table, head = table_of(model), model.get_output_embeddings()
     looked_up = (table.leader.u if table is not None else model.get_input_embeddings()).weight
@@ -114,7 +115,7 @@ def weights_read(model):
     return sum(p.nbytes for p in model.parameters()) - untied * looked_up.nbytes
 
 
-def _cache_bytes(generation):
+def _cache_bytes(generation: Generation) -> int:
     """Bytes of keys and values, or other states, at the end of a generation."""
     run = generation.to_decode()
     run()
@@ -122,7 +123,7 @@ def _cache_bytes(generation):
     return sum(x.nbytes for layer in cache.layers for x in vars(layer).values() if torch.is_tensor(x))
 
 
-def _memory(model, generation):
+def _memory(model: PreTrainedModel, generation: Generation) -> dict[str, int]:
     """Bytes of weights, buffers and the cache at the longest; activations: the most that reading the prompt adds."""
     passing = forward_pass(model, input_ids=generation.ids, use_cache=True, logits_to_keep=1).passing
     cache = _cache_bytes(generation)
@@ -135,7 +136,7 @@ def _memory(model, generation):
     }
 
 
-def part_shares(model, prepare, rounds):
+def part_shares(model: PreTrainedModel, prepare: Callable[[], Callable], rounds: int) -> dict[str, float]:
     """`{part: share of the time}` of what `prepare()` gives, run eagerly, by hooks on the modules of each part.
 
     In a decoder block the children that take a mask or a cache are attention, others with linear layers feed-forward.
@@ -149,11 +150,11 @@ def part_shares(model, prepare, rounds):
                 parts[child] = "attention" if mixes else "feed-forward"
     spent, began, total = collections.Counter(), {}, 0.0
 
-    def before(module, args):
+    def before(module: nn.Module, args: tuple) -> None:
         wait(model.device)
         began[module] = time.perf_counter()
 
-    def after(module, args, out):
+    def after(module: nn.Module, args: tuple, out: Any) -> None:
         wait(model.device)
         spent[parts[module]] += time.perf_counter() - began[module]
 
@@ -171,7 +172,7 @@ def part_shares(model, prepare, rounds):
     return {part: spent[part] / total for part in PARTS}
 
 
-def operator_shares(run, device, most=6):
+def operator_shares(run: Callable[[], object], device: torch.device, most: int = 6) -> dict[str, float]:
     """`{operator: share of the time}` of the `most` costly ones by torch's profiler, and of all "others"."""
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
@@ -187,7 +188,7 @@ def operator_shares(run, device, most=6):
     return shares | {"others": 1 - sum(shares.values())}
 
 
-def table(facts):
+def table(facts: dict) -> str:
     """The facts of `bench` as Markdown: times beside their floors, memory, and where the time goes."""
     lines = ["| | model | way | ms, median (range) | floor | reached | times faster | ideal | share of ideal |"]
     lines += ["|---|---|---|---:|---:|---:|---:|---:|---:|"]

@@ -6,12 +6,15 @@ and axes and grid follow the page from light to dark.
 
 import io
 import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 from markupsafe import Markup
 
 try:
     import matplotlib as mpl
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 except ImportError:
@@ -40,7 +43,7 @@ MARKERS = "osD^vP*X<>ph"
 DRAWN = 250  # points of one spectrum: more cannot be told apart
 
 
-def svg(title, paint, *data, size=(4.6, 3.3)):
+def svg(title: str, paint: Callable, *data: Any, size: tuple[float, float] = (4.6, 3.3)) -> Markup:
     """One figure as an <svg> element for HTML: `paint(axes, *data)`; `title` is read to who cannot see it."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=size, layout="constrained")
@@ -73,7 +76,7 @@ def svg(title, paint, *data, size=(4.6, 3.3)):
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def quality(ax, series, label, strong=None):
+def quality(ax: Axes, series: Mapping[str, Sequence[tuple]], label: str, strong: str | None = None) -> None:
     """Quality against bytes: `series` is `{name: [(bytes, value, low, high), ...]}`, joined where it has several.
 
     Logarithmic upwards where values differ much; `label` "Accuracy" is in percent. `strong` names the thicker line.
@@ -102,7 +105,7 @@ def quality(ax, series, label, strong=None):
         _log(ax)
 
 
-def legend(figure):
+def legend(figure: Figure) -> None:
     """One legend below all axes, in which every name is once."""
     named = {}
     for ax in figure.axes:
@@ -111,7 +114,7 @@ def legend(figure):
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def spectrum(ax, before, after, kept):
+def spectrum(ax: Axes, before: Sequence[float], after: Sequence[float] | None, kept: Sequence[bool] | None) -> None:
     """Weights s of one layer's bases, largest first: as decomposed, as learned (or None), and which ones stay.
 
     `kept` has a truth value for every basis, or is None where that is not known.
@@ -133,7 +136,7 @@ def spectrum(ax, before, after, kept):
     ax.legend(fontsize=8, loc="lower left")
 
 
-def training(ax, runs):
+def training(ax: Axes, runs: Mapping[str, Sequence[dict]]) -> None:
     """Loss of every step, and within it the distance to the parent where there is one: `{name: metrics}`."""
     for i, (name, rows) in enumerate(runs.items()):
         steps, colour = [row["step"] for row in rows], COLOURS[i % len(COLOURS)]
@@ -144,7 +147,7 @@ def training(ax, runs):
     ax.set_ylim(bottom=0)
 
 
-def _log(ax):
+def _log(ax: Axes) -> None:
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))

@@ -79,7 +79,7 @@ def heat(modules: Iterable[Mapping], extra: Iterable[Mapping], caption: str) -> 
     return _blocks.heat(above, kinds, sorted(grid.items()), alone, key, caption)
 
 
-def _cell(module):
+def _cell(module: Mapping) -> dict:
     """Text, note, class and style of a module's square in the heat map."""
     rank, full, leader = module["rank"], module["full"], module["leader"]
     kept = 1 if rank is None else rank / full
@@ -90,7 +90,7 @@ def _cell(module):
     return {"text": "dense" if rank is None else rank, "note": note, "kind": kind, "style": _shade(kept)}
 
 
-def _shade(kept):
+def _shade(kept: float) -> str:
     """Background for a share between 0 and 1, and black or white letters, whichever contrasts more."""
     depth = 2 * min(kept, 1) ** 0.5  # most layers keep little, and differ there
     pale, deep = SHADES[:2] if depth < 1 else SHADES[1:]

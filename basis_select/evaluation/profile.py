@@ -6,7 +6,7 @@ what `prune(latency=, costs=)` chooses by.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -62,10 +62,10 @@ def profile(
 class _Weights:
     """Hands out pieces of one pool of numbers in turn: the next ones are always those read longest ago."""
 
-    def __init__(self, pool):
+    def __init__(self, pool: torch.Tensor):
         self.pool, self.at = pool, 0
 
-    def take(self, *shape):
+    def take(self, *shape: int) -> nn.Parameter:
         size = math.prod(shape)
         if self.at + size > len(self.pool):
             self.at = 0
@@ -74,7 +74,9 @@ class _Weights:
         return nn.Parameter(piece, requires_grad=False)
 
 
-def _timed(shape, tokens, is_head, rounds, multiple_of, weights):
+def _timed(
+    shape: Shape, tokens: Sequence[int], is_head: bool, rounds: int, multiple_of: int, weights: _Weights
+) -> dict:
     """The times of one Shape, dense and at each rank of the grid; a head only ever computes the last token."""
     largest = shape.largest_rank
     step = multiple_of * max(1, -(-largest // (multiple_of * GRID)))
@@ -93,7 +95,7 @@ def _timed(shape, tokens, is_head, rounds, multiple_of, weights):
     return {"in": shape.inputs, "out": list(shape.outputs), "dense": dense, "ranks": ranks}
 
 
-def _layers(shape, rank, weights):
+def _layers(shape: Shape, rank: int | None, weights: _Weights) -> list[nn.Module]:
     """Layers that read the same tensor, with weights from the pool: dense, or of one rank with a shared `v`."""
     made, reads = [], shape.inputs
     for out in shape.outputs:
@@ -109,9 +111,9 @@ def _layers(shape, rank, weights):
     return made
 
 
-def _prepare(x, copies):
+def _prepare(x: torch.Tensor, copies: Sequence[Sequence[nn.Module]]) -> Callable[[], Callable]:
     @torch.no_grad()
-    def run():
+    def run() -> None:
         for layers in copies:
             for layer in layers:
                 layer(x)

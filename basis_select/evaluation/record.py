@@ -4,16 +4,18 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..machine import environment
 from ..models import config_and_tokenizer, load
 from ..reading import misfit, read_json
 from ..sizes import sizes
 from ..target import Dtype
+from ..tuned_on import TunedOn
 from ..writing import replace_text, require_file
 from .accuracy import SEED, compare
 from .report import interval
@@ -78,7 +80,14 @@ def measure(
     return report
 
 
-def _measured(source, dtype, names, how, batches, known=None):
+def _measured(
+    source: str | Path,
+    dtype: Dtype | None,
+    names: Sequence[str],
+    how: dict,
+    batches: dict[str, int | None],
+    known: TunedOn | None = None,
+) -> tuple[dict, TunedOn | None]:
     """`(report, what is not to be tested)`: what the model was tuned on, and what is `known` beside."""
     model, tokenizer = load(source, dtype)
     own = getattr(model, "tuned_on", None)
@@ -100,7 +109,7 @@ def _measured(source, dtype, names, how, batches, known=None):
     return report, known
 
 
-def _recorded(path, names, how, dtype):
+def _recorded(path: str | Path, names: Sequence[str], how: dict, dtype: Dtype | None) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no result file at {path}")
     report = read_json(Path(path), REPORT)
@@ -117,7 +126,7 @@ def _recorded(path, names, how, dtype):
     return {key: report[key] for key in ("model", "tasks", "domains")}
 
 
-def weights_sha256(model):
+def weights_sha256(model: nn.Module) -> str:
     """One digest of the names and bytes of all tensors of `model`, in the dtype it has."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -126,7 +135,7 @@ def weights_sha256(model):
     return digest.hexdigest()
 
 
-def lines(report):
+def lines(report: dict) -> Iterator[str]:
     """A report as lines of text: a block per task, a line per model."""
     models = [("parent", report["against"])] if "against" in report else []
     models.append(("model", report))
@@ -150,7 +159,7 @@ def lines(report):
             yield f"  {who}: {interval(measured['domains'][domain], '.1%')}"
 
 
-def _figures(result):
+def _figures(result: dict) -> Iterator[str]:
     forms = {"accuracy": ".1%", "nll": ".4f", "perplexity": ".2f", "repetition": ".1%", "empty": ".1%"}
     for key, form in forms.items():
         if result.get(key):
@@ -160,7 +169,7 @@ def _figures(result):
             yield f"pass@{k} {interval(value, '.1%')}"
 
 
-def _differences(paired):
+def _differences(paired: dict) -> Iterator[str]:
     if "p" in paired:
         yield f"{paired['gained']} gained, {paired['lost']} lost (p {paired['p']:.2g})"
     for key in ("nll", "score"):

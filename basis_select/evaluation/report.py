@@ -1,6 +1,8 @@
 """Results as a Markdown table, and the curve of quality against size."""
 
 import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 HEAD = (
     "model",
@@ -17,12 +19,12 @@ HEAD = (
 ALIGN = "llllrrrrrr"
 
 
-def table(results):
+def table(results: Mapping[str, dict]) -> str:
     """One row per model of a run's results: quality with 95 % intervals, the four sizes, speed, gained and lost."""
     return markdown(HEAD, [cells(name, row) for name, row in results.items()], ALIGN)
 
 
-def cells(name, row):
+def cells(name: str, row: dict) -> list[str]:
     """The texts of one row under HEAD."""
     s, paired, speed = row["sizes"], row["paired"], row["decode_tokens_per_second"]
     return [
@@ -39,22 +41,22 @@ def cells(name, row):
     ]
 
 
-def peak(row):
+def peak(row: dict) -> int:
     """Bytes of memory at the worst moment of all stages of a row."""
     return max(stage["peak_memory_bytes"] for stage in row["stages"])
 
 
-def markdown(head, rows, align):
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> str:
     """A Markdown table; `align` has an l or r for every column."""
     rule = "".join("---|" if a == "l" else "---:|" for a in align)
     return "".join(line + "\n" for line in (_line(head), f"|{rule}", *map(_line, rows)))
 
 
-def _line(texts):
+def _line(texts: Iterable[str]) -> str:
     return f"| {' | '.join(texts)} |"
 
 
-def curve(results, folder):
+def curve(results: Mapping[str, dict], folder: Path) -> None:
     """Write curve.csv and curve.png: NLL with its 95 % interval, and accuracy, against bytes, smallest model first.
 
     The parent is among the points; rows of `results` that are no size of one family are for the caller to leave out.
@@ -83,5 +85,5 @@ def curve(results, folder):
     figure.savefig(folder / "curve.png", dpi=120, bbox_inches="tight")
 
 
-def interval(x, form):
+def interval(x: dict, form: str) -> str:
     return f"{x['value']:{form}}" + ("" if x["low"] is None else f" ({x['low']:{form}} to {x['high']:{form}})")

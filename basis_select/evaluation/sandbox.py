@@ -20,7 +20,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 FOLDER = 2**26  # bytes of the temporary folder
 EXAMINER = 2**30  # bytes of memory for the tests' own process
@@ -58,7 +60,7 @@ class Outcome:
     reason: str  # "passed", "failed: AssertionError in ...", "time limit of 10 s", "memory limit", "output limit"
 
 
-def check(program, tests="", *, entry="", seconds=10.0, memory=2**30):
+def check(program: str, tests: str = "", *, entry: str = "", seconds: float = 10.0, memory: int = 2**30) -> Outcome:
     """Run `program`, then `tests` against the names it defines, within `seconds` of wall time and `memory` bytes.
 
     Safe to call from threads. `entry` is the function under test; it matters where it hides a builtin or a standard
@@ -97,7 +99,7 @@ def check(program, tests="", *, entry="", seconds=10.0, memory=2**30):
     return Outcome(**verdict)
 
 
-def _line(link, seconds):
+def _line(link: socket.socket, seconds: float) -> Any:
     """The next JSON line, None if it does not come in time."""
     deadline, received = time.monotonic() + seconds, b""
     while not received.endswith(b"\n"):
@@ -113,7 +115,7 @@ def _line(link, seconds):
 
 
 @functools.cache
-def missing():
+def missing() -> list[str]:
     """The protections that this machine cannot give, in words; empty if none. `check` needs all of them."""
     if sys.platform != "linux":
         return ["every protection: it is built on Linux namespaces"]
@@ -137,7 +139,7 @@ def missing():
 
 
 @contextlib.contextmanager
-def _inside(role, memory, seconds, stdin, stdout):
+def _inside(role: str, memory: int, seconds: float, stdin: socket.socket, stdout: socket.socket) -> Iterator[None]:
     """One process of the sandbox; on leaving it and all it could have started are gone, not merely signalled."""
     filtered = _pipe_of(_system_call_filter())
     info, told = os.pipe()
@@ -169,7 +171,7 @@ def _inside(role, memory, seconds, stdin, stdout):
         process.wait()
 
 
-def _pipe_of(content):
+def _pipe_of(content: bytes) -> int:
     read, write = os.pipe()
     os.write(write, content)
     os.close(write)
@@ -177,7 +179,7 @@ def _pipe_of(content):
 
 
 @functools.cache
-def _system_call_filter():
+def _system_call_filter() -> bytes:
     import pyseccomp
 
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.ENOSYS))
@@ -194,7 +196,7 @@ def _system_call_filter():
 
 
 @functools.cache
-def _bubblewrap():
+def _bubblewrap() -> list[str]:
     python = os.path.realpath(sys.executable)
     command = [shutil.which("bwrap"), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"]
     command += ["--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]  # a root caller would leave it all of root's
@@ -209,6 +211,6 @@ def _bubblewrap():
     return [*command, "--size", str(FOLDER), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
 
 
-def _python():
+def _python() -> list[str]:
     # -P and -S: nothing but the standard library can be imported, no file of the program's shadows it
     return ["--", os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", "-X", "utf8"]

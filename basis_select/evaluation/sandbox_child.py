@@ -15,12 +15,13 @@ import os
 import sys
 import traceback
 import types
+from collections.abc import Callable, Sequence
 
 MESSAGE = 2**24  # bytes of one answer of the program
 GONE = "failed: the program ended before its tests did"
 
 
-def main(role, memory, seconds):
+def main(role: str, memory: str, seconds: str) -> None:
     import resource  # a POSIX module: what the sandbox runs is imported on Windows too, though never run there
 
     for limit, most in {
@@ -46,21 +47,21 @@ def main(role, memory, seconds):
 class Link:
     """One end of a socket that carries JSON lines."""
 
-    def __init__(self, fd):
+    def __init__(self, fd: int):
         self.reader, self.writer = os.fdopen(fd, "rb"), os.fdopen(os.dup(fd), "wb")
 
-    def read(self, most=-1):
+    def read(self, most: int = -1) -> object:
         line = self.reader.readline(most)
         if not line.endswith(b"\n"):
             raise EOFError("output limit" if len(line) == most else GONE)
         return json.loads(line)
 
-    def write(self, message):
+    def write(self, message: object) -> None:
         self.writer.write(json.dumps(message).encode() + b"\n")
         self.writer.flush()
 
 
-def pack(x, refer):
+def pack(x: object, refer: Callable[[object], dict]) -> object:
     """`x` as JSON; what is not a plain value goes through `refer`, which names it or raises."""
     if x is None or isinstance(x, bool | float | str):
         return x
@@ -78,7 +79,7 @@ def pack(x, refer):
     return refer(x)
 
 
-def unpack(x, resolve):
+def unpack(x: object, resolve: Callable[[str, object], object]) -> object:
     if not isinstance(x, dict):
         return x
     ((kind, content),) = x.items()
@@ -95,13 +96,13 @@ def unpack(x, resolve):
     return resolve(kind, content)
 
 
-def answer(link):
+def answer(link: Link) -> None:
     """Run the program, then do what the examiner asks, until it hangs up."""
     module = types.ModuleType("program")  # not __main__: a script's main block is no part of what is tested
     sys.modules["program"] = module
     objects = []
 
-    def refer(x):
+    def refer(x: object) -> dict:
         objects.append(x)
         return {"object": len(objects) - 1}
 
@@ -129,33 +130,33 @@ def answer(link):
 class Remote:
     """Something of the program's that has no plain value: it can be used, but equals nothing but itself."""
 
-    def __init__(self, ask, index):
+    def __init__(self, ask: Callable, index: int):
         vars(self).update(_ask=ask, _index=index)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self._ask("call", self, args, kwargs)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> object:
         return self._ask("getattr", self, name)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: object) -> None:
         self._ask("setattr", self, name, value)
 
-    def __iter__(self):
+    def __iter__(self) -> object:
         return self._ask("iter", self)
 
-    def __next__(self):
+    def __next__(self) -> object:
         return self._ask("next", self)
 
 
-def examine(program, parent):
+def examine(program: Link, parent: Link) -> None:
     """Have the program run, run the tests against it, report `{"passed", "reason"}` or `{"unusable": why}`."""
 
-    def end(**verdict):
+    def end(**verdict: object) -> None:
         parent.write(verdict)
         os._exit(0)  # also from inside a test that would catch an exception
 
-    def ask(action, *args):
+    def ask(action: str, *args: object) -> object:
         request = [action, [pack(x, refer) for x in args]]
         try:
             program.write(request)
@@ -169,7 +170,7 @@ def examine(program, parent):
             raise error
         return unpack(reply["value"], resolve)
 
-    def refer(x):
+    def refer(x: object) -> dict:
         if not isinstance(x, Remote):
             kind = type(x).__name__
             end(unusable=f"the tests hand the program a {kind}: only plain values and its own objects can reach it")
@@ -177,7 +178,7 @@ def examine(program, parent):
 
     remotes = {}
 
-    def resolve(kind, content):
+    def resolve(kind: str, content: int) -> Remote:
         return remotes.setdefault(content, Remote(ask, content))
 
     parent.write(program.read())
@@ -200,7 +201,7 @@ def examine(program, parent):
     end(passed=True, reason="passed")
 
 
-def raised(names, text):
+def raised(names: Sequence[str], text: str) -> Exception:
     """The nearest builtin exception to one whose classes have these names."""
     if not hasattr(builtins, names[0]):
         text = f"{names[0]}: {text}"
@@ -211,7 +212,7 @@ def raised(names, text):
     return RuntimeError(f"{names[0]}: {text}")
 
 
-def explain(error, tests):
+def explain(error: BaseException, tests: str) -> str:
     if isinstance(error, MemoryError):
         return "memory limit"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<tests>"]

@@ -1,17 +1,20 @@
 """What checkpoints say about their bases, from config.json and single small tensors: no model is loaded."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from safetensors import safe_open
 
 from ..reading import read_json
 
 
-def bases_of(stage):
+def bases_of(stage: Path) -> dict:
     """The quantization_config of a stage's checkpoint; of a dense one, that of a model without bases."""
     config = read_json(stage / "model" / "config.json").get("quantization_config") or {}
     return {"ranks": {}, "groups": [], "embedding": None, "weighted": 0, **config}
 
 
-def layers(full, kept):
+def layers(full: dict, kept: dict) -> tuple[list[dict], list[dict]]:
     """`(modules, extra)` for html.heat from two quantization_configs: with all bases, and with those that stayed."""
     shares = {name: group[0] for group in full["groups"] for name in group}
     order = [name for group in full["groups"] for name in group]
@@ -28,7 +31,7 @@ def layers(full, kept):
     return modules, extra
 
 
-def weights(stage):
+def weights(stage: Path) -> dict[str, tuple[list[float], list[int]]]:
     """`{leader: (s, survived)}` of a checkpoint that carries weighted bases; both are lists, one entry a basis."""
     config, found = bases_of(stage), {}
     for path in sorted((stage / "model").glob("*.safetensors")):
@@ -42,7 +45,7 @@ def weights(stage):
     return found
 
 
-def kept_ranks(decomposed, pruned):
+def kept_ranks(decomposed: Path, pruned: Path) -> dict[str, int]:
     """`{leader: bases left}` of what `prune` did not make dense; the token embedding goes by the name of its table."""
     full, left = bases_of(decomposed), bases_of(pruned)
     ranks = dict(left["ranks"])
@@ -52,7 +55,7 @@ def kept_ranks(decomposed, pruned):
     return ranks
 
 
-def kept(found, ranks):
+def kept(found: Mapping[str, tuple[list[float], list[int]]], ranks: Mapping[str, int]) -> dict[str, list[bool]]:
     """`{leader: [bool, ...]}`: which bases `prune` kept, by |s| among those that outlived enough prunings of `learn`.
 
     found: of `weights`; ranks: of `kept_ranks`. As `prune.select` does it; the token embedding is not in `learn`.

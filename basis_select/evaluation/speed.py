@@ -4,14 +4,18 @@ import functools
 import platform
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 
-def take_turns(runs, rounds, pause=0.0, device=None):
+def take_turns(
+    runs: Mapping[Any, Callable[[], Callable]], rounds: int, pause: float = 0.0, device: torch.device | None = None
+) -> dict[Any, list[float]]:
     """`{name: [seconds, ...]}` of `{name: prepare}`, where `prepare()` gives the function that is timed.
 
     Each round calls every one of them once, in turn; one round before them warms up and is not counted. `pause`:
@@ -30,11 +34,13 @@ def take_turns(runs, rounds, pause=0.0, device=None):
     return {name: found[1:] for name, found in seconds.items()}
 
 
-def spread(values):
+def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def decode_speed(models, tokens=16, rounds=5):
+def decode_speed(
+    models: Mapping[str, PreTrainedModel], tokens: int = 16, rounds: int = 5
+) -> dict[str, dict[str, float]]:
     """Median tokens per second of greedy decoding at batch 1 after a 16-token prompt, for `{name: model}`.
 
     Returns `{name: {"median", "low", "high"}}`.
@@ -52,7 +58,7 @@ class Generation:
     graph is called only here, with one model and one shape.
     """
 
-    def __init__(self, model, prompt, tokens, compiled=False):
+    def __init__(self, model: PreTrainedModel, prompt: int, tokens: int, compiled: bool = False):
         self.model, self.tokens, self.compiled = model, tokens, compiled
         self.ids = (torch.arange(prompt, device=model.device) % (model.get_input_embeddings().num_embeddings - 1))[None]
         self.fixed, self.read = None, self._next
@@ -64,7 +70,7 @@ class Generation:
 
     @functools.cached_property
     @torch.no_grad()
-    def step(self):
+    def step(self) -> Callable:
         """The function that decodes one token."""
         if not self.compiled:
             return self._next
@@ -80,41 +86,41 @@ class Generation:
             self.model.set_attn_implementation(before)
         return step
 
-    def to_prefill(self):
+    def to_prefill(self) -> Callable:
         """The function that computes the first token, its cache empty."""
         return functools.partial(self.first, self.empty_cache())
 
-    def to_decode(self):
+    def to_decode(self) -> Callable:
         """The function that decodes the tokens after the first."""
         step = self.step  # compiled before the cache is filled
         cache = self.empty_cache()
         return functools.partial(self.rest, step, self.first(cache), cache)
 
-    def empty_cache(self):
+    def empty_cache(self) -> Cache:
         if not self.compiled:
             return DynamicCache(config=self.model.config)
         self.fixed.reset()
         return self.fixed
 
     @torch.no_grad()
-    def first(self, cache):
+    def first(self, cache: Cache) -> torch.Tensor:
         return self.read(self.ids, cache)
 
     @torch.no_grad()
-    def rest(self, step, token, cache):
+    def rest(self, step: Callable, token: torch.Tensor, cache: Cache) -> torch.Tensor:
         for _ in range(self.tokens):
             token = step(token, cache)
         return token
 
-    def _next(self, ids, cache):
+    def _next(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         out = self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
         return out.logits.argmax(-1)
 
 
-def _compiled(function):
+def _compiled(function: Callable) -> Callable:
     """`function` as one graph for one shape."""
 
-    def alone(*args):
+    def alone(*args: Any) -> Any:
         return function(*args)
 
     # torch.compile keeps its graphs by code object: with one of its own, no other model's are tried before it.
@@ -123,7 +129,7 @@ def _compiled(function):
     return torch.compile(alone, dynamic=False, fullgraph=True, options=unchecked)
 
 
-def environment(device, dtype):
+def environment(device: torch.device, dtype: torch.dtype) -> dict:
     """What a time depends on beside the model: device, threads, dtype, versions."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -140,6 +146,6 @@ def environment(device, dtype):
     }
 
 
-def wait(device):
+def wait(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)

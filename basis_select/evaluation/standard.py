@@ -10,9 +10,10 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,7 +21,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..reading import sha256
-from ..tasks import HUB, load_task
+from ..tasks import HUB, Task, load_task
+from ..tuned_on import TunedOn
 from .accuracy import bootstrap, evaluate, likelihood, lm_eval, pooled, run, summary, wilson
 
 FOLDER = Path(__file__).parent / "tasks"
@@ -45,7 +47,7 @@ TYPICAL = 1024  # tokens of a request that a batch is sized for
 LOOP = 4, 100  # copies, characters
 
 
-def expand(names, allow_code_execution=False):
+def expand(names: Sequence[str], allow_code_execution: bool = False) -> list[str]:
     """Task names as evaluated: `suite` or a domain of it becomes its data sets, and NAME becomes NAME and NAME_nll.
 
     What is none of our names must be a source for `load_task`. Raises ValueError on others, and where a task would
@@ -106,7 +108,16 @@ def evaluate_on(
     return {n: evaluate_task(model, tokenizer, n, limit, shots, samples, batch_size, known) for n in names}
 
 
-def evaluate_task(model, tokenizer, name, limit=None, shots=None, samples=1, batch_size=None, known=None):
+def evaluate_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    limit: int | None = None,
+    shots: int | None = None,
+    samples: int = 1,
+    batch_size: int | None = None,
+    known: TunedOn | None = None,
+) -> dict:
     """One result of `evaluate_on`, of a name that `expand` has let through; `known`: rows that are not to be tested."""
     if name not in NAMES:
         task, trained = _untrained(load_task(name, tokenizer), name, known)
@@ -171,7 +182,7 @@ def evaluate_task(model, tokenizer, name, limit=None, shots=None, samples=1, bat
     }
 
 
-def _untrained(task, source, known):
+def _untrained(task: Task, source: str, known: TunedOn | None) -> tuple[Task, int]:
     """`(task, n)` without the n test rows that are `known`.
 
     A file has no test split of its own: there any other row that is not known takes their place, so that after a run
@@ -186,18 +197,18 @@ def _untrained(task, source, known):
     return dataclasses.replace(task, test=fresh), sum(trained[: len(task.test)])
 
 
-def _require(fresh, name):
+def _require(fresh: Sequence, name: str) -> None:
     if not fresh:
         raise ValueError(f"the model was tuned on every row of {name}: nothing is left to test")
 
 
-def _asked(task, doc):
+def _asked(task: Any, doc: dict) -> str:
     """What a document asks, without examples; where that is no text, what is scored."""
     texts = (task.doc_to_text(doc), task.doc_to_target(doc))
     return next((text for text in texts if isinstance(text, str) and text.strip()), "")
 
 
-def rows_that_fit(model, generates):
+def rows_that_fit(model: PreTrainedModel, generates: bool) -> int:
     """Rows of a batch for which a quarter of the free memory is enough, 1 to 64, at 1,024 tokens a row.
 
     A row needs logits of every token, twice in fp32, or, where it `generates`, its keys and values.
@@ -209,7 +220,7 @@ def rows_that_fit(model, generates):
     return int(min(64, max(1, free // 4 // (per_token * TYPICAL))))
 
 
-def _items(lm, task, samples, about):
+def _items(lm: Any, task: Any, samples: Iterable[dict], about: dict) -> list[dict]:
     """One dict per document, in their order; the rows of several lm-eval filters become one."""
     fractional = about.get("fractional", task.config.repeats > 1)
     items = {}
@@ -235,7 +246,7 @@ def _items(lm, task, samples, about):
     return [items[i] for i in sorted(items)]
 
 
-def _is_cut(lm, task, sample):
+def _is_cut(lm: Any, task: Any, sample: dict) -> bool:
     """Whether lm-eval drops the start of a prompt because the request is longer than the model can take."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return False
@@ -245,7 +256,7 @@ def _is_cut(lm, task, sample):
     return len(lm.tok_encode(max(map("".join, sample["arguments"]), key=len))) > lm.max_length + 1
 
 
-def _summary(items, about):
+def _summary(items: Sequence[dict], about: dict) -> dict:
     if "nll" in items[0]:
         nll = pooled([i["nll"] for i in items], [i["tokens"] for i in items])
         perplexity = {key: value and float(np.exp(value)) for key, value in nll.items()}
@@ -262,20 +273,20 @@ def _summary(items, about):
     return found
 
 
-def _accuracy(items):
+def _accuracy(items: Sequence[dict]) -> dict:
     if "correct" in items[0]:
         return wilson([item["correct"] for item in items])
     return bootstrap(lambda x, axis=-1: x.mean(axis), [item["score"] for item in items])
 
 
-def _pass_at(k, drawn, passes):
+def _pass_at(k: int, drawn: int, passes: Sequence[int]) -> dict:
     """The unbiased estimate of Chen et al. that one of k samples passes, from how many of `drawn` did."""
     if drawn == 1:
         return wilson([bool(c) for c in passes])
     return bootstrap(lambda x, axis=-1: x.mean(axis), [1 - comb(drawn - c, k) / comb(drawn, k) for c in passes])
 
 
-def loops(text):
+def loops(text: str) -> bool:
     """Whether `text` ends in a loop: at least four copies of one piece, together at least 100 characters.
 
     Numbers count as equal, so that a list that says the same under every number is one; the last copy may be cut off.
@@ -289,7 +300,7 @@ def loops(text):
     return False
 
 
-def domains(results):
+def domains(results: dict[str, dict]) -> dict[str, dict]:
     """Mean over the data sets of each domain of SUITE that is whole in `results`, with its 95 % bootstrap interval."""
     found = {}
     for domain, names in SUITE.items():
@@ -299,16 +310,16 @@ def domains(results):
     return found
 
 
-def _mean_of_means(*columns, axis=-1):
+def _mean_of_means(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
     return np.mean([column.mean(axis) for column in columns], axis=0)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """numpy's numbers as Python's, which JSON takes."""
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _data(where, about):
+def _data(where: dict, about: dict) -> dict:
     """Which documents these are: the hub's, or files below BASIS_SELECT_DATA by their hashes."""
     folder = os.environ.get("BASIS_SELECT_DATA")
     if "family" in where:
@@ -321,7 +332,7 @@ def _data(where, about):
     return {**found, "note": about["local"]} if "local" in about else found
 
 
-def _require_sandbox():
+def _require_sandbox() -> None:
     from .sandbox import check, missing
 
     if lacks := missing():
@@ -330,7 +341,7 @@ def _require_sandbox():
         raise ValueError("programs of a model cannot be run here: the sandbox fails one that is right")
 
 
-def _digest(texts):
+def _digest(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode() + b"\0")

@@ -180,9 +180,9 @@ class Group:
         else:
             self._replace(model, [layer.to_linear() for layer in self.layers])
 
-    def _is_table(self, model):
+    def _is_table(self, model: nn.Module) -> bool:
         return any(isinstance(m, LowRankEmbedding) and m.bases is self.leader for m in model.modules())
 
-    def _replace(self, model, layers):
+    def _replace(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
         for name, layer in zip(self.names, layers, strict=True):
             model.set_submodule(name, layer)

@@ -5,6 +5,8 @@ the same tensor (q/k/v, gate/up) can share one `v`: the first of them, the leade
 `u`, and the product `v x` is computed once per input (sharing.py).
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -38,7 +40,7 @@ class LowRankLinear(nn.Module):
     leader = property(lambda self: self._leader[0] or self)
     rank = property(lambda self: self.u.in_features)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         # Tools that edit layers in place reach for it, such as resize_token_embeddings.
         if name == "weight":
             raise AttributeError(
@@ -47,7 +49,7 @@ class LowRankLinear(nn.Module):
         return super().__getattr__(name)
 
     @classmethod
-    def like(cls, linear: nn.Linear, rank: int, **kwargs) -> "LowRankLinear":
+    def like(cls, linear: nn.Linear, rank: int, **kwargs: Any) -> "LowRankLinear":
         """A layer of the shape, bias, device and dtype of an nn.Linear, weights uninitialised."""
         more = {"device": linear.weight.device, "dtype": linear.weight.dtype, **kwargs}
         return cls(linear.in_features, linear.out_features, rank, linear.bias is not None, **more)
@@ -74,7 +76,7 @@ class LowRankLinear(nn.Module):
         v = self._modules["v"]
         return (v._parameters["weight"],) if type(v) is nn.Linear else (*v.parameters(), *v.buffers())
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         shared = "" if self.leader is self else ", shared v"
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}{shared}"
 

@@ -60,7 +60,7 @@ class Int8Linear(nn.Module):
             y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
-    def _has_kernel(self, x):
+    def _has_kernel(self, x: torch.Tensor) -> bool:
         # The kernel reads 16 aligned weights at once and crashes, instead of raising, where there are none.
         few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() <= FEW * self.in_features
         return few and self.in_features % 16 == 0 and self.q.data_ptr() % 16 == 0
@@ -77,7 +77,7 @@ class Int8Linear(nn.Module):
         linear.bias = self.bias
         return linear
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, int8"
 
 

@@ -28,7 +28,7 @@ class _Latents(threading.local):
     def __init__(self):
         self.held = {}
 
-    def of(self, leader, reader, x):
+    def of(self, leader: torch.nn.Module, reader: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         held = self.held.get(leader)
         if held is not None:
             y, sources, state, z, read = held
@@ -53,7 +53,7 @@ class _Latents(threading.local):
 _latents = _Latents()
 
 
-def _state(x, sources):
+def _state(x: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> list | None:
     """Which tensors the product is of and all else that it depends on.
 
     None if one of them was made in inference mode: torch does not count how often those are overwritten.
@@ -70,12 +70,12 @@ def _state(x, sources):
 
 
 @torch.compiler.assume_constant_result
-def _graph():
+def _graph() -> str:
     """Which graph a compiler is tracing, None for one that runs Python as it is."""
     return str(torch._guards.CompileContext.current_compile_id())
 
 
-def _once_in_graph(leader, x):
+def _once_in_graph(leader: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`latent` for a compiler that traces inference, which follows no weak references.
 
     What is left for the next reader is an attribute of `x` until the last has been traced. Where a graph ends in

@@ -1,6 +1,7 @@
 """Which bases stay: scores and a budget in, ranks out. Maths on plain tensors and ints."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -29,10 +30,10 @@ def by_mass_within(
     trains: whether a rank at or past break-even counts as it is, not as the dense layer that it would be deployed as.
     """
 
-    def kept(share):
+    def kept(share: float) -> list[int]:
         return [min(len(x), -(-by_mass(x, share) // multiple_of) * multiple_of) for x in scores]
 
-    def fits(ranks):
+    def fits(ranks: list[int]) -> bool:
         sized = zip(shapes, ranks, strict=True)
         return sum(s.basis_cost * rank if trains else s.deployed(rank) for s, rank in sized) <= room
 
@@ -127,14 +128,14 @@ def allocate(
     return ranks
 
 
-def _require(left, prices, unit):
+def _require(left: float, prices: Sequence[Choices], unit: str) -> None:
     """Raise ValueError where the cheapest choice of every layer leaves less than nothing of the budget."""
     if left < 0:
         least = sum(min(price for _, price in choices) for choices in prices)
         raise ValueError(f"the smallest possible is {least:,} {unit}, the budget allows {int(left + least):,}")
 
 
-def _undominated(choices, bases):
+def _undominated(choices: Choices, bases: int) -> Choices:
     """Those of at most `bases`, without any that a larger rank or the dense layer costs no more than: prices ascend."""
     kept = []
     for rank, price in choices:
@@ -147,7 +148,7 @@ def _undominated(choices, bases):
     return kept
 
 
-def _descending(points):
+def _descending(points: list[tuple[float, float]]) -> list[float]:
     """Value per price of each step between `[(price, value), ...]`, steps pooled where a later one is worth more.
 
     A layer's steps are only ever taken in order, so a good one lends its worth to those before it: what is returned

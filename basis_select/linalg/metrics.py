@@ -6,7 +6,7 @@ With roots `R R^T = G = E[g g^T]` and `L L^T = A = E[x x^T]`, the SVD of `R^T W 
 the SVD absorbs. And only the smaller side needs one: `(W L)^T G (W L) = v'^T diag(s^2) v'`, `u diag(s) = W L v'^T`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 LEAST = 1e-10  # of the largest s: below it float64 resolves no direction, and s stays there
 
 
-def shrunk(moment, samples):
+def shrunk(moment: torch.Tensor, samples: int) -> torch.Tensor:
     """A second moment estimated from `samples` vectors, shrunk towards the identity of its trace, in float64.
 
     moment: (n, n), or () for that multiple of the identity, which stays as it is. Returns
@@ -35,7 +35,7 @@ def shrunk(moment, samples):
     return moment
 
 
-def shifted(moment, share):
+def shifted(moment: torch.Tensor, share: float) -> torch.Tensor:
     """`moment + share * mean eigenvalue * I` in float64; moment: (n, n) or its diagonal (n,). Raises as `shrunk`."""
     moment, mean = _checked(moment)
     moment = moment.clone()
@@ -43,7 +43,7 @@ def shifted(moment, share):
     return moment
 
 
-def _checked(moment):
+def _checked(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A moment in float64 and the mean of its eigenvalues."""
     if not torch.isfinite(moment).all():
         raise ValueError("the second moment holds non-finite values")
@@ -77,7 +77,9 @@ METRICS: dict[MetricName, Metric] = {
 }
 
 
-def decompose(weights, outputs=None, inputs=None):
+def decompose(
+    weights: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor] | None = None, inputs: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Full SVD of stacked weights in a metric.
 
     weights: list of (out_i, in), the layers that share one input basis. outputs: a list, one moment of all rows
@@ -97,7 +99,7 @@ def decompose(weights, outputs=None, inputs=None):
     return u.T, s, v.T
 
 
-def _bases(w, rows, columns):
+def _bases(w: torch.Tensor, rows: list[tuple], columns: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`decompose` of w: (M, N) with M >= N. A side's moment is `[(block of its diagonal, size), ...]`."""
     root = [(_root(m), n) for m, n in columns]
     wl = _by_block(lambda r, x: r.T @ x if r.dim() else r * x, root, w.T).T
@@ -113,7 +115,7 @@ def _bases(w, rows, columns):
     return (wl @ v).div_(s), s, _by_block(solve, root, v).T
 
 
-def add_product(total, x, y):
+def add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
     """Add `x^T y`, which is symmetric, to the lower triangle of `total: (n, n)`, at little more than half its work."""
     n = x.shape[1]
     if n <= 256:
@@ -125,7 +127,7 @@ def add_product(total, x, y):
     add_product(total[half:, half:], x[:, half:], y[:, half:])
 
 
-def _root(moment):
+def _root(moment: torch.Tensor | None) -> torch.Tensor | None:
     """A root of a moment that cannot fail: (n, n), () for a multiple of the identity, or None for the identity itself.
 
     Sums in fp32 can leave eigenvalues below zero. Where there are any, those that fp32 does not resolve beside the
@@ -145,7 +147,7 @@ def _root(moment):
     return torch.linalg.qr(root.T).R.T  # triangular, as the other
 
 
-def _by_block(work, blocks, x):
+def _by_block(work: Callable, blocks: list[tuple], x: torch.Tensor) -> torch.Tensor:
     """`work(block, its rows of x)` one under the other; x itself, not a copy, where the block is the identity."""
     if blocks[0][0] is None:
         return x

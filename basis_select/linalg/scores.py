@@ -11,22 +11,24 @@ from typing import Literal
 import torch
 
 
-def magnitude(s, g, h, generator):
+def magnitude(
+    s: torch.Tensor, g: torch.Tensor | None, h: torch.Tensor | None, generator: torch.Generator
+) -> torch.Tensor:
     """Basel: the re-learned singular value."""
     return s.abs()
 
 
-def energy(s, g, h, generator):
+def energy(s: torch.Tensor, g: torch.Tensor | None, h: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
     """What truncation costs in the metric; comparable across layers in the kronecker metric only."""
     return s.square()
 
 
-def taylor(s, g, h, generator):
+def taylor(s: torch.Tensor, g: torch.Tensor, h: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Second-order estimate of the loss increase when basis i is removed, `ds_i = -s_i`. Ours, after BSI's abstract."""
     return h * s.square() / 2 - g * s
 
 
-def random(s, g, h, generator):
+def random(s: torch.Tensor, g: torch.Tensor | None, h: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
     """The floor that any other score must beat."""
     return torch.rand(s.shape, generator=generator, dtype=s.dtype)
 

@@ -12,7 +12,17 @@ MARK = "written by basis_select, sha256 of the text above:"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
-def card(repo_id, base, metadata, sizes, recipe, row, parent, versions, trimmed=None):
+def card(
+    repo_id: str,
+    base: str | None,
+    metadata: dict,
+    sizes: dict,
+    recipe: dict,
+    row: dict | None,
+    parent: dict | None,
+    versions: dict[str, str],
+    trimmed: dict | None = None,
+) -> str:
     """The text of README.md.
 
     metadata: licence and language, as in the card of the base. sizes, row, parent: what `sizes` returns, and the
@@ -38,22 +48,22 @@ def card(repo_id, base, metadata, sizes, recipe, row, parent, versions, trimmed=
     return signed(made.content)
 
 
-def signed(text):
+def signed(text: str) -> str:
     """A card with a last line by which `is_ours` knows it again."""
     return f"{text.rstrip()}\n\n<!-- {MARK} {_digest(text)} -->\n"
 
 
-def is_ours(text):
+def is_ours(text: str) -> bool:
     """Whether `signed` wrote this card, and nobody changed it since."""
     match = re.fullmatch(rf"(.*)<!-- {MARK} ([0-9a-f]{{64}}) -->\s*", text.replace("\r\n", "\n"), re.DOTALL)
     return match is not None and _digest(match[1]) == match[2]
 
 
-def _digest(text):
+def _digest(text: str) -> str:
     return hashlib.sha256(text.strip().encode()).hexdigest()
 
 
-def evaluation(repo_id, recipe, row):
+def evaluation(repo_id: str, recipe: dict, row: dict | None) -> list[dict]:
     """Entries for .eval_results/TASK.yaml: the accuracy in percent, if the task is a data set of the hub as it is."""
     from ..tasks import HUB
 
@@ -71,11 +81,11 @@ def evaluation(repo_id, recipe, row):
     return eval_result_entries_to_yaml([entry])
 
 
-def is_hub_id(base):
+def is_hub_id(base: str | None) -> bool:
     return bool(base) and not base.startswith("wheel:") and base.count("/") == 1 and not Path(base).exists()
 
 
-def _name(base):
+def _name(base: str | None) -> str:
     if is_hub_id(base):
         return f"[{base}](https://huggingface.co/{base})"
     if not base:
@@ -84,7 +94,7 @@ def _name(base):
     return f"`{base if base.startswith('wheel:') else Path(base).name}`"
 
 
-def _metadata(base, known):
+def _metadata(base: str | None, known: dict) -> ModelCardData:
     about = {"base_model": base, "base_model_relation": "quantized"} if is_hub_id(base) else {}
     return ModelCardData(
         library_name="transformers",
@@ -95,13 +105,13 @@ def _metadata(base, known):
     )
 
 
-def _prompt(recipe):
+def _prompt(recipe: dict) -> str | None:
     from ..tasks import HUB
 
     return recipe.get("data", {}).get("prompt") or getattr(HUB.get(recipe.get("task")), "prompt", None)
 
 
-def _sizes(s, parent):
+def _sizes(s: dict, parent: dict | None) -> list[tuple[str, str, str]]:
     """`[(what, of this model, of its dense parent), ...]` as texts."""
     dense = parent["sizes"] if parent else {}
     rows = [("bases", f"{s['bases']:,}", dense.get("bases"))]
@@ -112,7 +122,7 @@ def _sizes(s, parent):
     return [(name, own, "" if whole is None else f"{whole:,}") for name, own, whole in rows]
 
 
-def _quality(row, parent):
+def _quality(row: dict, parent: dict) -> list[tuple[str, str, str]]:
     """`[(measure, of this model, of its dense parent), ...]` as texts with their intervals."""
     measures = (("accuracy", "accuracy", ".1%"), ("NLL per response token", "nll", ".3f"))
     return [(name, *(interval(x[key], form) for x in (row, parent))) for name, key, form in measures if row[key]]

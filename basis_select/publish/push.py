@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -82,7 +83,14 @@ def push(
     return f"{address}/{repo_id}"
 
 
-def contents(folder, repo_id, *, base=None, metadata=None, replace_card=False):
+def contents(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    base: str | None = None,
+    metadata: dict | None = None,
+    replace_card: bool = False,
+) -> dict[str, Path | str]:
     """`{path in the repository: file or text}` of what `push` would publish; contacts nobody.
 
     folder: a checkpoint, or a run directory, whose final/ it then is. Only files that were saved with the checkpoint
@@ -126,7 +134,7 @@ def contents(folder, repo_id, *, base=None, metadata=None, replace_card=False):
     return {**made, "README.md": text}
 
 
-def _about(run):
+def _about(run: Path | None) -> dict[str, dict]:
     """`{file name: content}` of the files beside a checkpoint that say how it was made, cleaned."""
     facts = {}
     for name in ABOUT if run is not None else ():
@@ -137,7 +145,7 @@ def _about(run):
     return facts
 
 
-def _require_card(there, repo_id, text):
+def _require_card(there: Path, repo_id: str, text: str) -> None:
     """Raise ValueError if the hub has a card that was written by hand and is another than `text`."""
     theirs = there.read_text(encoding="utf-8")
     if theirs != text and not is_ours(theirs):
@@ -147,7 +155,7 @@ def _require_card(there, repo_id, text):
         )
 
 
-def _require_name(repo_id):
+def _require_name(repo_id: str) -> None:
     part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
     if not re.fullmatch(f"{part}/{part}", repo_id) or re.search(r"--|\.\.|\.git$", repo_id):
         raise ValueError(
@@ -155,7 +163,7 @@ def _require_name(repo_id):
         )
 
 
-def _find(folder):
+def _find(folder: str | Path) -> tuple[Path, Path | None]:
     """`(checkpoint, run directory that made it or None)`."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -170,11 +178,11 @@ def _find(folder):
     return folder, run if all((run / name).exists() for name in ABOUT) else None
 
 
-def _recipe(run):
+def _recipe(run: Path | None) -> dict:
     return yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")) if run is not None else {}
 
 
-def _base(run):
+def _base(run: Path | None) -> str | None:
     """The model that a run compressed, as its recipe names it. Raises ValueError for a folder that is gone."""
     base = _recipe(run).get("model")
     if base is None or base.startswith("wheel:") or Path(base).is_absolute() or Path(base).exists():
@@ -190,7 +198,7 @@ def _base(run):
     return base
 
 
-def _require_same(base, checkpoint):
+def _require_same(base: str | None, checkpoint: Path) -> None:
     """Raise ValueError if the hub's `base` has another shape: the recipe may have meant a folder of that name."""
     if not is_hub_id(base):
         return
@@ -207,7 +215,7 @@ def _require_same(base, checkpoint):
             )
 
 
-def _base_card(base):
+def _base_card(base: str | None) -> dict:
     """Licence and language from the card of a base model, a hub id or a folder; empty where it cannot be read."""
     if base is None or base.startswith("wheel:") or (Path(base).exists() and not (Path(base) / "README.md").is_file()):
         return {}
@@ -220,7 +228,7 @@ def _base_card(base):
 
 
 @contextlib.contextmanager
-def _hub_errors(repo_id, endpoint):
+def _hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
     """One sentence for what a hub refuses and for a connection that is lost."""
     try:
         yield

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -30,7 +31,7 @@ EXCHANGE = 2  # of Linux' renameat2, both paths relative to the working folder
 HERE = -100
 
 
-def fingerprint(source):
+def fingerprint(source: str | Path) -> list[list[str]]:
     """`[[name, sha256], ...]` of a local file, or of those in a folder and of the base of an adapter there.
 
     Empty for what is not on disk.
@@ -45,17 +46,17 @@ def fingerprint(source):
     return found
 
 
-def _digest(path):
+def _digest(path: Path) -> str:
     """The sha256 of a file, computed once in a process for a state of it."""
     return _sha256(path.resolve(), state(path.stat()))
 
 
 @functools.cache
-def _sha256(path, found):
+def _sha256(path: Path, found: tuple[int, ...]) -> str:
     return sha256(path)
 
 
-def require_own(folder, model):
+def require_own(folder: Path, model: str) -> None:
     """Raise ValueError if a run in `folder` would replace anything that no run wrote."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: --out names the folder of a run")
@@ -71,12 +72,12 @@ def require_own(folder, model):
         require_saved(path)
 
 
-def _is_run(stages):
+def _is_run(stages: Path) -> bool:
     """Whether a run made the folder `stages`: it makes that before all else, and only stages in it."""
     return stages.is_dir() and all(p.name.startswith(".") or re.fullmatch(NAME, p.name) for p in stages.iterdir())
 
 
-def require_saved(folder):
+def require_saved(folder: Path) -> None:
     """Raise ValueError unless every file of a published checkpoint is the one that was saved, and nothing is beside."""
     if folder.is_symlink() or not folder.is_dir() or not (folder / SIDECAR).is_file():
         raise ValueError(f"{folder} is no checkpoint that a run wrote: move it")
@@ -90,7 +91,7 @@ def require_saved(folder):
         raise ValueError(f"{error}; a run would remove it with {folder}: move that") from None
 
 
-def check_stages(folder):
+def check_stages(folder: Path) -> None:
     """Raise ValueError, naming the file, unless every stage in the folder of a run is whole, as far as headers tell.
 
     The hashes of weights are checked where they are loaded.
@@ -107,7 +108,7 @@ def check_stages(folder):
                 raise ValueError(f"{error}; remove {path}, and the stage is made again") from None
 
 
-def _check_stage(path, name):
+def _check_stage(path: Path, name: str) -> None:
     facts = read_json(path / "stage.json", STAGE)
     if facts["stage"] != name:
         raise ValueError(f"{path / 'stage.json'} is of another stage, {facts['stage']}")
@@ -125,7 +126,7 @@ def _check_stage(path, name):
         raise ValueError(f"{path / 'model'} holds other weights than {path / 'stage.json'} says")
 
 
-def sweep(folder):
+def sweep(folder: Path) -> None:
     """Finish or remove what killed runs left in the folder of a run; whoever calls it holds the lock."""
     for old in folder.glob(".final*.old"):
         target = old.with_name(old.name[1 : -len(".old")])
@@ -139,7 +140,7 @@ def sweep(folder):
         path.unlink()
 
 
-def publish(final, target):
+def publish(final: Path, target: Path) -> None:
     """Copy the checkpoint of a stage to `target`, which holds the old one until the new one is whole and on disk."""
     if target.exists():
         require_saved(target)
@@ -161,13 +162,13 @@ def publish(final, target):
     sync(target.parent)
 
 
-def _exchange(one, other):
+def _exchange(one: Path, other: Path) -> bool:
     """Whether two folders have changed their names in one step, which Linux can on most file systems."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     return rename is not None and rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
 
 
-def require_disk(folder, upstream):
+def require_disk(folder: Path, upstream: Iterable[Path]) -> None:
     """Stop before a stage whose checkpoint and training state would not fit."""
     weights = [p.stat().st_size for u in upstream for p in u.glob("model/*.safetensors")]
     need, free = 4 * max(weights, default=0), shutil.disk_usage(folder).free
@@ -180,7 +181,7 @@ def require_disk(folder, upstream):
 
 
 @contextlib.contextmanager
-def alone(folder):
+def alone(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder. Raises ValueError if another process does."""
     try:
         with FileLock(folder / ".lock", timeout=0):

@@ -13,8 +13,9 @@ import shutil
 import time
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from .. import processes
 from ..checkpoint.checks import weight_hash
@@ -28,7 +29,7 @@ from ..writing import replace_text, settle
 from .directory import fingerprint, require_disk
 from .room import in_tokens, require_decoder
 from .stages import COPIES, ONE, SPREAD, STAGES, TIME, Stage, key, walk
-from .terminal import Silent
+from .terminal import Progress, Silent
 from .view import View, own, rebuilt
 from .work import Work, write
 
@@ -42,7 +43,9 @@ class OnDisk:
     computing their own, none of which changes what they make: `moments`, a function of a row's recipe.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, shard: bool = False, progress=None, **more):
+    def __init__(
+        self, recipe: Recipe, folder: Path, shard: bool = False, progress: Silent | Progress | None = None, **more: Any
+    ):
         self.recipe, self.folder, self.shard, self.more = recipe, Path(folder), shard and processes.count() > 1, more
         self.progress = progress or Silent()
         self.views, self.parents, self.tasks, self.keys = {}, {}, {}, {}
@@ -94,7 +97,7 @@ class OnDisk:
         view = self.view(self.recipe, next(iter(states.values())), dense=True)
         return self.do(TIME, view, {}, {name: state["final"] for name, state in states.items()})
 
-    def _perform(self, stage, view, options, read, out):
+    def _perform(self, stage: Stage, view: View, options: dict, read: dict, out: Path) -> dict:
         where = stage.processes(view.recipe, self.shard)
         row, given = own(view.recipe), {**read, **self.more}
         arguments = (*STAGES, TIME).index(stage), row, options, given, out, self.shard, where
@@ -111,7 +114,7 @@ class OnDisk:
             self.tasks[folder] = tokenizer, in_tokens(self.recipe, tokenizer, original) if folder else None
         return self.tasks[folder]
 
-    def on_meta(self, folder: Path):
+    def on_meta(self, folder: Path) -> PreTrainedModel:
         """The dense parent in the folder of a stage, without its weights."""
         if folder not in self.parents:
             self.parents[folder] = dense_on_meta(config_and_tokenizer(folder / "model")[0])
@@ -143,7 +146,9 @@ def data_key(recipe: Recipe, task: Task) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def perform(task, place, row, options, given, out, sharded, where) -> dict:
+def perform(
+    task: Task | None, place: int, row: dict, options: dict, given: dict, out: Path, sharded: bool, where: str
+) -> dict:
     """Do stage number `place` in this process, and write what it makes into `out`; facts of it.
 
     row: the plain values of a recipe. Arguments are pickled and sent to all processes unless `where` is ONE.
@@ -156,7 +161,7 @@ def perform(task, place, row, options, given, out, sharded, where) -> dict:
     return write(work, stage.makes[0], stage.run(work), out, alone=where == ONE)
 
 
-def _prepare(partial):
+def _prepare(partial: Path) -> None:
     """An empty folder but for what training left there to be continued."""
     partial.mkdir(exist_ok=True)
     for path in partial.iterdir():
@@ -166,7 +171,7 @@ def _prepare(partial):
             path.unlink()
 
 
-def _collect_metrics(folder):
+def _collect_metrics(folder: Path) -> None:
     lines = []
     for path in sorted(folder.glob("stages/*/metrics.jsonl"), key=lambda p: p.stat().st_mtime):
         lines += [json.dumps({"stage": path.parent.name, **row}) for row in read_lines(path)]

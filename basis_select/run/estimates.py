@@ -3,17 +3,23 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
 
 from .. import processes
-from ..cost import moments_step, training_step
+from ..cost import Cost, moments_step, training_step
 from ..derivatives import PROBES
 from ..heal import add_adapters
 from ..layers.embedding import module_name
+from ..layers.group import Group
+from ..layers.shape import Shape
 from ..learn import weights
-from ..linalg.metrics import METRICS
+from ..linalg.metrics import METRICS, Metric
 from ..moments import EXAMPLES_TOGETHER, moment_bytes, moment_room, passes
+from ..tasks import Task
 from ..training.data import Batches
 from ..trim import trim
 from ..tune import trainable
@@ -30,7 +36,7 @@ class Machine:
     processes: int = 1
     known: dict = field(default_factory=dict)  # training stages that rows have in common, by what they depend on
 
-    def once(self, key: str, make: Callable):
+    def once(self, key: str, make: Callable[[], Estimate]) -> Estimate:
         if key not in self.known:
             self.known[key] = make()
         return self.known[key]
@@ -161,7 +167,7 @@ def final(view: View) -> measuring.Final:
     return measuring.Final(view.published, reads, head.numel() if tied else 0, len(table), view.recipe.dtype)
 
 
-def _moments(uses, shapes, total):
+def _moments(uses: Metric, shapes: Sequence[Shape], total: int) -> list[int]:
     """Bytes of the second moments that each pass of `decompose` over its examples collects: one number for a pass."""
     sizes = [moment_bytes(shape, uses) for shape in shapes]
     coming = 4 * (total + sum(shape.full_cost for shape in shapes))  # the model and its factors
@@ -169,18 +175,18 @@ def _moments(uses, shapes, total):
     return [sum(sizes[i] for i in part) for part in parts]
 
 
-def _svd(shape, uses):
+def _svd(shape: Shape, uses: Metric) -> int:
     """FLOPs of a decomposition: the metric, half of a Gram matrix of the smaller side, its eigenvectors, a product."""
     r = shape.full_rank
     return 2 * bool(uses.outputs) * shape.output_moment * r + 4 * shape.dense_cost * r + 10 * r**3
 
 
-def _lost(shape):
+def _lost(shape: Shape) -> int:
     """FLOPs of the eigenvectors of what a group has lost."""
     return 2 * shape.inputs * shape.dense_cost + 10 * shape.inputs**3
 
 
-def _tokens_read(options, task, seed, model, groups):
+def _tokens_read(options: Any, task: Task, seed: int, model: nn.Module, groups: Sequence[Group]) -> float:
     """Tokens of a step that the average parameter of these bases sees: the output head sees responses only."""
     (_, _, most), share, tokens = _batch_shapes(task, options.batch_size, options.steps, seed)
     head = module_name(model, model.get_output_embeddings())
@@ -188,7 +194,7 @@ def _tokens_read(options, task, seed, model, groups):
     return read / sum(g.shape.full_cost for g in groups)
 
 
-def _set_aside(options, keep, groups):
+def _set_aside(options: Any, keep: float, groups: Sequence[Group]) -> float:
     """Parameters that `learn` has set aside, summed over its steps."""
     whole, targeted = sum(g.shape.full_cost for g in groups), sum(g.shape.dense_cost for g in groups)
     first, total = int(options.unpruned * options.steps), 0
@@ -198,19 +204,21 @@ def _set_aside(options, keep, groups):
     return total
 
 
-def _training(view, machine, name, seed, trains, sharded, bases=None):
+def _training(
+    view: View, machine: Machine, name: str, seed: int, trains: Callable, sharded: bool, bases: dict | None = None
+) -> Estimate:
     """The Estimate of a verb that trains, on processes of which each takes its part of every batch."""
     r, options = view.recipe, getattr(view.recipe, name)
     taught = {"teacher": r.teacher, "soft_labels": r.soft_labels}
 
-    def make():
+    def make() -> Estimate:
         step = functools.partial(training_step, view.parent.config, trains=trains, bases=bases, **taught)
         return _steps(options, view.task, seed, step, machine, sharded)
 
     return machine.once(repr((name, options, taught, bases, view.total)), make)
 
 
-def _steps(options, task, seed, step_at, machine, sharded):
+def _steps(options: Any, task: Task, seed: int, step_at: Callable, machine: Machine, sharded: bool) -> Estimate:
     processes = machine.processes
     shape, share, tokens = _batch_shapes(task, options.batch_size, options.steps, seed, processes)
     how = {"precision": options.precision, "checkpointing": options.checkpointing}
@@ -226,14 +234,16 @@ def _steps(options, task, seed, step_at, machine, sharded):
     return Estimate(options.steps, options.steps * tokens, flops, flops / machine.rates["train"] / processes, memory)
 
 
-def _memory(step, parts, held):
+def _memory(step: Cost, parts: int, held: int) -> float:
     """Bytes of a step for one of `parts` processes: weights, states and gradients shared, but the layers at work."""
     if parts == 1:
         return held + step.passing
     return held / parts + step.passing + step.gradients * (1 / parts - 1) + 2 * step.block
 
 
-def _batch_shapes(task, batch_size, steps, seed, processes=1, first=0):
+def _batch_shapes(
+    task: Task, batch_size: int, steps: int, seed: int, processes: int = 1, first: int = 0
+) -> tuple[tuple[int, int, int], tuple[float, float], int]:
     """Of a stage's batches, from the `first` on if there are more: the largest (rows, length, responses), what share
     of its tokens and of its responses the average has, and the average's tokens, padding counted.
 
@@ -250,6 +260,6 @@ def _batch_shapes(task, batch_size, steps, seed, processes=1, first=0):
     return (rows, length, -(-max(responses) // processes)), share, round(sum(tokens) / len(batches))
 
 
-def _average(step, share):
+def _average(step: Cost, share: tuple[float, float]) -> float:
     """FLOPs of an average step from those of the largest."""
     return step.flops * share[0] + step.head_flops * share[1]

@@ -5,13 +5,16 @@ and what is measured of them. And how fast the machine is.
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 
 from ..evaluation.accuracy import LOGITS, ROWS
 from ..evaluation.speed import wait
 from ..processes import device
+from ..recipe import Recipe
 from ..target import BYTES
+from ..tasks import Task
 from ..training.precision import fast_bf16
 
 EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores
@@ -43,13 +46,13 @@ class Final:
     dtype: str
 
     @property
-    def bytes(self):
+    def bytes(self) -> float:
         """In memory where it is measured: in its own dtype only where that computes natively."""
         native = self.dtype == "bfloat16" and fast_bf16(device())
         return self.parameters * (2 if native else 4)
 
 
-def validations(r, bases):
+def validations(r: Recipe, bases: int) -> int:
     """How often pruning computes the validation NLL at most; `bases` are the embedding's. Its own at the end counts."""
     if r.prune.max_drop is not None:
         return 2 + BISECTION
@@ -58,7 +61,7 @@ def validations(r, bases):
     return 1
 
 
-def pruning(passes, task, whole, final, rates):
+def pruning(passes: int, task: Task, whole: float, final: Final, rates: dict[str, float]) -> Estimate:
     """The Estimate of `passes` over the validation split; whole: parameters with all bases, some copied."""
     tokens = passes * sum(len(e.input_ids) for e in task.validation)
     responses = passes * sum(len(e.input_ids) - e.start for e in task.validation)
@@ -68,12 +71,12 @@ def pruning(passes, task, whole, final, rates):
     return Estimate(None, tokens, flops, flops / rates["train"], memory)
 
 
-def saving(final):
+def saving(final: Final) -> Estimate:
     """The Estimate of the stage that writes a checkpoint: loaded and read again in fp32, then cast."""
     return Estimate(memory=final.parameters * (8 + BYTES[final.dtype]))
 
 
-def evaluating(task, final, rates):
+def evaluating(task: Task, final: Final, rates: dict[str, float]) -> Estimate:
     """The Estimate of response likelihood and, where answers are scored, generation, of all test examples.
 
     Both are padded batches of examples in order of length. Likelihood forms the logits of every token and their
@@ -97,24 +100,24 @@ def evaluating(task, final, rates):
     return Estimate(None, tokens, flops, seconds, final.bytes + 2 * 4 * logits)
 
 
-def _batches(items, size):
+def _batches(items: Sequence, size: int) -> list:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def timing(finals, rates):
+def timing(finals: Sequence[Final], rates: dict[str, float]) -> Estimate:
     """The Estimate of timing all checkpoints in turn, which are in memory together, one row at a time."""
     flops = TIMED * sum(2 * (final.reads + final.head) for final in finals)
     seconds = flops / ALONE / rates["train"]
     return Estimate(None, TIMED * len(finals), flops, seconds, sum(final.bytes for final in finals))
 
 
-def machine_rates():
+def machine_rates() -> dict[str, float]:
     """FLOP/s reached here: training matmuls (bf16 where it is native), and float64 factorisations."""
     dtype = torch.bfloat16 if fast_bf16(device()) else torch.float32
     return {"train": EFFICIENCY * _matmul_rate(1024, dtype), "float64": EFFICIENCY * _matmul_rate(512, torch.float64)}
 
 
-def _matmul_rate(n, dtype):
+def _matmul_rate(n: int, dtype: torch.dtype) -> float:
     a = torch.randn(n, n, device=device()).to(dtype)
     best = float("inf")
     for _ in range(4):

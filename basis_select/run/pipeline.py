@@ -57,7 +57,7 @@ def run(recipe: Recipe, folder: Path | str, shard: bool = False) -> dict:
     return results
 
 
-def _results(states, timed):
+def _results(states: dict[str, dict], timed: Path) -> dict[str, dict]:
     evaluations = {name: read_json(state["evaluation"] / FILES["evaluation"]) for name, state in states.items()}
     speeds = read_json(timed / FILES["speed"])
     results = {
@@ -68,14 +68,14 @@ def _results(states, timed):
     return results
 
 
-def _publish(recipe, folder, states):
+def _publish(recipe: Recipe, folder: Path, states: dict[str, dict]) -> None:
     (folder / "results.json").unlink(missing_ok=True)  # no push says of new weights what is true of the old ones
     publish(states[recipes.RESULT]["final"], folder / "final")
     for size, name in zip(recipe.sizes, recipe.family(), strict=True):
         publish(states[name]["final"], folder / f"final-{size}")
 
 
-def _describe(recipe, folder, results, disk, state):
+def _describe(recipe: Recipe, folder: Path, results: dict[str, dict], disk: OnDisk, state: dict) -> None:
     """Write what tells of a run beside its checkpoints."""
     manifest = manifest_of(recipe, state["parent"], state["final"], disk.view(recipe, state).task)
     replace_text(folder / "recipe.yaml", recipes.write(recipe))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.format import dense_on_meta
 from ..decompose import targets
@@ -70,7 +72,7 @@ def text(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
-def _size(name, view):
+def _size(name: str, view: View) -> str:
     after, dtype = view.keep * view.targeted, view.recipe.dtype
     return (
         f"{name}: {after / 1e6:.2f} M targeted {'and embedding ' if view.targeted > view.linears else ''}parameters "
@@ -79,7 +81,7 @@ def _size(name, view):
     )
 
 
-def _line(step, base):
+def _line(step: "Step", base: float) -> str:
     c, name = step.cost, step.name.replace("_", " ")
     memory = f"{(base + c.memory) / 2**30:.1f} GiB" if c.memory else ""
     return (
@@ -88,7 +90,7 @@ def _line(step, base):
     )
 
 
-def _sum(plan):
+def _sum(plan: "Plan") -> str:
     processes = plan.machine.processes
     where = "here" if processes == 1 else f"on {processes} machines like this one"
     return (
@@ -154,7 +156,13 @@ class Forecast:
     Without a `machine` nothing is estimated either. `steps`: a Step by key, once where rows share a stage.
     """
 
-    def __init__(self, model, tokenizer, task: Task, machine: Machine | None = None):
+    def __init__(
+        self,
+        model: nn.Module | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        task: Task,
+        machine: Machine | None = None,
+    ):
         self.start, self.machine, self.row = (tokenizer, task, model), machine, ""
         self.steps, self.behind, self.views = {}, {}, {}
 

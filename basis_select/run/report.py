@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 import yaml
+from markupsafe import Markup
 
 from ..evaluation import figures, html, spectra
 from ..evaluation.report import ALIGN, HEAD, cells, interval, peak
@@ -35,7 +36,7 @@ class Run:
     results: dict  # of results.json: {row: facts}
     recipe: dict  # of recipe.yaml, empty without one
 
-    def stage(self, row, kind):
+    def stage(self, row: str, kind: str) -> Path | None:
         """The folder of the stage of that kind that a row came through, or None if there is none or it is gone."""
         for stage in self.results[row]["stages"]:
             path = self.folder / "stages" / stage["stage"]
@@ -43,7 +44,7 @@ class Run:
                 return path
         return None
 
-    def evaluation(self, row):
+    def evaluation(self, row: str) -> dict | None:
         """What `evaluate` found for a row, item by item, or None."""
         final = self.results[row]["stages"][-1]["stage"]
         for path in self.folder.glob("stages/evaluate-*"):
@@ -52,7 +53,7 @@ class Run:
         return None
 
 
-def report(folder):
+def report(folder: str | Path) -> Path:
     """Write report.html into the folder of a finished run; returns its path. Raises FileNotFoundError if it is none."""
     folder = Path(folder)
     if not (folder / "results.json").is_file():
@@ -80,13 +81,13 @@ def report(folder):
     return folder / "report.html"
 
 
-def _steps(folder):
+def _steps(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl, none without it."""
     path = folder / "metrics.jsonl"
     return read_lines(path, {"stage": str, "step": int, "loss": float}) if path.exists() else []
 
 
-def _unmeasured(results):
+def _unmeasured(results: dict[str, dict]) -> str | None:
     """What a row of results lacks beside the shape of ROW, as a phrase."""
     paired, accuracy = dict.fromkeys(("both", "gained", "lost", "neither"), int) | {"p": float}, INTERVAL
     for name, row in results.items():
@@ -98,7 +99,7 @@ def _unmeasured(results):
     return None
 
 
-def verdict(run):
+def verdict(run: Run) -> str:
     """One sentence: what the result is, how good and how large next to its parent."""
     task, model = (str(run.recipe.get(key, f"this {key}")).partition("#")[0] for key in ("task", "model"))
     parent, result = run.results["parent"], run.results[RESULT]
@@ -115,7 +116,7 @@ def verdict(run):
     )
 
 
-def numbers(results):
+def numbers(results: dict[str, dict]) -> Markup:
     """The table under the verdict: quality with 95 % intervals, and the four sizes, next to the parent's."""
     parent, result = results["parent"], results[RESULT]
     old, new, paired = parent["sizes"], result["sizes"], result["paired"]
@@ -137,7 +138,7 @@ def numbers(results):
     return html.table(("measure", "parent", "result", "change"), lines, "llll", caption)
 
 
-def recipe(run):
+def recipe(run: Run) -> tuple[str, list[Markup]] | str:
     if not run.recipe:
         return "the folder has no recipe.yaml"
     default = dataclasses.asdict(Recipe("", ""))
@@ -158,7 +159,7 @@ def recipe(run):
     )
 
 
-def quality(run):
+def quality(run: Run) -> tuple[str, list[Markup]]:
     series = {"nll": {}, "accuracy": {}}
     for name, row in run.results.items():
         line = RESULT if name.startswith(f"{RESULT} at ") else name  # further sizes of the same learning
@@ -178,7 +179,7 @@ def quality(run):
     )
 
 
-def rows(run):
+def rows(run: Run) -> tuple[str, list[Markup]]:
     caption = f"Models of this run, measured on the same {run.results['parent']['n']} test items"
     return (
         "NLL is the negative log-likelihood per response token in nats. Gained and lost are test items against the "
@@ -188,7 +189,7 @@ def rows(run):
     )
 
 
-def ranks(run):
+def ranks(run: Run) -> tuple[str, list[Markup]] | str:
     maps = []
     for name in run.results:
         decomposed, final = run.stage(name, "decompose"), run.stage(name, "save")
@@ -205,7 +206,7 @@ def ranks(run):
     )
 
 
-def weights(run):
+def weights(run: Run) -> tuple[str, list[Markup]] | str:
     kinds = {stage["stage"].rpartition("-")[0] for stage in run.results[RESULT]["stages"]}
     decomposed, learned, pruned = (run.stage(RESULT, kind) for kind in ("decompose", "learn", "prune"))
     if not (decomposed and pruned and (learned or "learn" not in kinds)):
@@ -233,7 +234,7 @@ def weights(run):
     return why, [html.figures(*drawn)]
 
 
-def changes(run):
+def changes(run: Run) -> tuple[str, list[Markup]] | str:
     if run.results["parent"]["accuracy"] is None:
         return "the task does not score answers, so that none is gained or lost"
     found = {name: run.evaluation(name) for name in run.results}
@@ -256,7 +257,7 @@ def changes(run):
     )
 
 
-def cost(run):
+def cost(run: Run) -> tuple[str, list[Markup]]:
     rates, memory, stages, users = [], [], {}, {}
     for name, row in run.results.items():
         x = row["decode_tokens_per_second"]
@@ -285,7 +286,7 @@ def cost(run):
     )
 
 
-def training(run):
+def training(run: Run) -> tuple[str, list[Markup]] | str:
     lines = _steps(run.folder)
     drawn = []
     for kind in TRAINED:
@@ -311,7 +312,7 @@ def training(run):
     )
 
 
-def manifest(run):
+def manifest(run: Run) -> tuple[str, list[Markup]] | str:
     if not (run.folder / "manifest.json").is_file():
         return "the folder has no manifest.json"
     found = read_json(run.folder / "manifest.json")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..evaluation.accuracy import compare
@@ -29,7 +30,7 @@ def history(stage: Path) -> list[dict]:
     """`[{stage, seconds, peak_memory_bytes, validation_nll}, ...]` of everything a checkpoint came from, in order."""
     seen = {}
 
-    def visit(path):
+    def visit(path: Path) -> None:
         facts = read_json(path / "stage.json")
         for name in facts["upstream"]:
             if name not in seen:
@@ -60,7 +61,7 @@ def manifest_of(recipe: Recipe, parent: Path, result: Path, task: Task) -> dict:
     }
 
 
-def _made_with(result):
+def _made_with(result: Path) -> dict:
     """`environment()` of the stages that `result` came from; where they differ, each one's, joined by commas."""
     made = [read_json(result.parent / stage["stage"] / "stage.json").get("made_with", {}) for stage in history(result)]
     names = {name: None for one in made for name in one.get("versions", {})}
@@ -68,5 +69,5 @@ def _made_with(result):
     return {"versions": versions, **{key: _joined(one.get(key) for one in made) for key in ("python", "machine")}}
 
 
-def _joined(values):
+def _joined(values: Iterable[str | None]) -> str:
     return ", ".join(dict.fromkeys(value or "unknown" for value in values))

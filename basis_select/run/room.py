@@ -1,9 +1,10 @@
 """What a recipe's size means for a model: the fraction of the targeted parameters, and of every layer, that stays."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
-from transformers import MODEL_FOR_MASKED_LM_MAPPING
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..checkpoint.format import dense_on_meta
 from ..decompose import dense_groups, targets
@@ -19,7 +20,7 @@ from ..training.data import require_fit
 from ..trim import trim, trimmed_away
 
 
-def check_budget(recipe: Recipe, source: str, task: Task) -> None:
+def check_budget(recipe: Recipe, source: str | Path, task: Task) -> None:
     """Raise ValueError if the model at `source` cannot take the task, or no choice of ranks meets the recipe's size."""
     config, tokenizer = config_and_tokenizer(source)
     model = dense_on_meta(config)
@@ -29,13 +30,13 @@ def check_budget(recipe: Recipe, source: str, task: Task) -> None:
     fraction(recipe, model, groups_of(recipe, model, targets(model), task))
 
 
-def in_tokens(r: Recipe, tokenizer, original: Task | None = None) -> Task:
+def in_tokens(r: Recipe, tokenizer: PreTrainedTokenizerBase, original: Task | None = None) -> Task:
     """The task of a recipe in the tokens of `tokenizer`; NLL is per token of the `original`, of an untrimmed one."""
     task = load_task(r.task, tokenizer, r.seed, **dataclasses.asdict(r.data))
     return counted_as(task, original) if original else task
 
 
-def require_decoder(config, source: str) -> None:
+def require_decoder(config: PreTrainedConfig, source: str) -> None:
     """Raise ValueError if `config` is that of an encoder, whose tokens see those after them."""
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if masked or getattr(config, "is_encoder_decoder", False):

@@ -8,8 +8,9 @@ for each of the three uses, says what a stage's product is there: a folder, a ke
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from ..recipe import Recipe
 from . import estimates, measuring, verbs
@@ -42,7 +43,16 @@ class Stage:
     otherwise: str | None = None
 
 
-def walk(row: Recipe, runner, state=None, *, dense=False, after=None, until=None, given=()) -> dict:
+def walk(
+    row: Recipe,
+    runner: Any,
+    state: dict | None = None,
+    *,
+    dense: bool = False,
+    after: str | None = None,
+    until: str | None = None,
+    given: Collection[str] = (),
+) -> dict:
     """The state of a row of a recipe behind all stages, or those `after` one `until` another, named.
 
     runner: `view(row, state, dense)` is the View where a stage begins, `do(stage, view, options, read)` returns what
@@ -70,10 +80,10 @@ def key(stage: Stage, options: dict, upstream: list, data: str | None) -> str:
     return f"{stage.name}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:10]}"
 
 
-def _labels(name):
+def _labels(name: str) -> Stage:
     """Options of the stage in which the parent says what "learn" or "heal" will need of it."""
 
-    def options(view):
+    def options(view: View) -> dict | None:
         if not (examples := verbs.examples_to_label(view.recipe, view.task, name)):
             return None
         digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
@@ -229,5 +239,5 @@ TIME = Stage(  # of all rows together, behind the list: it reads the `final` of 
 )
 
 
-def _steps(options):
+def _steps(options: Any) -> str:
     return f"{options.steps:,} steps of {options.batch_size} examples"

@@ -17,8 +17,8 @@ from ..evaluation.report import HEAD, cells
 from ..progress import duration
 from ..recipe import Recipe
 from .estimates import Machine
-from .measuring import machine_rates
-from .plan import Forecast
+from .measuring import Estimate, machine_rates
+from .plan import Forecast, Step
 from .stages import Stage, walk
 from .view import View
 
@@ -93,15 +93,15 @@ class Progress:
             self.said += self.costs[len(self.met) - 1].seconds
             self.took += facts["seconds"]
 
-    def _number(self):
+    def _number(self) -> str:
         width = len(str(self.total))
         return f"[{len(self.met):{width}}/{self.total}] " if self.total else ""
 
-    def _heading(self, stage):
+    def _heading(self, stage: Stage) -> str:
         row = f" ({self.row})" if len(self.rows) > 2 and self.row and not (stage.dense and self.row == "parent") else ""
         return f"{self._number()}{stage.name.replace('_', ' ')}{row}"
 
-    def _left(self):
+    def _left(self) -> str:
         """How much time is left, as `plan` says, at the speed of the stages so far."""
         passed = time.monotonic() - self.began
         if self.costs is None and passed > LONG and self.start:
@@ -113,7 +113,7 @@ class Progress:
             left *= self.took / self.said
         return f" ({duration(passed)} so far, about {duration(left)} left)"
 
-    def _estimated(self):
+    def _estimated(self) -> list[Estimate]:
         """What every stage will cost, in order; nothing of a model whose steps cannot be computed without data."""
         try:
             return [step.cost for step in self._foreseen(Machine(machine_rates(), processes.count()))]
@@ -121,7 +121,7 @@ class Progress:
             log.info("how much time is left is not known, for this model computes with its data: %s", error)
             return []
 
-    def _foreseen(self, machine):
+    def _foreseen(self, machine: Machine | None) -> list[Step]:
         parent, tokenizer, task = self.start
         forecast = Forecast(parent, tokenizer, task, machine)
         for i, row in enumerate(self.rows.values()):

@@ -13,7 +13,7 @@ from ..prune import prune
 from ..recipe import Recipe
 from ..refine import refine
 from ..tasks import Task
-from ..training.soft_labels import seen, soft_labels
+from ..training.soft_labels import SoftLabels, seen, soft_labels
 from ..trim import trim
 from ..tune import tune
 from .directory import fingerprint
@@ -66,7 +66,7 @@ def examples_to_label(row: Recipe, task: Task, name: str) -> list[int]:
     return sorted(seen(task, options.batch_size, options.steps, row.seed + healing) | set(more))
 
 
-def run_label(work: Work, name: str):
+def run_label(work: Work, name: str) -> SoftLabels:
     examples = examples_to_label(work.recipe, work.task, name)
     return soft_labels(work.teacher, work.only(examples), work.recipe.soft_labels)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from ..tasks import Task
 from . import room
 
 
-def own(section) -> dict:
+def own(section: Any) -> dict:
     """The options of one section of a recipe, or all of it, as plain values."""
     return dataclasses.asdict(section)
 
@@ -88,7 +89,7 @@ class View:
         rows = (r, *r.family().values())
         return {"keep": min(room.keep_of(row, self.parent, self.linears) for row in rows), **how}
 
-    def bases(self, ranks: dict, cut: bool = False, **more) -> dict:
+    def bases(self, ranks: dict, cut: bool = False, **more: Any) -> dict:
         """What checkpoint/format.py needs to build the model of this row with these ranks, after pruning if `cut`."""
         r = self.recipe
         names = [[n for n in g.names if n in ranks] for g in self.groups if not room.is_table(g)]

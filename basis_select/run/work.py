@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import processes
 from ..checkpoint.files import save
@@ -17,7 +21,7 @@ from ..sizes import sizes
 from ..tasks import Task
 from ..training.loss import response_nll
 from ..training.precision import fast_bf16
-from ..training.soft_labels import SoftLabels
+from ..training.soft_labels import SoftLabels, Teacher
 from ..tuned_on import remember
 from ..writing import replace_text
 
@@ -41,42 +45,42 @@ class Work:
         folder: Path | None = None,
         sharded: bool = False,
         spread: bool = False,
-        group=None,
+        group: dist.ProcessGroup | None = None,
     ):
         self.recipe, self.task, self.options, self.given, self.folder = recipe, task, options, given, folder
         self.sharded, self.spread, self.group = sharded, spread, group
         self.facts = {}
 
     @cached_property
-    def model(self):
+    def model(self) -> PreTrainedModel:
         """The model that the stage changes: the first product that it reads."""
         first = self._first()
         return self._load(first)[0] if isinstance(first, Path) else first
 
     @cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return config_and_tokenizer(self._first() / "model")[1]
 
     @property
-    def parent(self):
+    def parent(self) -> PreTrainedModel:
         return self._read("parent", lambda folder: load_here(folder / "model")[0])
 
     @property
-    def teacher(self):
+    def teacher(self) -> Teacher:
         """The dense parent as it teaches, or what it says of the examples that are seen."""
         holder = "teacher" if "teacher" in self.given else "parent"
         return self._read(holder, lambda folder: load_teacher(folder, self.recipe.teacher, self.sharded))
 
     @property
-    def derivatives(self):
+    def derivatives(self) -> list | None:
         """What `derivatives` returns, None where its stage was left out."""
         return self._read("derivatives", read_derivatives) if "derivatives" in self.given else None
 
-    def moments(self):
+    def moments(self) -> tuple | None:
         """Second moments that somebody else has, None where `decompose` has to find its own."""
         return self.given["moments"](self.recipe) if "moments" in self.given else None
 
-    def fresh(self):
+    def fresh(self) -> PreTrainedModel:
         """Another copy of the model, of which nobody has used anything."""
         return load_here(self._first() / "model", None, self.spread)[0]
 
@@ -88,25 +92,25 @@ class Work:
         """The task with these of its training examples."""
         return dataclasses.replace(self.task, train=[self.task.train[i] for i in examples])
 
-    def _first(self):
+    def _first(self) -> Any:
         return next(iter(self.given.values()))
 
-    def _load(self, folder):
+    def _load(self, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if "final" in self.given:
             return self._load_final(folder)
         return load_here(folder / "model", None, self.spread)
 
-    def _load_final(self, folder):
+    def _load_final(self, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """In fp32 where the device would only emulate the checkpoint's dtype: the values are the same."""
         native = self.recipe.dtype == "bfloat16" and fast_bf16(processes.device())
         return load_here(folder / "model", None if native else "float32")
 
-    def _read(self, product, read):
+    def _read(self, product: str, read: Callable[[Path], Any]) -> Any:
         found = self.given[product]
         return read(found) if isinstance(found, Path) else found
 
 
-def write(work: Work, product: str, made, folder: Path, alone: bool) -> dict:
+def write(work: Work, product: str, made: Any, folder: Path, alone: bool) -> dict:
     """Write what a stage has made into its folder; what there is to say of it. All processes call this unless `alone`.
 
     made: what its `run` returned, None if it has changed `work.model`.
@@ -123,7 +127,7 @@ def write(work: Work, product: str, made, folder: Path, alone: bool) -> dict:
     return work.facts
 
 
-def _write_model(work, dtype, folder, alone):
+def _write_model(work: Work, dtype: str | None, folder: Path, alone: bool) -> dict:
     model, task, published = work.model, work.task, dtype is not None
     if task and not published:
         remember(model, task.train, task.validation)
@@ -146,13 +150,15 @@ def read_derivatives(folder: Path) -> list:
     return [(tensors[f"{i:04}.g"], tensors[f"{i:04}.h"]) for i in range(len(tensors) // 2)]
 
 
-def load_here(source, dtype=None, shard=False):
+def load_here(
+    source: str | Path, dtype: str | None = None, shard: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`load` onto the device where this process computes: every model that a stage runs comes so."""
     model, tokenizer = load(source, dtype, sharded=shard)
     return model if shard else model.to(processes.device()), tokenizer
 
 
-def load_teacher(parent, dtype, shard):
+def load_teacher(parent: Path, dtype: str, shard: bool) -> Teacher:
     """The dense parent as it teaches; int8: its linear layers' weights, a scale for every row, the rest bfloat16.
 
     A stage that has what it says in place of it: that.

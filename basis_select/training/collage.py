@@ -5,7 +5,8 @@ and so is the second moment in the variant "plus". The model computes with hi. B
 and all states: plain and stochastic 8, light and kahan 10, plus 12, master 16.
 """
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,15 @@ class CollageAdamW(torch.optim.Optimizer):
     `lost_updates`, the share of elements that should have moved and did not.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, variant="plus"):
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        variant: Variant = "plus",
+    ):
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}; known are {', '.join(VARIANTS)}")
         for name, value, good in (
@@ -64,7 +73,7 @@ class CollageAdamW(torch.optim.Optimizer):
         self.variant, self.measure, self.quality = variant, False, None
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -92,10 +101,10 @@ class CollageAdamW(torch.optim.Optimizer):
             self.quality = _quality(sums)
         return loss
 
-    def _variant(self, p):
+    def _variant(self, p: torch.nn.Parameter) -> str:
         return self.variant if p.dtype == torch.bfloat16 else "plain"
 
-    def state_of(self, p):
+    def state_of(self, p: torch.nn.Parameter) -> dict[str, Any]:
         """What is kept for a parameter from step to step; made if it is not there yet."""
         state = self.state[p]
         if not state:
@@ -112,12 +121,12 @@ class CollageAdamW(torch.optim.Optimizer):
                 state["master"] = p.detach().to(torch.float32, copy=True)
         return state
 
-    def value(self, p):
+    def value(self, p: torch.nn.Parameter) -> torch.Tensor:
         """A parameter with all that is carried for it, in fp32."""
         state = self.state.get(p, {})
         return state["master"].clone() if "master" in state else p.detach().float() + state.get("low", 0)
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         """As any optimizer's, but fp32 states of bfloat16 parameters stay fp32 (torch casts them to the parameter)."""
         super().load_state_dict(state_dict)
         ours = [p for group in self.param_groups for p in group["params"]]
@@ -128,14 +137,14 @@ class CollageAdamW(torch.optim.Optimizer):
                     self.state[p][name] = value.to(p.device, copy=True)
 
 
-def join(x, low):
+def join(x: list[torch.Tensor], low: list[torch.Tensor]) -> list[torch.Tensor]:
     """The numbers that pairs of bfloat16 stand for, lists of tensors, in fp32: exact to 2^-25, a pair only to 2^-17."""
     values = _wide(x)
     torch._foreach_add_(values, _wide(low))
     return values
 
 
-def split(values, x, low):
+def split(values: list[torch.Tensor], x: list[torch.Tensor], low: list[torch.Tensor]) -> None:
     """`(x, low) <- values`, lists of tensors, in place: the nearest bfloat16 and the nearest of what is left of it.
 
     What is left replaces `values`.
@@ -145,7 +154,19 @@ def split(values, x, low):
     torch._foreach_copy_(low, values)
 
 
-def _update(x, g, state, variant, step, measure, lr, beta1, beta2, eps, weight_decay):
+def _update(
+    x: list[torch.Tensor],
+    g: list[torch.Tensor],
+    state: dict[str, list[torch.Tensor]],
+    variant: str,
+    step: int,
+    measure: bool,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> list[torch.Tensor] | None:
     """One step of AdamW on lists of tensors, in place; returns the update that was meant, if to `measure`."""
     m, v = _wide(state["exp_avg"]), _wide(state["exp_avg_sq"])
     if variant == "plus":
@@ -181,29 +202,29 @@ def _update(x, g, state, variant, step, measure, lr, beta1, beta2, eps, weight_d
     return update
 
 
-def _wide(tensors):
+def _wide(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """In fp32, or as they are if that is no less."""
     return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
-def _round_at_random(x):
+def _round_at_random(x: torch.Tensor) -> torch.Tensor:
     """fp32 to bfloat16, up or down with the probability that keeps the mean: noise below the 16 bits that are cut."""
     noise = torch.randint_like(x, 2**16, dtype=torch.int32)
     return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
 
 
-def _hyperparameters(group):
+def _hyperparameters(group: dict) -> dict[str, float]:
     beta1, beta2 = group["betas"]
     lr = float(group["lr"])
     return {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}
 
 
-def _local(x):
+def _local(x: torch.Tensor) -> torch.Tensor:
     """This process's part of a sharded tensor, as rows: every operation here is element by element."""
     return torch.atleast_1d(x.to_local() if isinstance(x, DTensor) else x)
 
 
-def _chunks(parameters, state):
+def _chunks(parameters: Iterable[torch.nn.Parameter], state: dict) -> Iterator[list[tuple[torch.nn.Parameter, slice]]]:
     """`[(parameter, slice of its rows), ...]` of one dtype, device and age, about CHUNK elements together."""
     by_kind = {}
     for p in parameters:
@@ -226,7 +247,7 @@ def _chunks(parameters, state):
             yield chunk
 
 
-def _values(x, state):
+def _values(x: list[torch.Tensor], state: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
     """Parameters as the sums that they stand for, fp32 (fp64 for fp32 parameters)."""
     if "master" in state:
         return [t.clone() for t in state["master"]]
@@ -234,7 +255,7 @@ def _values(x, state):
     return [t + low for t, low in zip(wide, state["low"], strict=True)] if "low" in state else wide
 
 
-def _lost(before, after, intended):
+def _lost(before: list[torch.Tensor], after: list[torch.Tensor], intended: list[torch.Tensor]) -> torch.Tensor:
     """`(<applied, intended>, |intended|^2, elements lost, elements to move)` summed over lists of tensors."""
     sums = torch.zeros(4, dtype=torch.float64, device=before[0].device)
     for old, new, meant in zip(before, after, intended, strict=True):
@@ -245,7 +266,7 @@ def _lost(before, after, intended):
     return sums
 
 
-def _quality(sums):
+def _quality(sums: list[torch.Tensor]) -> dict[str, float]:
     total = torch.stack([s.cpu() for s in sums]).sum(0) if sums else torch.zeros(4, dtype=torch.float64)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)

@@ -4,16 +4,20 @@ of the seed, so that a resumed run sees what an undisturbed one would have seen.
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from ..tasks import Example, Task
 
 LENGTH_MULTIPLE = 16  # tokens; on CPUs every new matmul shape costs the library a freshly generated kernel
 RESPONSE_MULTIPLE = 64
 WINDOW = 16  # batches that are sorted by length together
 
 
-def require_fit(model, task):
+def require_fit(model: PreTrainedModel, task: Task) -> None:
     """Raise ValueError if a row of `task` holds tokens or positions that `model` has no row for in its tables.
 
     A learned table of positions is told by its length: an embedding of `max_position_embeddings` rows, or a few more.
@@ -46,7 +50,16 @@ class Batches:
     `responses` count, whatever the process, all real tokens and all response tokens of the step.
     """
 
-    def __init__(self, examples, batch_size, steps, seed, pad_id=0, process=0, processes=1):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        steps: int,
+        seed: int,
+        pad_id: int = 0,
+        process: int = 0,
+        processes: int = 1,
+    ):
         if not examples:
             raise ValueError("there are no examples to make batches of")
         self.examples, self.batch_size, self.steps, self.seed, self.pad_id = (
@@ -59,10 +72,10 @@ class Batches:
         self.process, self.processes = process, processes
         self._epoch = (-1, [])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step):
+    def __getitem__(self, step: int) -> dict:
         if not 0 <= step < self.steps:
             raise IndexError(step)
         rows = [self.examples[i] for i in self.rows(step)]
@@ -73,12 +86,12 @@ class Batches:
             "responses": sum(len(e.input_ids) - e.start for e in rows),
         }
 
-    def rows(self, step):
+    def rows(self, step: int) -> list[int]:
         """Indices of the examples of a step, those of all processes."""
         per_epoch = -(-len(self.examples) // self.batch_size)
         return self._order(step // per_epoch)[step % per_epoch]
 
-    def _order(self, epoch):
+    def _order(self, epoch: int) -> list[list[int]]:
         if self._epoch[0] != epoch:
             rng = random.Random(f"{self.seed} {epoch}")
             order = rng.sample(range(len(self.examples)), len(self.examples))
@@ -90,7 +103,7 @@ class Batches:
             self._epoch = (epoch, batches)
         return self._epoch[1]
 
-    def collate(self, examples):
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         length = _round_up(max(len(e.input_ids) for e in examples), LENGTH_MULTIPLE)
         ids = torch.full((len(examples), length), self.pad_id)
         real = torch.zeros(len(examples), length, dtype=torch.bool)
@@ -110,15 +123,15 @@ class Batches:
         }
 
 
-def drawn(examples, count):
+def drawn(examples: Sequence[Example], count: int) -> list[Example]:
     """At most `count` of the examples, drawn at random: those that moments and squared gradients look at."""
     return random.Random(0).sample(examples, min(count, len(examples)))
 
 
-def _without_response(example):
+def _without_response(example: Example) -> Example:
     """What a process computes on when a batch has no row for it: nothing to learn, but the same graph as on others."""
     return dataclasses.replace(example, start=len(example.input_ids))
 
 
-def _round_up(n, multiple):
+def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple

@@ -11,24 +11,27 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from .. import processes
 from ..layers.learning import Weights
 from ..progress import progress
 from ..reading import read_json, read_lines, sha256
+from ..tasks import Task
 from ..tuned_on import remember
 from ..writing import replace_text, settle
 from .collage import CollageAdamW
 from .data import Batches, require_fit
 from .loss import task_loss
 from .precision import products
+from .soft_labels import Teacher
 
 log = logging.getLogger(__name__)
 STATE, COMPLETE = "state.pt", "complete"  # in a training checkpoint: the state, and last of all its sha256
@@ -50,8 +53,8 @@ class Beside(Protocol):
 
 
 def train(
-    model,
-    task,
+    model: PreTrainedModel,
+    task: Task,
     *,
     name: str,
     steps: int,
@@ -59,7 +62,7 @@ def train(
     lr: float,
     seed: int,
     folder: str | Path | None = None,
-    teacher=None,
+    teacher: Teacher | None = None,
     kl: float = 1.0,
     warmup: float = 0.05,
     precision: str = "fp32",
@@ -98,7 +101,7 @@ def train(
     warm = max(1, math.ceil(warmup * steps))
     rates = [lr * share_of_rate(i, steps, warm) for i in range(steps)]
 
-    def loss(batch):
+    def loss(batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return task_loss(model, batch, teacher, kl)
 
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
@@ -112,14 +115,23 @@ def train(
     return rows
 
 
-def _optimizer(model, lr, precision):
+def _optimizer(model: PreTrainedModel, lr: float, precision: str) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     if precision == "fp32":
         return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
     return CollageAdamW(trained, lr=lr, variant=precision)
 
 
-def _run(model, optimizer, batches, rates, loss, beside, folder, name):
+def _run(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    rates: Sequence[float],
+    loss: Callable,
+    beside: Beside | None,
+    folder: Path,
+    name: str,
+) -> list[dict]:
     """All steps that the checkpoints in `folder` have not done yet; returns the metrics of these and those."""
     checkpoint = processes.agreed(lambda: _last_checkpoint(folder))
     done = _resume(checkpoint, model, optimizer, beside) if checkpoint else 0
@@ -128,7 +140,7 @@ def _run(model, optimizer, batches, rates, loss, beside, folder, name):
     model.zero_grad()
     saved, steps = time.monotonic(), len(batches)
 
-    def due():
+    def due() -> bool:
         return time.monotonic() - saved > SAVE_EVERY
 
     for i in progress(range(done, steps), name, "step", total=steps, done=done, quiet=processes.index() > 0):
@@ -147,7 +159,9 @@ def _run(model, optimizer, batches, rates, loss, beside, folder, name):
     return rows
 
 
-def _step(model, optimizer, batch, i, rate, loss):
+def _step(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict, i: int, rate: float, loss: Callable
+) -> dict:
     """Step i, in place; returns the metrics of the whole batch."""
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -170,7 +184,7 @@ def _step(model, optimizer, batch, i, rate, loss):
     return {**values, "tokens": batch["tokens"], "lr": rate, **lost}
 
 
-def _recorded(path, steps):
+def _recorded(path: Path, steps: int) -> list[dict]:
     """The lines of the first `steps` steps in the metrics; those after them are dropped from the file."""
     rows = read_lines(path, stop=steps) if steps else []
     processes.barrier()  # all have read the file
@@ -180,25 +194,25 @@ def _recorded(path, steps):
     return rows
 
 
-def share_of_rate(i, steps, warmup):
+def share_of_rate(i: int, steps: int, warmup: int) -> float:
     """The rate of step i, from 0 on, as a share of the largest; warmup: steps until that is reached."""
     done = max(0, i + 1 - warmup) / (steps - warmup + 1)
     return min((i + 1) / warmup, (1 + math.cos(math.pi * done)) / 2)
 
 
-def checkpoint_layers(model):
+def checkpoint_layers(model: PreTrainedModel) -> None:
     """Keep only the inputs of decoder layers while training, and compute the rest anew, in the same precision."""
     anew = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), products(model))}
     model.train().activation_checkpointing_enable(anew)
 
 
-def _buffers(model):
+def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, str, torch.Tensor]]:
     """`[(module, its name, name of a buffer, buffer), ...]`, but those of bases, which training may change."""
     modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, Weights)]
     return [(m, name, key, buffer) for name, m in modules for key, buffer in m._buffers.items() if buffer is not None]
 
 
-def _narrow(model, buffers):
+def _narrow(model: PreTrainedModel, buffers: list[tuple[nn.Module, str, str, torch.Tensor]]) -> None:
     """Everything in bfloat16 but the 1-D basis weights: `learn` trains little else, and they decide what stays.
 
     And but the buffers that stay fp32 where transformers loads such a model in bfloat16: the frequencies of rotary
@@ -217,7 +231,12 @@ def _narrow(model, buffers):
 
 
 @torch.no_grad()
-def _widen(model, optimizer, dtype, buffers):
+def _widen(
+    model: PreTrainedModel,
+    optimizer: CollageAdamW,
+    dtype: torch.dtype,
+    buffers: list[tuple[nn.Module, str, str, torch.Tensor]],
+) -> None:
     """Back to `dtype`, with what the optimizer carries beside the parameters where that dtype can hold it."""
     wide = {p: optimizer.value(p) for p in model.parameters() if p.requires_grad}
     model.to(dtype)
@@ -227,7 +246,9 @@ def _widen(model, optimizer, dtype, buffers):
         m._buffers[key] = buffer
 
 
-def _save(model, optimizer, beside, folder, step):
+def _save(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, beside: Beside | None, folder: Path, step: int
+) -> None:
     """Write what continues after `step`, by all processes; this checkpoint and the one before it are kept."""
     state = optimizer.state_dict()
     state["state"] = {i: {k: processes.whole(v) for k, v in s.items()} for i, s in state["state"].items()}
@@ -253,7 +274,7 @@ def _save(model, optimizer, beside, folder, step):
             shutil.rmtree(old)
 
 
-def _resume(checkpoint, model, optimizer, beside):
+def _resume(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, beside: Beside | None) -> int:
     """Put model, optimizer and random numbers into the state of a checkpoint; returns how many steps are done."""
     saved = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     if beside:
@@ -271,34 +292,34 @@ def _resume(checkpoint, model, optimizer, beside):
     return _step_of(checkpoint)
 
 
-def _random_state():
+def _random_state() -> dict[str, torch.Tensor]:
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def _state(model):
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
     """What training changes: parameters with gradients."""
     trained = [(name, processes.whole(p.detach())) for name, p in model.named_parameters() if p.requires_grad]
     return {name: p.clone() for name, p in trained if p is not None}
 
 
 @torch.no_grad()
-def _restore(model, state):
+def _restore(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, value in state.items():
         parameters[name].copy_(processes.sharded_like(parameters[name], value))
 
 
-def _step_of(checkpoint):
+def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _checkpoints(folder):
+def _checkpoints(folder: Path) -> dict[int, Path]:
     """`{step: path}` of the training checkpoints in a folder, the newest first."""
     return {_step_of(p): p for p in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True)}
 
 
-def _last_checkpoint(folder):
+def _last_checkpoint(folder: Path) -> Path | None:
     """The newest training checkpoint in the folder of a stage that is whole; what is not is said, and removed."""
     for step, path in _checkpoints(folder / "training").items():
         if (path / COMPLETE).exists():
@@ -312,7 +333,7 @@ def _last_checkpoint(folder):
     return None
 
 
-def _check(checkpoint, metrics, step):
+def _check(checkpoint: Path, metrics: Path, step: int) -> None:
     """Raise ValueError or OSError unless the state in a training checkpoint is that written, and its metrics too."""
     if sha256(checkpoint / STATE) != read_json(checkpoint / COMPLETE, {STATE: str})[STATE]:
         raise ValueError(f"{STATE} is not the file that was written")

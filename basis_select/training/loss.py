@@ -1,17 +1,21 @@
 """The losses, on response tokens only."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..tasks import Example
 from .data import Batches
 from .precision import autocast
 
 
 @contextmanager
-def _head_reads(model, positions):
+def _head_reads(model: PreTrainedModel, positions: torch.Tensor) -> Iterator[None]:
     """The output head sees only these flat token positions: no logits are formed for prompts and padding.
 
     Done at the head's input, so scalings and soft caps that a model applies to its logits still apply.
@@ -26,7 +30,7 @@ def _head_reads(model, positions):
 
 
 @contextmanager
-def frozen(model, trained=()):
+def frozen(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
     """Within it no parameter of `model` requires a gradient but those that are `trained`."""
     flags = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
@@ -43,17 +47,17 @@ class _Start(torch.autograd.Function):
     """The same tensor, of which a graph starts: no leaf, so that a model may go on to change it in place."""
 
     @staticmethod
-    def forward(ctx, y, anchor):
+    def forward(ctx: Any, y: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
 
 
 @contextmanager
-def activation_gradients(model, modules=None):
+def activation_gradients(model: PreTrainedModel, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Backward passes reach activations only: no gradient of a weight is formed.
 
     The graph starts at the outputs of `modules`, by default of the embedding: what lies before them costs no backward.
@@ -63,7 +67,7 @@ def activation_gradients(model, modules=None):
     starts = [model.get_input_embeddings()] if modules is None else modules
     anchor = torch.zeros((), requires_grad=True)
 
-    def start(module, args, y):
+    def start(module: nn.Module, args: tuple, y: torch.Tensor) -> torch.Tensor:
         return y if y.requires_grad or not torch.is_grad_enabled() else _Start.apply(y, anchor)
 
     # Ahead of hooks that are there already, so that they find an output with a gradient.
@@ -77,20 +81,26 @@ def activation_gradients(model, modules=None):
         model.train(training)
 
 
-def response_logits(model, batch):
+def response_logits(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     """Logits (n, vocabulary) at `batch["positions"]`."""
     with _head_reads(model, batch["positions"].to(model.device)):
         return model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
 
 
 @torch.no_grad()
-def log_probabilities(teacher, batch):
+def log_probabilities(teacher: PreTrainedModel, batch: dict) -> torch.Tensor:
     """What `task_loss` compares with: log-probabilities (n, vocabulary) at `batch["positions"]`, fp32."""
     with autocast(teacher):
         return response_logits(teacher, batch).float().log_softmax(-1)
 
 
-def task_loss(model, batch, teacher=None, kl=1.0, mixed=True):
+def task_loss(
+    model: PreTrainedModel,
+    batch: dict,
+    teacher: PreTrainedModel | Callable | None = None,
+    kl: float = 1.0,
+    mixed: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean over response tokens of `CE(y) + kl * KL(teacher || model)`, and both parts: three scalars, in nats.
 
     `teacher` is a model or a function of a batch that returns `log_probabilities` or, as SoftLabels, those of some
@@ -114,7 +124,7 @@ def task_loss(model, batch, teacher=None, kl=1.0, mixed=True):
     return ce + kl * divergence, ce, divergence
 
 
-def _divergence_of_some(log_q, log_p, tokens):
+def _divergence_of_some(log_q: torch.Tensor, log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """KL(p || q) (n,) of `log_p: (n, top)` at `tokens: (n, top)`, all other tokens of `log_q` taken as one."""
     others = log_q.scatter(-1, tokens, -torch.inf).logsumexp(-1)  # not 1 - the sum, which cancels where q is sure
     p = log_p.exp()
@@ -123,7 +133,9 @@ def _divergence_of_some(log_q, log_p, tokens):
 
 
 @torch.no_grad()
-def response_nlls(model, examples, pad_id=0, batch_size=16):
+def response_nlls(
+    model: PreTrainedModel, examples: Sequence[Example], pad_id: int = 0, batch_size: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`(nll, tokens)`, (n,) each in order of `examples`: summed negative log-likelihood of the response, in nats,
     and its number of tokens, the end token counted, before the tokenizer was trimmed.
     """
@@ -143,7 +155,7 @@ def response_nlls(model, examples, pad_id=0, batch_size=16):
     return nll, tokens - torch.tensor([example.spelled for example in examples])
 
 
-def response_nll(model, examples, pad_id=0, batch_size=16):
+def response_nll(model: PreTrainedModel, examples: Sequence[Example], pad_id: int = 0, batch_size: int = 16) -> float:
     """Mean negative log-likelihood per response token of `examples`, end token counted, in nats."""
     nll, tokens = response_nlls(model, examples, pad_id, batch_size)
     return float(nll.sum() / tokens.sum())

@@ -1,13 +1,16 @@
 """In which precision products are computed: native bfloat16 where there is one, never an emulated one."""
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 
-def fast_bf16(device):
+def fast_bf16(device: torch.device) -> bool:
     """Whether bf16 matmuls are native on this device; emulated ones are slower than fp32."""
     if device.type == "cpu":
         return torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu._is_amx_tile_supported()
@@ -15,14 +18,14 @@ def fast_bf16(device):
 
 
 @contextmanager
-def autocast(model):
+def autocast(model: PreTrainedModel) -> Iterator[None]:
     """For an fp32 model bf16 matmuls where the device has them, for a bf16 model fp32 matmuls where it has not."""
     mixed = model.dtype == torch.float32 and fast_bf16(model.device)
     with products(model), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
         yield
 
 
-def products(model):
+def products(model: PreTrainedModel) -> AbstractContextManager:
     """The part of `autocast` that torch does not restore by itself where a backward pass computes a layer anew."""
     if fast_bf16(model.device):
         return _ShortAttention() if model.device.type == "cpu" else nullcontext()
@@ -38,7 +41,7 @@ class _ShortAttention(TorchFunctionMode):
 
     LONGEST = 128
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             q, k, v = args[:3]
@@ -56,13 +59,13 @@ class _CausalAttention(torch.autograd.Function):
     """`softmax(scale * q k^T) v` over (..., tokens, d) in bf16, softmax in fp32; nothing of size tokens^2 is kept."""
 
     @staticmethod
-    def forward(ctx, q, k, v, scale):
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.scale = scale
         return _weights(q, k, scale).to(v.dtype) @ v
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         p = _weights(q, k, ctx.scale)
         grad_v = p.to(g.dtype).transpose(-1, -2) @ g
@@ -71,7 +74,7 @@ class _CausalAttention(torch.autograd.Function):
         return grad @ k, grad.transpose(-1, -2) @ q, grad_v, None
 
 
-def _weights(q, k, scale):
+def _weights(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     """Attention weights (..., tokens, tokens), fp32."""
     scores = (q @ k.transpose(-1, -2)).float() * scale
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
@@ -84,7 +87,7 @@ class _Fp32Products(TorchFunctionMode):
     On a processor without them torch's own bf16 matmul is a hundred times slower than its fp32 one.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if function in _PRODUCTS and args[0].dtype == torch.bfloat16:
             if function is F.linear:
@@ -97,7 +100,7 @@ class _Fp32Products(TorchFunctionMode):
 _PRODUCTS = {F.linear, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.Tensor.matmul}
 
 
-def _fp32(x):
+def _fp32(x: torch.Tensor) -> torch.Tensor:
     """A tensor in fp32. torchao's rounded weights are multiplied out: their own `float` changes the label alone."""
     rounded = type(x).dequantize is not torch.Tensor.dequantize
     return (x.dequantize() if rounded else x).float()
@@ -107,13 +110,13 @@ class _Linear(torch.autograd.Function):
     """`x @ weight.T + bias`; what is kept for the backward pass stays bf16."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias=None):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         return F.linear(x.float(), _fp32(weight), bias.float() if ctx.has_bias else None).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = g.flatten(0, -2).float()
         needs_x, needs_weight, needs_bias = (*ctx.needs_input_grad, False)[:3]

@@ -28,7 +28,7 @@ class SoftLabels:
     tokens: torch.Tensor
     first: dict
 
-    def __call__(self, batch):
+    def __call__(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """`(log_p, tokens)`, each (n, top), at `batch["positions"]`: what `task_loss` compares with."""
         length = batch["input_ids"].shape[1]
         counts = torch.bincount(
@@ -41,7 +41,7 @@ class SoftLabels:
         places += [0] * (len(batch["positions"]) - len(places))  # padding: anything finite
         return self.log_p[places], self.tokens[places].long()
 
-    def _place(self, ids, n):
+    def _place(self, ids: torch.Tensor, n: int) -> int:
         try:
             return self.first[_name(ids.tolist(), len(ids) - n)]
         except KeyError:
@@ -49,7 +49,7 @@ class SoftLabels:
                 "a training example has no soft labels: they were made from other examples than those trained on"
             ) from None
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         """Write the part of this process into `folder`."""
         names = torch.frombuffer(bytearray(b"".join(self.first)), dtype=torch.uint8).view(len(self.first), -1)
         tensors = {"log_p": self.log_p, "tokens": self.tokens, "names": names}
@@ -57,7 +57,7 @@ class SoftLabels:
         save_file(tensors, Path(folder) / f"soft_labels-{processes.index():04}.safetensors")
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder: str | Path) -> "SoftLabels":
         """Those that all processes have written into `folder`."""
         parts, first, rows = [], {}, 0
         for path in sorted(Path(folder).glob("soft_labels-*.safetensors")):
@@ -71,11 +71,11 @@ class SoftLabels:
         return cls(torch.cat([p["log_p"] for p in parts]), torch.cat([p["tokens"] for p in parts]), first)
 
 
-def _name(ids, start):
+def _name(ids: list[int], start: int) -> bytes:
     return hashlib.blake2b(repr((ids, start)).encode(), digest_size=16).digest()
 
 
-def seen(task, batch_size, steps, seed):
+def seen(task: Task, batch_size: int, steps: int, seed: int) -> set[int]:
     """Indices of the training examples that `steps` batches hold."""
     batches = Batches(task.train, batch_size, steps, seed)
     steps = min(steps, -(-len(task.train) // batch_size))  # after an epoch there is nothing new
