@@ -33,7 +33,7 @@ from .tune import tune
 Data, Tune, Decompose, Prune, Refine, Heal = map(options, (load_task, tune, decompose, prune, refine, heal))
 Trim, Learn, Extend = options(trim, tokens="all"), options(learn, steps=0), options(extend, rank=0)
 
-RESULT = "result"  # the name of the recipe's own row among those it compares
+PARENT, RESULT = "parent", "result"  # names of the dense model's row and the recipe's own among those it compares
 COMMON = ("model", "task", "seed", "dtype", "sizes", "compare", "data", "tune")  # what all rows of a run share
 
 
@@ -154,7 +154,7 @@ def _check_rows(recipe: Recipe, path: Path) -> None:
         seen[amount] = size
     for name, changes in recipe.compare.items():
         where = f"{path}: compare.{shown(name)[1:-1]}"
-        if name.casefold() in ("parent", RESULT) or name.casefold().startswith(f"{RESULT} at "):
+        if name.casefold() in (PARENT, RESULT) or name.casefold().startswith(f"{RESULT} at "):
             raise ValueError(f"{where} is the name of a row that every run has: choose another")
         if not 0 < len(name) <= 60 or not name.isprintable() or name != name.strip():
             raise ValueError(f"{where}: the name of a row is up to 60 printable characters, none a space at its ends")

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -74,8 +74,11 @@ def select(
         asked = smallest(model, task, asked, rule)
     if asked.name == "latency":
         chosen = _in_time(found, asked, rule, costs, [(table, rank)] if table else [])
+    elif asked.name == "mass":
+        chosen = of_groups(found, asked, rule)
     else:
-        chosen = of_groups(found, asked, rule, _share(model, asked, dtype, _saved(table, rank) if table else 0))
+        share = _share(model, asked, dtype)
+        chosen = of_groups(found, asked, rule, share(_saved(table, rank) if table else 0))
     if table is not None:
         chosen.append((table, _best(table, rank) if _saved(table, rank) else None))
     return chosen
@@ -129,12 +132,10 @@ def _weighted(model: torch.nn.Module) -> list[Group]:
     return found
 
 
-def _share(model: torch.nn.Module, asked: Target, dtype: Dtype, saved: int = 0) -> float | None:
-    """The fraction of the targeted parameters that a target leaves; None for a mass, which says nothing of it."""
-    if asked.name == "mass":
-        return None
-    now = sizes(model)
-    return asked.share(now["parameters_dense"], now["targeted_dense"], dtype, saved + trimmed_away(model))
+def _share(model: torch.nn.Module, asked: Target, dtype: Dtype) -> Callable[[int], float]:
+    """The fraction of the targeted parameters that a target leaves, a function of what the embedding saves."""
+    now, away = sizes(model), trimmed_away(model)
+    return lambda saved: asked.share(now["parameters_dense"], now["targeted_dense"], dtype, saved + away)
 
 
 def _room(found: list[Group], share: float, rule: Rule) -> int:
@@ -172,11 +173,11 @@ def _choose(
     rule: Rule,
     room: float | None,
     trains: bool = False,
-    prices: list | None = None,
+    priced: list | None = None,
 ) -> list[torch.Tensor | None]:
     """For each group the indices to keep among those `alive`, or None to leave it as it is.
 
-    room: parameters, None for a mass, or with `prices` of every group's ranks what those count.
+    room: parameters, None for a mass, or with `priced`, what every group's ranks cost, what that counts.
     """
     scores, shapes = _scores(found, alive, rule), [group.shape for group in found]
     orders = [x.argsort(descending=True, stable=True) for x in scores]
@@ -186,14 +187,14 @@ def _choose(
         ranks = by_mass_within(scores, shapes, room, rule.multiple_of, trains)
     else:
         bases = [len(x) for x in scores]
-        if prices is None:
+        if priced is None:
             may_become = training_prices if trains else linear_prices
-            prices = [may_become(shape, n, rule.multiple_of) for shape, n in zip(shapes, bases, strict=True)]
+            priced = [may_become(shape, n, rule.multiple_of) for shape, n in zip(shapes, bases, strict=True)]
         if rule.budget == "uniform":
-            ranks = uniform(shapes, bases, prices, room)
+            ranks = uniform(shapes, bases, priced, room)
         else:
             worth = [x[order] for x, order in zip(scores, orders, strict=True)]
-            ranks = allocate(worth, prices, room, "seconds" if asked.name == "latency" else "parameters")
+            ranks = allocate(worth, priced, room, "seconds" if asked.name == "latency" else "parameters")
     return [
         None if rank is None else index[order[:rank].sort().values]
         for rank, index, order in zip(ranks, alive, orders, strict=True)
@@ -222,7 +223,7 @@ def _in_time(
     later = rule.reserve + found[0].new_rank
     more = [(table.shape, rank) for table, rank in settled]
     times, room = prices(costs, asked, [group.shape for group in found], later, more)
-    kept = _choose(found, [torch.arange(g.rank) for g in found], asked, rule, room, prices=times)
+    kept = _choose(found, [torch.arange(g.rank) for g in found], asked, rule, room, priced=times)
     return [(g, _below_break_even(g, index)) for g, index in zip(found, kept, strict=True)]
 
 
@@ -256,14 +257,14 @@ def best_share(model: torch.nn.Module, task: Task, asked: Target, rule: Rule, dt
     by factors of two and then of the root of two around the best; the table may also stay whole.
     """
     found, table, step = _weighted(model), table_of(model), rule.multiple_of
-    why, largest = [], table.rank
+    why, largest, share = [], table.rank, _share(model, asked, dtype)
     if model.get_input_embeddings().scale != 1:  # it cannot be put back whole: the largest rank that saves anything
         largest = table.shape.largest_rank // step * step
 
     @functools.cache
     def nll(rank: int) -> float:
         try:
-            chosen = of_groups(found, asked, rule, _share(model, asked, dtype, _saved(table, rank)))
+            chosen = of_groups(found, asked, rule, share(_saved(table, rank)))
         except ValueError as error:  # too little is left for the layers
             why.append(error)
             return math.inf

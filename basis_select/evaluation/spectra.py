@@ -58,7 +58,7 @@ def kept_ranks(decomposed: Path, pruned: Path) -> dict[str, int]:
 def kept(found: Mapping[str, tuple[list[float], list[int]]], ranks: Mapping[str, int]) -> dict[str, list[bool]]:
     """`{leader: [bool, ...]}`: which bases `prune` kept, by |s| among those that outlived enough prunings of `learn`.
 
-    found: of `weights`; ranks: of `kept_ranks`. As `prune.select` does it; the token embedding is not in `learn`.
+    found: of `weights`; ranks: of `kept_ranks`. As `selection.select` does it; the token embedding is not in `learn`.
     """
     left = {name: pair for name, pair in found.items() if name in ranks}
     pruned = {name: survived for name, (_, survived) in left.items() if any(survived)}

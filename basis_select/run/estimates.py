@@ -21,7 +21,6 @@ from ..linalg.metrics import METRICS, Metric
 from ..moments import EXAMPLES_TOGETHER, moment_bytes, moment_room, passes
 from ..tasks import Task
 from ..training.data import Batches
-from ..trim import trim
 from ..tune import trainable
 from . import measuring, room
 from .measuring import Estimate
@@ -52,11 +51,8 @@ def tuning(view: View, machine: Machine) -> Estimate:
 
 def trimming(view: View, machine: Machine) -> Estimate:
     """Next to nothing; but what is planned after it has fewer tokens."""
-    original = view.task
-    view.parent, view.tokenizer, _ = trim(
-        copy.deepcopy(view.parent), view.tokenizer, original, **dataclasses.asdict(view.recipe.trim)
-    )
-    view.task = room.in_tokens(view.recipe, view.tokenizer, original)
+    parent = copy.deepcopy(view.parent)
+    view.parent, view.tokenizer, view.task, _ = room.trimmed(view.recipe, parent, view.tokenizer, view.task)
     return Estimate()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from .. import recipe as recipes
 from ..evaluation.report import curve, table
 from ..reading import read_json
-from ..recipe import Recipe
+from ..recipe import PARENT, Recipe
 from ..verify import verify
 from ..writing import replace_text
 from .directory import alone, check_stages, publish, require_own, sweep
@@ -17,8 +17,6 @@ from .results import manifest_of, result_of
 from .room import check_budget
 from .terminal import Progress
 from .work import FILES
-
-PARENT = "parent"  # the row of the dense model
 
 
 def run(recipe: Recipe, folder: Path | str, shard: bool = False) -> dict:
@@ -38,16 +36,16 @@ def run(recipe: Recipe, folder: Path | str, shard: bool = False) -> dict:
         (folder / "stages").mkdir(exist_ok=True)
         sweep(folder)
         check_stages(folder)
-        rows = rows_of(recipe)
-        progress = Progress({PARENT: recipe, **rows})
+        rows = {PARENT: recipe, **rows_of(recipe)}
+        progress = Progress(rows)
         disk = OnDisk(recipe, folder, shard, progress)
         loaded = disk.row(dense=True, until="load")
         view = disk.view(recipe, loaded)
-        for row in rows.values():  # what cannot be met is said before hours are spent on tuning
+        for row in rows_of(recipe).values():  # what cannot be met is said before hours are spent on tuning
             check_budget(row, loaded["parent"] / "model", view.task)
         progress.loaded(view)
         states = {}
-        for name, row in {PARENT: recipe, **rows}.items():
+        for name, row in rows.items():
             progress.row = name
             states[name] = disk.row(row, dense=name == PARENT)
         progress.row = ""

@@ -10,7 +10,7 @@ from ..checkpoint.format import dense_on_meta
 from ..decompose import targets
 from ..machine import resident_memory
 from ..models import config_and_tokenizer
-from ..recipe import RESULT, Recipe
+from ..recipe import PARENT, RESULT, Recipe
 from ..target import BYTES
 from ..tasks import Task
 from ..training.data import require_fit
@@ -42,13 +42,13 @@ def plan(recipe: Recipe, processes: int = 1, rates: dict | None = None) -> "Plan
     require_fit(model, task)
     targets(model)  # raises ValueError if there is nothing to decompose
     forecast, views = Forecast(model, tokenizer, task, machine), {}
-    for name, row in {"parent": recipe, **rows_of(recipe)}.items():
+    for name, row in {PARENT: recipe, **rows_of(recipe)}.items():
         forecast.row = name
-        state = walk(row, forecast, dense=name == "parent")
-        views[name] = forecast.view(row, state, name == "parent")
+        state = walk(row, forecast, dense=name == PARENT)
+        views[name] = forecast.view(row, state, name == PARENT)
     finals = [estimates.final(view) for view in views.values()]
     steps = [*forecast.steps.values(), Step("", TIME.name, TIME.cost(finals, machine))]
-    del views["parent"]
+    del views[PARENT]
     return Plan(recipe, model, task, views, steps, machine, base)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..evaluation.accuracy import compare
 from ..reading import read_json
-from ..recipe import Recipe
+from ..recipe import PARENT, Recipe
 from ..tasks import Task
 
 
@@ -20,7 +20,7 @@ def result_of(name: str, final: Path, evaluation: dict, parent: dict, speed: dic
         "n": evaluation["n"],
         "sizes": facts["sizes"],
         "decode_tokens_per_second": speed,
-        "paired": compare(parent, evaluation) if name != "parent" and evaluation["accuracy"] else None,
+        "paired": compare(parent, evaluation) if name != PARENT and evaluation["accuracy"] else None,
         "stages": history(final),
         "weights_sha256": facts["weights_sha256"],
     }

@@ -25,8 +25,8 @@ def check_budget(recipe: Recipe, source: str | Path, task: Task) -> None:
     config, tokenizer = config_and_tokenizer(source)
     model = dense_on_meta(config)
     require_fit(model, task)
-    model, tokenizer, _ = trim(model, tokenizer, task, **dataclasses.asdict(recipe.trim))
-    task = in_tokens(recipe, tokenizer, task)
+    if recipe.trim.tokens != "all":
+        model, _, task, _ = trimmed(recipe, model, tokenizer, task)
     fraction(recipe, model, groups_of(recipe, model, targets(model), task))
 
 
@@ -34,6 +34,14 @@ def in_tokens(r: Recipe, tokenizer: PreTrainedTokenizerBase, original: Task | No
     """The task of a recipe in the tokens of `tokenizer`; NLL is per token of the `original`, of an untrimmed one."""
     task = load_task(r.task, tokenizer, r.seed, **dataclasses.asdict(r.data))
     return counted_as(task, original) if original else task
+
+
+def trimmed(
+    r: Recipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase, Task, dict]:
+    """`(model, tokenizer, task, report)` behind `trim`, the model changed in place and on any device."""
+    model, tokenizer, report = trim(model, tokenizer, task, **dataclasses.asdict(r.trim))
+    return model, tokenizer, in_tokens(r, tokenizer, task), report
 
 
 def require_decoder(config: PreTrainedConfig, source: str) -> None:

@@ -199,9 +199,7 @@ STAGES = (
         name="heal",
         reads=("model", "teacher"),
         makes=("model",),
-        options=lambda view: (
-            own(view.recipe.heal) | {"teacher": view.recipe.teacher} if view.recipe.heal.steps else None
-        ),
+        options=verbs.heal_options,
         says=lambda view: f"train the smaller model, {_steps(view.recipe.heal)}",
         run=verbs.run_heal,
         cost=estimates.healing,

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import (
 from .. import processes
 from ..evaluation.report import HEAD, cells
 from ..progress import duration
-from ..recipe import Recipe
+from ..recipe import PARENT, Recipe
 from .estimates import Machine
 from .measuring import Estimate, machine_rates
 from .plan import Forecast, Step
@@ -98,7 +98,7 @@ class Progress:
         return f"[{len(self.met):{width}}/{self.total}] " if self.total else ""
 
     def _heading(self, stage: Stage) -> str:
-        row = f" ({self.row})" if len(self.rows) > 2 and self.row and not (stage.dense and self.row == "parent") else ""
+        row = f" ({self.row})" if len(self.rows) > 2 and self.row and not (stage.dense and self.row == PARENT) else ""
         return f"{self._number()}{stage.name.replace('_', ' ')}{row}"
 
     def _left(self) -> str:

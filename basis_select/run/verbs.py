@@ -14,10 +14,9 @@ from ..recipe import Recipe
 from ..refine import refine
 from ..tasks import Task
 from ..training.soft_labels import SoftLabels, seen, soft_labels
-from ..trim import trim
 from ..tune import tune
 from .directory import fingerprint
-from .room import in_tokens, is_table
+from .room import is_table, trimmed
 from .view import View, own
 from .work import Work
 
@@ -38,8 +37,9 @@ def trim_options(view: View) -> dict | None:
 
 
 def run_trim(work: Work) -> None:
-    work.model, work.tokenizer, report = trim(work.model, work.tokenizer, work.task, **own(work.recipe.trim))
-    work.task, work.facts = in_tokens(work.recipe, work.tokenizer, work.task), {"trimmed": report}
+    made = trimmed(work.recipe, work.model, work.tokenizer, work.task)
+    work.model, work.tokenizer, work.task, report = made
+    work.facts = {"trimmed": report}
 
 
 def say_decompose(view: View) -> str:
