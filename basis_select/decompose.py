@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .checkpoint.format import register, require_loadable, unstorable
-from .layers.embedding import install, is_tied, lookup_scale, module_name, settle_ties
+from .layers.embedding import TableEmbedding, install, is_tied, lookup_scale, module_name, settle_ties
 from .layers.group import Group
 from .layers.learning import LearningLinear
 from .layers.low_rank import LowRankLinear
-from .layers.rounded import Int8Linear
+from .layers.rounded import RoundedLinear
 from .layers.shape import Shape
 from .linalg import metrics
 from .linalg.metrics import METRICS, MetricName
@@ -42,10 +42,12 @@ def targets(model: nn.Module, required: bool = True) -> dict[str, nn.Module]:
     such as Conv1D and 3-D expert parameters, do not, nor do those of which a parameter has more than one name, because
     layers share it or one layer is used in two places, nor those of which checkpoints cannot hold factors: if
     `required`, they are named in a warning, and finding nothing raises ValueError. If not, layers that were rounded to
-    int8 count as well.
+    fewer bits count as well.
     """
     head = model.get_output_embeddings() if is_tied(model) else None
-    factors = {child for m in model.modules() if isinstance(m, LowRankLinear) for child in m.children()}
+    factors = {part for m in model.modules() if isinstance(m, LowRankLinear | TableEmbedding) for part in m.modules()}
+    if isinstance(model.get_input_embeddings(), TableEmbedding):
+        factors.add(model.get_input_embeddings().bases)
     owners = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, []).append(name)
@@ -54,7 +56,7 @@ def targets(model: nn.Module, required: bool = True) -> dict[str, nn.Module]:
         if module in factors or module is head:
             continue
         own = list(module.parameters(recurse=False))
-        if is_plain(module) or (not required and isinstance(module, Int8Linear)):
+        if is_plain(module) or (not required and isinstance(module, RoundedLinear)):
             several = {" and ".join(owners[p]): None for p in own if len(owners[p]) > 1}
             shared |= several
             if not several:
@@ -283,14 +285,20 @@ def factored(
     group's float64 work exists at a time. Raises ValueError with the names for non-finite weights or moments.
     """
     try:
-        u, s, v = metrics.decompose(
-            [linear.weight for linear in dense.layers],
-            [uses.outputs(m, moments[2][dense.name]) for m in moments[1][dense.name]] if uses.outputs else None,
-            uses.inputs(moments[0][dense.name], moments[2][dense.name]) if uses.inputs else None,
-        )
+        outputs = [uses.outputs(m, moments[2][dense.name]) for m in moments[1][dense.name]] if uses.outputs else None
+        inputs = uses.inputs(moments[0][dense.name], moments[2][dense.name]) if uses.inputs else None
+        u, s, v = metrics.decompose([linear.weight for linear in dense.layers], outputs, inputs)
     except ValueError as error:
         raise ValueError(f"{dense}: {error}") from error
-    return fill(dense.layers, u[:, :rank], s[:rank], v[:rank])
+    made = fill(dense.layers, u[:, :rank], s[:rank], v[:rank])
+    if inputs is not None:
+        made[0].input_cost.copy_(metrics.diagonal(inputs))
+    if outputs is not None:
+        sides = zip(outputs, dense.shape.output_sides, strict=True)
+        costs = torch.cat([metrics.diagonal(moment).expand(side) for moment, side in sides])
+        for layer, cost in zip(made, costs.split(dense.shape.outputs), strict=True):
+            layer.output_cost.copy_(cost)
+    return made
 
 
 def fill(linears: Sequence[nn.Linear], u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> list[LearningLinear]:

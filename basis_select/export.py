@@ -21,10 +21,10 @@ from transformers.utils import logging as transformers_logging
 from .checkpoint.files import save, whole
 from .checkpoint.format import plain_config, stock
 from .decompose import targets
-from .layers.embedding import LowRankEmbedding, is_tied
-from .layers.group import groups, table_of
+from .layers.embedding import TableEmbedding, is_tied
+from .layers.group import groups
 from .layers.low_rank import LowRankLinear
-from .layers.rounded import Int8Linear, quantized
+from .layers.rounded import RoundedLinear, quantized
 from .models import load
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def export(
     if to != "dense" and any(group.weighted for group in groups(model)):
         raise ValueError(f"these bases are still weighted: call prune before exporting to {to}")
     if to != "dense" and quantized(model):
-        raise ValueError(f"the weights of this model are int8 already: export what they were rounded from to {to}")
+        raise ValueError(f"the weights of this model are rounded already: export what they were rounded from to {to}")
     FORMATS[to](model, tokenizer, Path(out))
     return Path(out)
 
@@ -72,13 +72,14 @@ def dense(model: PreTrainedModel) -> PreTrainedModel:
     """A stock model with the function of `model`, which stays as it is: products of factors, the embedding put back."""
     config, state = plain_config(model.config), {}
     for name, module in model.named_modules():
-        if isinstance(module, LowRankEmbedding | Int8Linear):
+        if isinstance(module, TableEmbedding | RoundedLinear):
             state[f"{name}.weight"] = module.weight
         elif isinstance(module, LowRankLinear):
             state[f"{name}.weight"] = module.dense_weight()
             if module.u.bias is not None:
                 state[f"{name}.bias"] = module.u.bias
-    config.tie_word_embeddings = is_tied(model) if table_of(model) is None else model.get_input_embeddings().tied
+    table = model.get_input_embeddings()
+    config.tie_word_embeddings = table.tied if isinstance(table, TableEmbedding) else is_tied(model)
     made = stock(model, config)
     names = made.state_dict().keys()
     state = {name: tensor for name, tensor in {**model.state_dict(), **state}.items() if name in names}
@@ -172,7 +173,7 @@ def to_int8(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, LowRankLinear):
             layers.update({f"{name}.{part}": child for part, child in module.named_children()})
     for name, linear in layers.items():
-        model.set_submodule(name, Int8Linear.rounded(linear))
+        model.set_submodule(name, RoundedLinear.rounded(linear, 8))
     return model
 
 

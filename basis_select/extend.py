@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .layers.group import groups
+from .layers.rounded import require_wide
 from .options import Count, Natural, checked
 from .tasks import Task
 from .training.data import Batches, require_fit
@@ -55,6 +56,7 @@ def extend(
         raise ValueError("these bases are still weighted: call prune before extend")
     if (init == "residual" and parent is None) or (init == "gradient" and task is None):
         raise ValueError(f"init={init!r} needs {'the dense parent' if init == 'residual' else 'a task'}")
+    require_wide(model, "extend")
     generator = torch.Generator().manual_seed(seed)
     gradients = _gradients(model, task, examples, seed) if rank and init == "gradient" else None
     for i, group in enumerate(found if rank else []):

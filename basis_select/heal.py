@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from . import processes
 from .decompose import is_plain
+from .layers.embedding import RoundedEmbedding
 from .layers.group import groups, table_of
+from .layers.rounded import require_wide, training
 from .options import BatchSize, Checkpointing, Natural, Positive, Weight, checked
 from .tasks import Task
 from .training.collage import Precision
@@ -69,30 +71,35 @@ def heal(
         raise ValueError("these bases are still weighted: call prune before heal")
     if lora and processes.is_sharded(model):
         raise ValueError("a model that is spread over processes cannot take in adapters: load it whole, or pass lora=0")
+    if lora:
+        require_wide(model, "lora")
+    if embeddings and isinstance(model.get_input_embeddings(), RoundedEmbedding):
+        raise ValueError("a rounded token embedding does not train: leave out embeddings=True")
     if lr is None and steps:
         if precision != "fp32" and processes.is_sharded(model):
             raise ValueError("FSDP cannot measure a model in fp32 and then train it in another precision: pass lr")
         lr = suitable_rate(model, task, teacher, seed) * (LORA_RATE if lora else 1)
-    if lora:
-        add_adapters(model, lora)
-    else:
-        trainable(model, embeddings)
-    train(
-        model,
-        task,
-        name="heal",
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed + 1,  # other batches than learn, which has the same seed, has just seen
-        folder=folder,
-        teacher=teacher,
-        kl=kl,
-        precision=precision,
-        checkpointing=checkpointing,
-    )
-    if lora:
-        _merge_adapters(model)
+    with training(model):
+        if lora:
+            add_adapters(model, lora)
+        else:
+            trainable(model, embeddings)
+        train(
+            model,
+            task,
+            name="heal",
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed + 1,  # other batches than learn, which has the same seed, has just seen
+            folder=folder,
+            teacher=teacher,
+            kl=kl,
+            precision=precision,
+            checkpointing=checkpointing,
+        )
+        if lora:
+            _merge_adapters(model)
     model.requires_grad_(False)
     return model
 

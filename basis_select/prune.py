@@ -1,10 +1,11 @@
 """Remove the bases that matter least until the budget is met."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from transformers import PreTrainedModel
 
+from .bits import prune_to_bytes
 from .derivatives import derivatives as differentiate
 from .linalg.scores import SCORES, ScoreName
 from .options import Count, Fraction, Positive, checked
@@ -65,6 +66,13 @@ def prune(
         ),
     ] = "energy",
     multiple_of: Annotated[Count, Field(description="Ranks are multiples of this.")] = 16,
+    bits: Annotated[
+        Literal["auto", 16],
+        Field(
+            description="16: weights stay numbers of 16 bits. auto: a size such as 45MB or 6x is bytes on disk, shared "
+            "over bases and their bits: every layer becomes dense or a rank, with weights of 8 or 4 bits."
+        ),
+    ] = 16,
     keep_embedding: Annotated[
         Fraction | None,
         Field(
@@ -91,7 +99,9 @@ def prune(
     in*out/(in+out), stays dense. `reserve` bases per layer are left free for `extend`. `keep_embedding` is the fraction
     of the embedding's parameters that may stay, where `decompose` wrote it as bases: not part of the targeted
     layers, but of `size`. Without it, `size` is shared between embedding and layers as `best_share` finds on the
-    validation split of `task`. Raises ValueError when the budget cannot be met.
+    validation split of `task`. With `bits="auto"` a size is bytes on disk, and what every group of layers becomes,
+    dense or a rank, with 8 or 4 bits, is chosen by the loss in the metric that it avoids per byte, rounding included
+    (bits.py). Raises ValueError when the budget cannot be met.
 
         >>> model = bs.decompose(copy.deepcopy(parent), task, examples=16)
         >>> model = bs.prune(model, size="1.5x", multiple_of=4)
@@ -111,6 +121,9 @@ def prune(
             raise ValueError(f"score {score!r} looks at the loss: pass a task or its derivatives")
         derivatives = differentiate(model, task, seed)
     rule = Rule(budget, score, multiple_of, reserve, seed, derivatives)
+    if bits == "auto":
+        prune_to_bytes(model, asked, rule, task, dtype, keep_embedding)
+        return model
     for group, index in select(model, asked, rule, task, dtype, costs, keep_embedding):
         if index is None:
             group.to_dense(model)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .layers.group import groups
 from .layers.low_rank import LowRankLinear
+from .layers.rounded import RoundedLinear, training
 from .options import BatchSize, Natural, Positive, checked
 from .tasks import Task
 from .training.data import Batches, require_fit
@@ -60,7 +61,8 @@ def refine(
         more, more_there = [calls[i] for calls in given], [calls[i] for calls in given_there]
         with torch.no_grad(), autocast(model):
             targets = [_run(original, x, call) for x, call in zip(targets, more_there, strict=True)]
-        _fit(model, block, inputs, more, targets, [batch["real"].to(model.device) for batch in batches], lr)
+        with training(block):
+            _fit(model, block, inputs, more, targets, [b["real"].to(model.device) for b in batches], lr)
         with torch.no_grad(), autocast(model):
             inputs = [_run(block, x, call) for x, call in zip(inputs, more, strict=True)]
     return model
@@ -96,7 +98,7 @@ def _fit(
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder's blocks: the longest ModuleList whose members hold linear layers."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    lists = [m for m in lists if any(isinstance(x, nn.Linear | LowRankLinear) for x in m.modules())]
+    lists = [m for m in lists if any(isinstance(x, nn.Linear | RoundedLinear | LowRankLinear) for x in m.modules())]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
     return max(lists, key=len)

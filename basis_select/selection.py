@@ -58,7 +58,7 @@ def select(
 
         chosen = select(model, target(size="4x"), Rule(budget="uniform"))
     """
-    rule, found, table, rank = rule or Rule(), _weighted(model), table_of(model), None
+    rule, found, table, rank = rule or Rule(), weighted_groups(model), table_of(model), None
     if keep_embedding is not None and table is None:
         raise ValueError("keep_embedding is for an embedding written as bases: decompose(embedding=True)")
     if keep_embedding is not None:
@@ -102,7 +102,7 @@ def cut(model: torch.nn.Module, asked: Target, rule: Rule, left: int) -> Chosen:
     Each cut leaves the same fraction of what is there. Break-even decides what is deployed, not what trains: until the
     last of them a layer may have any rank, and with a mass in the last too.
     """
-    found = _weighted(model)
+    found = weighted_groups(model)
     alive, room, trains = [torch.arange(g.rank) for g in found], None, left > 1 or asked.name == "mass"
     if asked.name == "keep":
         room = _room(found, asked.amount, rule)
@@ -125,7 +125,7 @@ def even_ranks(shapes: Sequence[Shape], room: float, multiple_of: int) -> list[i
     return uniform(shapes, bases, may_become, room)
 
 
-def _weighted(model: torch.nn.Module) -> list[Group]:
+def weighted_groups(model: torch.nn.Module) -> list[Group]:
     found = groups(model)
     if not found or not all(group.weighted for group in found):
         raise ValueError("there are no weighted bases to prune: call decompose first")
@@ -235,7 +235,7 @@ def smallest(model: torch.nn.Module, task: Task | None, asked: Target, rule: Rul
     """
     if task is None:
         raise ValueError("max_drop is measured on a validation split: pass a task")
-    found, allowed = _weighted(model), response_nll(model, task.validation, task.pad_id) + asked.amount
+    found, allowed = weighted_groups(model), response_nll(model, task.validation, task.pad_id) + asked.amount
     low, high = 0.0, 1.0
     while high - low > 0.01 * high:
         middle = (low * high) ** 0.5 if low else high / 2
@@ -248,23 +248,31 @@ def smallest(model: torch.nn.Module, task: Task | None, asked: Target, rule: Rul
     return target(keep=high)
 
 
-@torch.no_grad()
 def best_share(model: torch.nn.Module, task: Task, asked: Target, rule: Rule, dtype: Dtype) -> int:
-    """The rank of the embedding with the least validation NLL at this size of the whole model.
+    """The `best_rank` of the embedding at this size of the whole model."""
+    found, table, share = weighted_groups(model), table_of(model), _share(model, asked, dtype)
+    return best_rank(
+        model, task, rule.multiple_of, lambda rank: of_groups(found, asked, rule, share(_saved(table, rank)))
+    )
+
+
+@torch.no_grad()
+def best_rank(model: torch.nn.Module, task: Task, multiple_of: int, choose: Callable[[int], Chosen]) -> int:
+    """The rank of the embedding with the least validation NLL where `choose(rank)` says what the layers then become.
 
     What either costs by its own s does not compare: a small error of the table moves tens of thousands of logits at
     once, which no second-order estimate sees. So it is measured, with the other bases set aside, at ranks that differ
     by factors of two and then of the root of two around the best; the table may also stay whole.
     """
-    found, table, step = _weighted(model), table_of(model), rule.multiple_of
-    why, largest, share = [], table.rank, _share(model, asked, dtype)
+    table, step, why = table_of(model), multiple_of, []
+    largest = table.rank
     if model.get_input_embeddings().scale != 1:  # it cannot be put back whole: the largest rank that saves anything
         largest = table.shape.largest_rank // step * step
 
     @functools.cache
     def nll(rank: int) -> float:
         try:
-            chosen = of_groups(found, asked, rule, share(_saved(table, rank)))
+            chosen = choose(rank)
         except ValueError as error:  # too little is left for the layers
             why.append(error)
             return math.inf

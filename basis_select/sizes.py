@@ -7,6 +7,7 @@ from torch import nn
 from .decompose import targets
 from .layers.group import groups, table_of
 from .layers.low_rank import LowRankLinear
+from .layers.rounded import RoundedLinear
 from .trim import trimmed_away
 
 
@@ -22,14 +23,16 @@ def sizes(model: nn.Module, folder: str | Path | None = None) -> dict:
     """
     factored, table = groups(model), table_of(model)
     dense = list(targets(model, required=False).values())
-    untouched = sum(m.weight.numel() for m in dense)
+    untouched = sum(m.in_features * m.out_features for m in dense)
     targeted = untouched + sum(g.parameters for g in factored)
     targeted_dense = untouched + sum(g.shape.dense_cost for g in factored)
     saved = table.shape.dense_cost - table.parameters if table else 0
     weights = sum(g.rank for g in (*factored, table) if g and g.weighted)
     total = sum(p.numel() for p in model.parameters())
+    rounded = [m for m in model.modules() if isinstance(m, RoundedLinear)]
+    total += sum(m.in_features * m.out_features - m.q.numel() for m in rounded)  # two numbers of 4 bits are in a byte
     return {
-        "bases": sum(min(m.weight.shape) for m in dense) + sum(g.rank for g in factored),
+        "bases": sum(min(m.in_features, m.out_features) for m in dense) + sum(g.rank for g in factored),
         "targeted": targeted,
         "targeted_dense": targeted_dense,
         "parameters": total - weights,

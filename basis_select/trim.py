@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .layers.embedding import LowRankEmbedding
+from .layers.embedding import TableEmbedding
 from .options import Natural, checked
 from .tasks import Task
 
@@ -95,7 +95,7 @@ def trimmed_away(model: nn.Module) -> int:
 
 def _check_tables(model: PreTrainedModel) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(embedding, LowRankEmbedding) or not isinstance(head, nn.Linear):
+    if isinstance(embedding, TableEmbedding) or not isinstance(head, nn.Linear):
         raise ValueError("the embedding or the head is written as bases: trim before decompose")
     rows = embedding.num_embeddings
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not embedding]

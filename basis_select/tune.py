@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from . import processes
 from .layers.embedding import LowRankEmbedding
 from .layers.low_rank import LowRankLinear
-from .layers.rounded import quantized
+from .layers.rounded import require_wide
 from .options import BatchSize, Checkpointing, Natural, Positive, checked
 from .tasks import Task
 from .training.collage import Precision
@@ -37,6 +37,7 @@ def tune(
 
         >>> model = bs.tune(copy.deepcopy(parent), task, steps=2, batch_size=4)
     """
+    require_wide(model, "tune")
     trainable(model)
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision}
     train(model, task, name="tune", seed=seed, folder=folder, checkpointing=checkpointing, **options)
@@ -45,10 +46,9 @@ def tune(
 
 def trainable(model: PreTrainedModel, embeddings: bool = False) -> None:
     """What tune and heal train: every parameter except, unless `embeddings`, the embedding and a dense output head."""
-    if quantized(model):
-        raise ValueError("int8 weights do not train: train the checkpoint that they were rounded from")
     processes.gather_no_more(model)
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     if embeddings:
         return
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -1,14 +1,17 @@
 """The format: a normal Hugging Face folder whose config.json lists the factored layers.
 
-    "quantization_config": {"quant_method": "basis_select", "format_version": 1,
+    "quantization_config": {"quant_method": "basis_select", "format_version": 2,
                             "ranks": {module: r}, "groups": [[leader, follower, ...]], "weighted": 0, "new": 0}
 
 Registered with transformers as a quantizer, so that after `import basis_select` from_pretrained builds the
 factored layers before the weights are read. `groups` lists layers that share one `v`, stored under the first.
 Where `weighted` is not 0 the bases still carry `scale` and `weight`, and it is the `power` of the weight; `new` is the
 number of new bases beside them: such checkpoints come from decompose and learn. `embedding` says how the token
-embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}. `int8` lists the linear layers,
-factors among them, that are stored as int8 `q` with one `scale` a row.
+embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}; `table` that it is rounded, with
+"bits" in place of "rank". `bits`, {module: 8 or 4}, lists the linear layers, factors among them, that are stored as
+whole numbers `q` with a `scale` (layers/rounded.py). `heads`, {leader: bases}, says of which layers the factors are in
+two parts, the first of so many bases: `v.head`, `v.tail`, `u.head`, `u.tail`. Version 1 has a list `int8` in place of
+`bits`, and weighted bases without `input_cost` and `output_cost`.
 
 Without the import transformers would only warn and fill these layers with random weights. So every checkpoint also
 holds an empty tensor by the name of a dense weight: from_pretrained then raises, for the model has another shape there.
@@ -36,11 +39,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..layers.embedding import LowRankEmbedding, install, module_name, settle_ties
-from ..layers.group import Group, groups, table_of
+from ..layers.embedding import (
+    LowRankEmbedding,
+    RoundedEmbedding,
+    TableEmbedding,
+    install,
+    install_rounded,
+    module_name,
+    settle_ties,
+    table_to_dense,
+)
+from ..layers.group import Group, groups
 from ..layers.learning import LearningLinear
 from ..layers.low_rank import LowRankLinear
-from ..layers.rounded import Int8Linear, quantized
+from ..layers.rounded import RoundedLinear, SplitRows, quantized, split
 from .schema import VERSION, require_description
 
 METHOD = "basis_select"
@@ -63,6 +75,9 @@ class BasisSelectConfig(QuantizationConfigMixin):
         weighted: int = 0,
         new: int = 0,
         embedding: dict | None = None,
+        bits: dict[str, int] | None = None,
+        heads: dict[str, int] | None = None,
+        table: dict | None = None,
         int8: list[str] | None = None,
         format_version: int = VERSION,
         **kwargs: Any,
@@ -74,7 +89,12 @@ class BasisSelectConfig(QuantizationConfigMixin):
         self.weighted = weighted
         self.new = new
         self.embedding = embedding
-        self.int8 = [] if int8 is None else int8
+        if format_version == 1:
+            self.int8 = [] if int8 is None else int8
+        else:
+            self.bits = {} if bits is None else bits
+            self.heads = {} if heads is None else heads
+            self.table = table
         require_description({**self.__dict__, **kwargs})
 
 
@@ -130,8 +150,8 @@ def describe(model: PreTrainedModel) -> None:
 
 def description(model: PreTrainedModel) -> BasisSelectConfig | None:
     """The BasisSelectConfig of the modules that there are, None if all are dense."""
-    found, embedding, int8 = groups(model), _describe_embedding(model), quantized(model)
-    if not found and not embedding and not int8:
+    found, table, bits = groups(model), model.get_input_embeddings(), quantized(model)
+    if not found and not isinstance(table, LowRankEmbedding) and not bits:
         return None
     first = found[0] if found else None
     for group in found:
@@ -141,8 +161,14 @@ def description(model: PreTrainedModel) -> BasisSelectConfig | None:
         groups=[list(group.names) for group in found if len(group.names) > 1],
         weighted=first.leader.s.power if first and first.weighted else 0,
         new=first.new_rank if first else 0,
-        embedding=embedding,
-        int8=int8,
+        embedding=_describe_table(model, table, rank=table.bases.rank) if isinstance(table, LowRankEmbedding) else None,
+        bits={
+            name: width
+            for name, width in bits.items()
+            if model.get_submodule(name) is not getattr(table, "bases", None)
+        },
+        heads={g.name: g.leader.v.head.out_features for g in found if isinstance(g.leader.v, SplitRows)},
+        table=_describe_table(model, table, bits=table.bases.bits) if isinstance(table, RoundedEmbedding) else None,
     )
 
 
@@ -163,12 +189,8 @@ def _kind(layer: LowRankLinear) -> tuple[int, int]:
     return layer.leader.s.power, layer.new.rank if layer.new else 0
 
 
-def _describe_embedding(model: PreTrainedModel) -> dict | None:
-    table, embedding = table_of(model), model.get_input_embeddings()
-    if table is None:
-        return None
-    name = module_name(model, embedding)
-    return {"name": name, "rank": table.rank, "tied": embedding.tied, "scale": embedding.scale}
+def _describe_table(model: PreTrainedModel, table: TableEmbedding, **more: int) -> dict:
+    return {"name": module_name(model, table), **more, "tied": table.tied, "scale": table.scale}
 
 
 def _require_described(model: PreTrainedModel, found: BasisSelectConfig | None) -> None:
@@ -230,8 +252,8 @@ def guards(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def factored_weights(config: BasisSelectConfig) -> list[str]:
     """Names that the weights of the layers written as bases would have if these were dense."""
-    factored = config.ranks or ([config.embedding["name"]] if config.embedding else [])
-    return [f"{name}.weight" for name in sorted(factored)]
+    names = config.ranks or ([config.embedding["name"]] if config.embedding else getattr(config, "bits", ()))
+    return [f"{name}.weight" for name in sorted(names)]
 
 
 def _guard_names(model: PreTrainedModel, config: BasisSelectConfig) -> list[str]:
@@ -252,6 +274,8 @@ def build(model: PreTrainedModel, config: BasisSelectConfig) -> None:
         linear = _listed(model, name, nn.Linear)
         leader = built.get(leaders.get(name))
         built[name] = kind.like(linear, rank, leader=leader)
+        if config.format_version == 1:
+            _forget_costs(built[name])
         model.set_submodule(name, built[name])
     for group in groups(model):
         if config.weighted:
@@ -261,8 +285,32 @@ def build(model: PreTrainedModel, config: BasisSelectConfig) -> None:
     if config.embedding:
         _listed(model, config.embedding["name"], nn.Embedding)
         install(model, **config.embedding, weighted=bool(config.weighted))
-    for name in config.int8:
-        model.set_submodule(name, Int8Linear.like(_listed(model, name, nn.Linear)))
+    if config.format_version == 1:
+        bits, heads, table = dict.fromkeys(config.int8, 8), {}, None
+    else:
+        bits, heads, table = config.bits, config.heads, config.table
+    for group in groups(model):
+        if group.name in heads:
+            _split(group, heads[group.name])
+    for name, width in bits.items():
+        model.set_submodule(name, RoundedLinear.like(_listed(model, name, nn.Linear), width))
+    if table:
+        _listed(model, table["name"], nn.Embedding)
+        install_rounded(model, **table)
+
+
+def _forget_costs(layer: LowRankLinear) -> None:
+    """Weighted bases of version 1 do not say what errors of their entries cost."""
+    for name in ("input_cost", "output_cost"):
+        if name in layer._buffers:
+            layer._buffers[name] = None
+
+
+def _split(group: Group, head: int) -> None:
+    """The factors of a group in two parts, neither rounded yet."""
+    group.leader.v = split(group.leader.v, head, lambda part, bits: part, 0)
+    for layer in group.layers:
+        layer.u = split(layer.u, head, lambda part, bits: part, 1)
 
 
 def _leaders(config: BasisSelectConfig) -> dict[str, str]:
@@ -288,11 +336,11 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
     Architectures initialise what no file holds module by module, and reach for the `weight` of linear layers below,
     some to overwrite it unasked.
     """
-    kinds = LowRankLinear | LowRankEmbedding | Int8Linear
+    kinds = LowRankLinear | TableEmbedding | RoundedLinear
     ours = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     outer = {name: m for name, m in ours.items() if not any(name.startswith(f"{above}.") for above in ours)}
     for name, module in outer.items():
-        if isinstance(module, LowRankEmbedding):
+        if isinstance(module, TableEmbedding):
             dense = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
         else:
             dense = nn.Linear(module.in_features, module.out_features, device="meta")
@@ -353,10 +401,12 @@ class BasisSelectQuantizer(HfQuantizer):
         return {**in_files(model, model.state_dict()), **guards(model)}, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        if isinstance(model.get_input_embeddings(), TableEmbedding):
+            table_to_dense(model)
+        for group in groups(model):
+            group.to_dense(model)
         for name in quantized(model):
             model.set_submodule(name, model.get_submodule(name).to_linear())
-        for group in filter(None, [*groups(model), table_of(model)]):
-            group.to_dense(model)
         return model
 
     def is_serializable(self) -> bool:

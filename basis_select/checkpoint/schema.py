@@ -6,14 +6,15 @@ from typing import Any
 
 from ..reading import shown
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 LARGEST = 2**31  # above every rank that a tensor in memory can have
 
 
 def require_version(version: Any) -> None:
-    if version != VERSION or type(version) is not int:
+    if version not in READABLE or type(version) is not int:
         raise ValueError(
-            f"this checkpoint has format version {version}; this basis_select reads version {VERSION}: "
+            f"this checkpoint has format version {version}; this basis_select reads versions 1 to {VERSION}: "
             "install the one that wrote it, or a newer one"
         )
 
@@ -29,13 +30,24 @@ def require_description(description: Any) -> None:
             hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(FIELDS)}"
             raise ValueError(f"quantization_config has no field {shown(field)}{hint}")
         fits, meant = FIELDS[field]
+        if field in VERSION_OF and description["format_version"] != VERSION_OF[field]:
+            raise ValueError(f"quantization_config.{field} is of format version {VERSION_OF[field]}, this is another")
         if not fits(value):
             raise ValueError(f"quantization_config.{field} is {shown(value)}, it should be {meant}")
     ranks = description.get("ranks", {})
     for name, rank in ranks.items():
         _require_rank(f"quantization_config.ranks gives {shown(name)}", rank)
-    if description.get("embedding") is not None:
-        _require_embedding(description["embedding"])
+    for name, head in description.get("heads", {}).items():
+        if name not in ranks or not _counts(head) or not 0 < head < ranks[name]:
+            raise ValueError(
+                f"quantization_config.heads gives {shown(name)} {shown(head)} of its {ranks.get(name)} bases"
+            )
+    for name, bits in description.get("bits", {}).items():
+        if bits not in (4, 8):
+            raise ValueError(f"quantization_config.bits gives {shown(name)} {shown(bits)}, it should be 4 or 8")
+    for field in ("embedding", "table"):
+        if description.get(field) is not None:
+            _require_embedding(description[field], field)
     _require_groups(description.get("groups", []), ranks)
 
 
@@ -44,15 +56,14 @@ def _require_rank(where: str, rank: Any) -> None:
         raise ValueError(f"{where} the rank {shown(rank)}, which is not a number of bases")
 
 
-def _require_embedding(embedding: dict) -> None:
-    embedding = {"scale": 1.0, **embedding}
-    if embedding.keys() != EMBEDDING.keys():
-        raise ValueError(f"quantization_config.embedding has {shown(sorted(embedding))}, it needs {sorted(EMBEDDING)}")
-    for field, (fits, meant) in EMBEDDING.items():
+def _require_embedding(embedding: dict, of: str) -> None:
+    embedding, fields = {"scale": 1.0, **embedding}, {**EMBEDDING, **(RANK if of == "embedding" else BITS)}
+    if embedding.keys() != fields.keys():
+        raise ValueError(f"quantization_config.{of} has {shown(sorted(embedding))}, it needs {sorted(fields)}")
+    for field, (fits, meant) in fields.items():
         if not fits(embedding[field]):
             said = shown(embedding[field])
-            raise ValueError(f"quantization_config.embedding.{field} is {said}, it should be {meant}")
-    _require_rank(f"quantization_config.embedding gives {embedding['name']}", embedding["rank"])
+            raise ValueError(f"quantization_config.{of}.{field} is {said}, it should be {meant}")
 
 
 def _require_groups(groups: list[list[str]], ranks: dict[str, int]) -> None:
@@ -84,11 +95,15 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_name, value)) and len(set(value)) == len(value)
 
 
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_name, value))
+
+
 NAMES = "a list of names of modules, each once"
 FIELDS = {  # field -> (what it must satisfy, in words)
     "quant_method": (lambda x: isinstance(x, str), "a name"),
     "format_version": (_counts, "a number"),
-    "ranks": (lambda x: isinstance(x, dict) and all(map(_is_name, x)), "an object, {name of a module: rank}"),
+    "ranks": (_is_object, "an object, {name of a module: rank}"),
     "groups": (
         lambda x: isinstance(x, list) and all(g and isinstance(g, list) and all(map(_is_name, g)) for g in x),
         "a list of lists of names of modules",
@@ -97,10 +112,15 @@ FIELDS = {  # field -> (what it must satisfy, in words)
     "new": (_counts, "a number of bases"),
     "embedding": (lambda x: x is None or isinstance(x, dict), "an object or null"),
     "int8": (_is_names, NAMES),
+    "bits": (_is_object, "an object, {name of a module: 4 or 8}"),
+    "heads": (_is_object, "an object, {name of a module: number of bases}"),
+    "table": (lambda x: x is None or isinstance(x, dict), "an object or null"),
 }
+VERSION_OF = {"int8": 1, "bits": 2, "heads": 2, "table": 2}  # of fields that only one version has
 EMBEDDING = {
     "name": (_is_name, "the name of a module"),
-    "rank": (lambda x: True, "a number of bases"),
     "tied": (lambda x: isinstance(x, bool), "true or false"),
     "scale": (lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above zero"),
 }
+RANK = {"rank": (lambda x: _counts(x) and x > 0, "a number of bases")}
+BITS = {"bits": (lambda x: type(x) is int and x in (4, 8), "4 or 8")}

@@ -1,7 +1,7 @@
-"""The token embedding, and the head tied to it, as bases: `E = u diag(s) v`, u: (vocabulary, r), v: (r, d).
+"""The token embedding, and the head tied to it, as bases: `E = u diag(s) v`, u: (vocabulary, r), v: (r, d), or rounded.
 
-The table is one LowRankLinear, d -> r -> vocabulary. A tied head is that layer; the embedding looks up rows of its `u`
-and multiplies by its `v`, so both stay one set of weights.
+The table is one LowRankLinear, d -> r -> vocabulary, or one RoundedLinear, d -> vocabulary. A tied head is that layer,
+the embedding looks up its rows, so both stay one set of weights.
 """
 
 import torch
@@ -11,16 +11,16 @@ from transformers import PreTrainedModel
 
 from .learning import LearningLinear
 from .low_rank import LowRankLinear
-from .rounded import Int8Linear
+from .rounded import RoundedLinear, RoundingLinear
 
 
-class LowRankEmbedding(nn.Module):
+class TableEmbedding(nn.Module):
     """Drop-in for nn.Embedding over a `table`, registered here unless it is `tied`: then the head owns it.
 
     `scale` multiplies what is looked up, for models whose embedding module does so (Gemma); 1 for all others.
     """
 
-    def __init__(self, table: LowRankLinear, tied: bool, scale: float = 1.0):
+    def __init__(self, table: LowRankLinear | RoundedLinear, tied: bool, scale: float = 1.0):
         super().__init__()
         if tied:
             self._table = (table,)  # a tuple, so that nn.Module does not register it as a child
@@ -31,19 +31,37 @@ class LowRankEmbedding(nn.Module):
 
     tied = property(lambda self: not hasattr(self, "table"))
     bases = property(lambda self: self._table[0] if self.tied else self.table)
-    weight = property(lambda self: self.bases.dense_weight(), doc="The dense table (vocabulary, d), made on demand.")
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = self.rows(ids)
+        return y if self.scale == 1 else y * torch.tensor(self.scale, dtype=y.dtype, device=y.device)
+
+
+class LowRankEmbedding(TableEmbedding):
+    """The table is a LowRankLinear."""
+
+    weight = property(lambda self: self.bases.dense_weight(), doc="The dense table (vocabulary, d), made on demand.")
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
         bases = self.bases
-        plain = nn.Linear | Int8Linear  # the weights alone are read here
+        plain = nn.Linear | RoundedLinear  # the weights alone are read here
         if not isinstance(bases.u, plain) or not isinstance(bases.v, plain):
             raise ValueError("adapters of the token embedding would train its head alone: target r'.*layers.*\\.(u|v)'")
-        u = bases.u
-        if u.weight.is_meta and not ids.is_meta:
+        u, v = bases.u, bases.v
+        if next(u.parameters()).is_meta and not ids.is_meta:
             raise ValueError("the token embedding and the head tied to it cannot be offloaded: name a device for both")
-        z = u.rows(ids) if isinstance(u, Int8Linear) else F.embedding(ids, u.weight)
-        y = F.linear(z * bases.s() if isinstance(bases, LearningLinear) else z, bases.v.weight.T)
-        return y if self.scale == 1 else y * torch.tensor(self.scale, dtype=y.dtype, device=y.device)
+        z = u.rows(ids) if isinstance(u, RoundedLinear | RoundingLinear) else F.embedding(ids, u.weight)
+        z = z * bases.s() if isinstance(bases, LearningLinear) else z
+        return F.linear(z, (v.rounded_weight() if isinstance(v, RoundingLinear) else v.weight).T)
+
+
+class RoundedEmbedding(TableEmbedding):
+    """The table is a RoundedLinear."""
+
+    weight = property(lambda self: self.bases.weight, doc="The table (vocabulary, d), made on demand.")
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.bases.rows(ids)
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -78,15 +96,42 @@ def install(
     more = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
     kind = LearningLinear if weighted else LowRankLinear
     table = kind(embedding.embedding_dim, embedding.num_embeddings, rank, bias=False, **more)
-    model.set_submodule(name, LowRankEmbedding(table, tied, scale))
-    if tied:  # by the modules themselves: transformers would look for a `weight` on both
+    _put(model, name, LowRankEmbedding(table, tied, scale))
+    return table
+
+
+def install_rounded(model: PreTrainedModel, name: str, bits: int, tied: bool, scale: float = 1.0) -> RoundedLinear:
+    """Replace the embedding `name`, and the head if `tied`, by a rounded table, uninitialised; returns it."""
+    like = model.get_submodule(name).weight
+    table = RoundedLinear(like.shape[1], like.shape[0], False, bits, like.device, like.dtype)
+    _put(model, name, RoundedEmbedding(table, tied, scale))
+    return table
+
+
+def _put(model: PreTrainedModel, name: str, embedding: TableEmbedding) -> None:
+    model.set_submodule(name, embedding)
+    if embedding.tied:  # by the modules themselves: transformers would look for a `weight` on both
+        table = embedding.bases
         model.set_submodule(module_name(model, model.get_output_embeddings()), table)
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
         # Both ends of the model read the table, so where FSDP shards, it belongs to the model as a whole.
         ends = name, module_name(model, table)
         model._fsdp_plan = {n: style for n, style in getattr(model, "_fsdp_plan", {}).items() if n not in ends}
-    return table
+
+
+@torch.no_grad()
+def round_table(model: PreTrainedModel, bits: int) -> None:
+    """Round the dense embedding, and the head tied to it, to so many bits, in place."""
+    embedding = model.get_input_embeddings()
+    scale, weight = lookup_scale(embedding), embedding.weight
+    settle_ties(model)
+    table = install_rounded(model, module_name(model, embedding), bits, is_tied(model), scale)
+    like = nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=weight.dtype)
+    like.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    made = RoundedLinear.rounded(like, bits)
+    table.q.copy_(made.q)
+    table.scale.copy_(made.scale)
 
 
 def set_table(model: PreTrainedModel, table: LowRankLinear) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..linalg import rounding
 from .embedding import LowRankEmbedding, module_name, set_table, table_to_dense
 from .learning import LearningLinear
 from .low_rank import LowRankLinear, resize
+from .rounded import RoundedLinear, split
 from .shape import Shape
 
 
@@ -173,12 +175,38 @@ class Group:
         else:
             self._replace(model, deployed)
 
-    def to_dense(self, model: nn.Module) -> None:
-        """Replace these layers of `model` by the equivalent nn.Linear, the token embedding's by an nn.Embedding."""
+    @torch.no_grad()
+    def round(self, model: nn.Module, head: int) -> None:
+        """Replace these layers of `model` by deployed ones of 4 bits, the `head` bases of largest `s` of 8.
+
+        `s` is merged as `rounding.factors` says; there must be no new bases.
+        """
+        leader, order = self.leader, self.s.abs().argsort(descending=True, stable=True)
+        u = torch.cat([layer.u.weight for layer in self.layers])[:, order].float()
+        u, v = rounding.factors(u, self.s[order].float(), leader.v.weight[order].float())
+        own, cost = leader.v.weight.dtype, leader.input_cost
+        resize(leader.v, v.to(own))
+        deployed = []
+        for layer, block in zip(self.layers, u.split(self.shape.outputs), strict=True):
+            resize(layer.u, block.to(own))
+            deployed.append(LowRankLinear.of(layer, deployed[0] if deployed else None))
+            deployed[-1].u = split(layer.u, head, RoundedLinear.rounded, 1)
+        deployed[0].v = split(leader.v, head, lambda part, bits: RoundedLinear.rounded(part, bits, cost), 0)
+        if self._is_table(model):
+            set_table(model, deployed[0])
+        else:
+            self._replace(model, deployed)
+
+    def to_dense(self, model: nn.Module, bits: int = 16) -> None:
+        """Replace these layers of `model` by the equivalent nn.Linear, the token embedding's by an nn.Embedding.
+
+        bits: 16, or 8 or 4 to round layers that are not the token embedding's.
+        """
         if self._is_table(model):
             table_to_dense(model)
-        else:
-            self._replace(model, [layer.to_linear() for layer in self.layers])
+            return
+        cost, dense = self.leader.input_cost if bits < 16 else None, [layer.to_linear() for layer in self.layers]
+        self._replace(model, dense if bits == 16 else [RoundedLinear.rounded(m, bits, cost) for m in dense])
 
     def _is_table(self, model: nn.Module) -> bool:
         return any(isinstance(m, LowRankEmbedding) and m.bases is self.leader for m in model.modules())

@@ -45,7 +45,9 @@ class Weights(nn.Module):
 class LearningLinear(LowRankLinear):
     """A LowRankLinear with weights `s`, which its leader owns like `v`.
 
-    `new`, if there, is a second layer of new bases that train beside them.
+    `new`, if there, is a second layer of new bases that train beside them. `output_cost`: (out,) and, in the leader,
+    `input_cost`: (in,) say what a squared error of the entries of `u` and `v` costs: the diagonals of G and A. None, in
+    checkpoints of version 1, is 1 everywhere.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class LearningLinear(LowRankLinear):
         super().__init__(in_features, out_features, rank, bias, leader, device, dtype)
         if leader is None:
             self.s = Weights(rank, device, dtype)
+            self.register_buffer("input_cost", torch.ones(in_features, device=device, dtype=dtype))
+        self.register_buffer("output_cost", torch.ones(out_features, device=device, dtype=dtype))
         self.new = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

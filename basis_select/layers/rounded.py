@@ -1,58 +1,77 @@
-"""Linear layers whose weights are int8, one scale a row: half the bytes of bfloat16, for deployed checkpoints only."""
+"""Linear layers whose weights take 8 or 4 bits: as they are deployed, and as they train.
+
+What the bits stand for says linalg/rounding.py.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..linalg.rounding import LARGEST, by_group, nearest, packed, restored, scale_shape, unpacked
+
 FEW = 4  # tokens up to which the CPU's int8 kernel beats a product with weights that are cast first
 
 
-def nearest(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(q: (out, in) int8, scale: (out,))` nearest to a weight: `scale = max |row| / 127`, itself in `dtype` first."""
-    weight = weight.float()
-    scale = (weight.abs().amax(1) / 127).to(dtype)
-    scale = torch.where(scale > 0, scale, 1)
-    return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+class RoundedLinear(nn.Module):
+    """Drop-in for nn.Linear: `y = x W^T + b`, W: (out, in) of whole numbers `q` times a `scale`.
 
-
-class Int8Linear(nn.Module):
-    """Drop-in for nn.Linear: `y = (x q^T) * scale + b`, q: (out, in) int8, scale: (out,)."""
+    bits: 8, q: int8 (out, in), scale: (out,); or 4, q: uint8 (out, in / 2), two in a byte, scale: (out, in / GROUP).
+    """
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool,
+        bits: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        whole = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        columns, stored = (in_features, torch.int8) if bits == 8 else (-(-in_features // 2), torch.uint8)
+        whole = torch.empty(out_features, columns, dtype=stored, device=device)
         self.q = nn.Parameter(whole, requires_grad=False)
-        self.register_buffer("scale", torch.empty(out_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty_like(self.scale), requires_grad=False) if bias else None
+        shape = scale_shape(out_features, in_features, bits)
+        self.register_buffer("scale", torch.empty(shape, device=device, dtype=dtype))
+        like = torch.empty(out_features, device=device, dtype=dtype)
+        self.bias = nn.Parameter(like, requires_grad=False) if bias else None
 
-    weight = property(lambda self: self.q.to(self.scale.dtype) * self.scale[:, None], doc="(out, in), made on demand.")
+    weight = property(lambda self: restored(self.whole(), self.scale), doc="(out, in), made on demand.")
 
     @classmethod
-    def like(cls, linear: nn.Linear) -> "Int8Linear":
+    def like(cls, linear: nn.Linear, bits: int) -> "RoundedLinear":
         """A layer of the shape, bias, device and dtype of an nn.Linear, weights uninitialised."""
         weight, bias = linear.weight, linear.bias is not None
-        return cls(linear.in_features, linear.out_features, bias, weight.device, weight.dtype)
+        return cls(linear.in_features, linear.out_features, bias, bits, weight.device, weight.dtype)
 
     @classmethod
     @torch.no_grad()
-    def rounded(cls, linear: nn.Linear) -> "Int8Linear":
-        """The nearest to an nn.Linear, scales in the dtype of the layer."""
-        made = cls.like(linear)
-        for mine, value in zip((made.q, made.scale), nearest(linear.weight, made.scale.dtype), strict=True):
-            mine.copy_(value)
+    def rounded(cls, linear: nn.Linear, bits: int, cost: torch.Tensor | None = None) -> "RoundedLinear":
+        """The nearest to an nn.Linear. cost: (in,), what an error of each input costs, see `nearest`."""
+        return cls.of(linear, *nearest(linear.weight, bits, cost), bits)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, linear: nn.Linear, q: torch.Tensor, scale: torch.Tensor, bits: int) -> "RoundedLinear":
+        """The whole numbers q: int8 (out, in) and scales in place of the weight of an nn.Linear, its bias kept."""
+        made = cls.like(linear, bits)
+        made.q.copy_(q if bits == 8 else packed(q))
+        made.scale.copy_(scale)
         if made.bias is not None:
             made.bias.copy_(linear.bias)
         return made
 
+    def whole(self) -> torch.Tensor:
+        """The whole numbers: int8 (out, in)."""
+        return self.q if self.bits == 8 else unpacked(self.q, self.in_features)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x: (..., in)
+        if self.bits == 4:
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
         if torch.compiler.is_compiling() or not self._has_kernel(x):
             y = F.linear(x, self.q.to(x.dtype)) * self.scale
         else:
@@ -63,11 +82,16 @@ class Int8Linear(nn.Module):
     def _has_kernel(self, x: torch.Tensor) -> bool:
         # The kernel reads 16 aligned weights at once and crashes, instead of raising, where there are none.
         few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() <= FEW * self.in_features
+        few = few and not (torch.is_grad_enabled() and x.requires_grad)
         return few and self.in_features % 16 == 0 and self.q.data_ptr() % 16 == 0
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, for a table of embeddings: ids (...) -> (..., in)."""
-        return F.embedding(ids, self.q).to(self.scale.dtype) * F.embedding(ids, self.scale[:, None])
+        q, scale = F.embedding(ids, self.q), F.embedding(ids, self.scale.view(self.out_features, -1))
+        if self.bits == 8:
+            return q.to(scale.dtype) * scale
+        flat = restored(unpacked(q.flatten(0, -2), self.in_features), scale.flatten(0, -2))
+        return flat.view(*ids.shape, self.in_features)
 
     def to_linear(self) -> nn.Linear:
         """The equivalent nn.Linear."""
@@ -78,9 +102,137 @@ class Int8Linear(nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, int8"
+        return f"in={self.in_features}, out={self.out_features}, {self.bits} bits"
 
 
-def quantized(model: nn.Module) -> list[str]:
-    """Names of the int8 layers, in model order."""
-    return [name for name, m in model.named_modules() if isinstance(m, Int8Linear)]
+class RoundingLinear(nn.Linear):
+    """An nn.Linear that computes with its weight rounded, while weight and `scale` train.
+
+    Gradients pass through the rounding as if it were none (straight-through, arXiv 1308.3432), and what is outside of
+    the range of the whole numbers gets none; those of the scales are LSQ's (arXiv 1902.08153).
+    """
+
+    @classmethod
+    @torch.no_grad()
+    def training(cls, layer: RoundedLinear) -> "RoundingLinear":
+        """What trains in place of a deployed layer, and computes the same."""
+        made = cls(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+        made.bits, made.weight = layer.bits, nn.Parameter(layer.weight)
+        made.scale, made.bias = nn.Parameter(layer.scale.clone()), layer.bias
+        return made
+
+    @torch.no_grad()
+    def deployed(self) -> RoundedLinear:
+        q, scale = self._whole()
+        q = q.flatten(1)[:, : self.in_features].to(torch.int8)
+        return RoundedLinear.of(self, q, scale.view_as(self.scale), self.bits)
+
+    def _whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(q: (out, groups, inputs of a group), scale: (out, groups, 1))`, whole numbers in the weight's dtype."""
+        scale = self.scale.view(self.out_features, -1, 1)
+        scale = scale + (scale.detach().bfloat16().to(scale.dtype) - scale.detach())
+        q = (by_group(self.weight, self.bits) / scale).clamp(-LARGEST[self.bits], LARGEST[self.bits])
+        return q + (q.detach().round() - q.detach()), scale
+
+    def rounded_weight(self) -> torch.Tensor:
+        """(out, in), what the deployed layer's weight will be."""
+        q, scale = self._whole()
+        return (q * scale).flatten(1)[:, : self.in_features]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.rounded_weight(), self.bias)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.rounded_weight())
+
+
+class _Split(nn.Module):
+    """A factor whose first bases, its `head`, have other bits than the rest, its `tail`."""
+
+    dim: int  # of the weight, along which the bases lie
+
+    def __init__(self, head: nn.Module, tail: nn.Module):
+        super().__init__()
+        self.head, self.tail = head, tail
+
+    weight = property(lambda self: torch.cat([self.head.weight, self.tail.weight], self.dim))
+    bias = property(lambda self: self.head.bias)
+
+    def to_linear(self) -> nn.Linear:
+        """The equivalent nn.Linear."""
+        weight, bias = self.weight, self.bias
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, weight.device, weight.dtype)
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
+        return linear
+
+
+class SplitRows(_Split):
+    """`v` in two parts: (head + tail, in)."""
+
+    dim = 0
+    in_features = property(lambda self: self.head.in_features)
+    out_features = property(lambda self: self.head.out_features + self.tail.out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.head(x), self.tail(x)], dim=-1)
+
+
+class SplitColumns(_Split):
+    """`u` in two parts: (out, head + tail); the head has the bias."""
+
+    dim = 1
+    in_features = property(lambda self: self.head.in_features + self.tail.in_features)
+    out_features = property(lambda self: self.head.out_features)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        first = self.head.in_features
+        return self.head(z[..., :first].contiguous()) + self.tail(z[..., first:].contiguous())
+
+
+def split(linear: nn.Linear, head: int, by: Callable[[nn.Linear, int], nn.Module], dim: int) -> nn.Module:
+    """The factor `linear`, u or v, as `by(part, bits)` makes it: all of 4 bits but the first `head` bases of 8.
+
+    dim: of the weight, along which the bases lie: 0 for v, 1 for u.
+    """
+    bases = linear.weight.shape[dim]
+    if head in (0, bases):
+        return by(linear, 8 if head else 4)
+    parts = linear.weight.split([head, bases - head], dim)
+    made = []
+    for weight, bias in zip(parts, (linear.bias, None), strict=True):
+        part = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
+        part.weight, part.bias = nn.Parameter(weight.contiguous(), requires_grad=False), bias
+        made.append(part)
+    kind = SplitColumns if dim else SplitRows
+    return kind(by(made[0], 8), by(made[1], 4))
+
+
+def quantized(model: nn.Module) -> dict[str, int]:
+    """`{name: bits}` of the rounded layers, in model order."""
+    return {name: m.bits for name, m in model.named_modules() if isinstance(m, RoundedLinear)}
+
+
+def require_wide(model: nn.Module, verb: str) -> None:
+    """Raise ValueError for a model with rounded layers, which `verb` cannot change."""
+    if names := list(quantized(model)):
+        raise ValueError(f"{verb} needs weights of 16 bits or more, and {names[0]} is rounded: give it what that was")
+
+
+@contextlib.contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Within it, the rounded layers of `model` train, but a token embedding's that is no bases; after it they are again
+    what is deployed.
+    """
+    apart = {m.bases for m in model.modules() if isinstance(getattr(m, "bases", None), RoundedLinear)}
+    _replace(model, RoundedLinear, lambda layer: layer if layer in apart else RoundingLinear.training(layer))
+    try:
+        yield
+    finally:
+        _replace(model, RoundingLinear, RoundingLinear.deployed)
+
+
+def _replace(model: nn.Module, kind: type, by: Callable[[nn.Module], nn.Module]) -> None:
+    """Put `by(layer)` in the place of every layer of a kind."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, kind):
+            model.set_submodule(name, by(module))

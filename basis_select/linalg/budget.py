@@ -2,10 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import NoReturn, TypeVar
 
 import torch
 
 from ..layers.shape import Shape
+
+T = TypeVar("T")
 
 
 def table_rank(keep: float, shape: Shape, multiple_of: int = 16) -> int:
@@ -107,32 +110,63 @@ def allocate(
     still fits is left out. Raises ValueError, naming the smallest possible budget in `unit`, when even the cheapest
     choice of every layer is too much.
     """
-    ranks, offers = [], []  # (-value per price, layer, position, rank it leads to or None, what it adds to the price)
-    for g, (score, choices) in enumerate(zip(scores, prices, strict=True)):
-        (cheapest, spent), *others = _undominated(choices, len(score))
-        ranks.append(cheapest)
-        budget -= spent
+    climbs = []
+    for score, choices in zip(scores, prices, strict=True):
         value = torch.cat([torch.zeros(1, dtype=torch.float64), score.double().cpu().cumsum(0)]).tolist()
-        points = [(price, value[-1 if rank is None else rank]) for rank, price in ((cheapest, spent), *others)]
-        for i, ((rank, price), density) in enumerate(zip(others, _descending(points), strict=True)):
-            offers.append((-density, g, i, rank, price - points[i][0]))
-    _require(budget, prices, unit)
+        left = _undominated(choices, len(score))
+        climbs.append([(rank, price, value[-1 if rank is None else rank]) for rank, price in left])
+    return best_for(climbs, budget, unit)
+
+
+def best_for(climbs: Sequence[Sequence[tuple[T, float, float]]], budget: float, unit: str) -> list[T]:
+    """Of each of the `climbs`, `[(choice, price, value), ...]` with ascending prices, one choice: together those of
+    most value per price, for at most `budget`.
+
+    Nothing that still fits is left out. Raises ValueError, naming the smallest possible budget in `unit`, when even the
+    cheapest choices are too much.
+
+    >>> best_for([[("a", 1, 1.0), ("b", 3, 6.0)], [("c", 1, 1.0), ("d", 2, 2.0)]], 4, "bytes")
+    ['b', 'c']
+    """
+    chosen, offers = [], []  # (-value per price, climb, position, what it leads to, what it adds to the price)
+    for g, climb in enumerate(climbs):
+        chosen.append(climb[0][0])
+        budget -= climb[0][1]
+        steps = itertools.pairwise(climb)
+        for i, (((_, before, _), (choice, price, _)), density) in enumerate(
+            zip(steps, _descending([point[1:] for point in climb]), strict=True)
+        ):
+            offers.append((-density, g, i, choice, price - before))
+    if budget < 0:
+        _refuse(budget, sum(climb[0][1] for climb in climbs), unit)
     full = set()
-    for _, g, _, rank, price in sorted(offers, key=lambda offer: offer[:3]):
+    for _, g, _, choice, price in sorted(offers, key=lambda offer: offer[:3]):
         if g in full:
             continue
         if price <= budget:
-            ranks[g], budget = rank, budget - price
+            chosen[g], budget = choice, budget - price
         else:
             full.add(g)  # the next ones need this one first
-    return ranks
+    return chosen
+
+
+def rising(points: Sequence[tuple[T, float, float]]) -> list[tuple[T, float, float]]:
+    """Those of `[(choice, price, value), ...]` that are worth more than all that cost no more, by ascending prices."""
+    kept = []
+    for point in sorted(points, key=lambda p: (p[1], -p[2])):
+        if not kept or point[2] > kept[-1][2]:
+            kept.append(point)
+    return kept
 
 
 def _require(left: float, prices: Sequence[Choices], unit: str) -> None:
     """Raise ValueError where the cheapest choice of every layer leaves less than nothing of the budget."""
     if left < 0:
-        least = sum(min(price for _, price in choices) for choices in prices)
-        raise ValueError(f"the smallest possible is {least:,} {unit}, the budget allows {int(left + least):,}")
+        _refuse(left, sum(min(price for _, price in choices) for choices in prices), unit)
+
+
+def _refuse(left: float, least: float, unit: str) -> NoReturn:
+    raise ValueError(f"the smallest possible is {least:,} {unit}, the budget allows {int(left + least):,}")
 
 
 def _undominated(choices: Choices, bases: int) -> Choices:

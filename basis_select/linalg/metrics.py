@@ -115,6 +115,11 @@ def _bases(w: torch.Tensor, rows: list[tuple], columns: list[tuple]) -> tuple[to
     return (wl @ v).div_(s), s, _by_block(solve, root, v).T
 
 
+def diagonal(moment: torch.Tensor) -> torch.Tensor:
+    """Of (n, n): (n,); a diagonal (n,) itself, and () of a multiple of the identity."""
+    return moment.diagonal() if moment.dim() == 2 else moment
+
+
 def add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
     """Add `x^T y`, which is symmetric, to the lower triangle of `total: (n, n)`, at little more than half its work."""
     n = x.shape[1]

@@ -1,0 +1,216 @@
+"""What every group becomes where a size is bytes on disk: dense or a rank, and how many bits its weights take."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from .layers.embedding import is_tied, lookup_scale, module_name, round_table
+from .layers.group import Group, table_of
+from .linalg.budget import best_for, rising, table_rank
+from .linalg.rounding import basis_costs, dense_cost, stored_bytes
+from .selection import Chosen, Rule, best_rank, weighted_groups
+from .sizes import sizes
+from .target import BYTES, Dtype, Target
+from .tasks import Task
+
+log = logging.getLogger(__name__)
+
+HEADS = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # bases of 8 bits before those of 4, or all
+TABLE = 8  # bits of the token embedding, and of its bases: few bits hurt it most, eval/results/NOTES.md
+ENTRY = 90  # bytes that a safetensors header takes for a tensor, without its name
+
+
+@dataclass(frozen=True, order=True)
+class Form:
+    """What a group may become: dense (`rank` None) with so many `bits`, or a rank, of which `head` bases have 8 bits
+    and the others 4.
+    """
+
+    rank: int | None
+    bits: int = 4
+    head: int = 0
+
+    def price(self, group: Group) -> int:
+        """Bytes on disk, scales and names included."""
+        inputs, outputs = group.shape.inputs, group.shape.outputs
+        if self.rank is None:
+            return sum(_tensor(n, out, inputs, self.bits) for n, out in zip(group.names, outputs, strict=True))
+        widths = [(bits, bases) for bits, bases in ((8, self.head), (4, self.rank - self.head)) if bases]
+        part = ".head" if len(widths) > 1 else ""
+        price = sum(_tensor(f"{group.name}.v{part}", bases, inputs, bits) for bits, bases in widths)
+        for name, out in zip(group.names, outputs, strict=True):
+            price += sum(_tensor(f"{name}.u{part}", out, bases, bits) for bits, bases in widths)
+        return price
+
+    def put(self, group: Group, model: PreTrainedModel) -> None:
+        """Let the `group` of weighted bases become it, in place."""
+        if self.rank is None:
+            group.to_dense(model, self.bits)
+        else:
+            group.take(_best(group, self.rank))
+            group.round(model, self.head)
+
+
+def _tensor(name: str, rows: int, columns: int, bits: int) -> int:
+    return stored_bytes(rows, columns, bits) + 2 * ENTRY + len(f"{name}.q{name}.scale")
+
+
+def prune_to_bytes(
+    model: PreTrainedModel,
+    asked: Target,
+    rule: Rule,
+    task: Task | None,
+    dtype: Dtype,
+    keep_embedding: float | None = None,
+) -> None:
+    """Let the groups of a decomposed `model` become what together avoids most loss within a size on disk, in place.
+
+    The loss is what dropping bases and rounding the others costs in the metric. The token embedding, whole or as bases,
+    and a head tied to it have 8 bits; what is neither targeted nor embedding keeps its 16. Raises ValueError for a
+    target that is not of bytes, for scores and budgets that do not compare losses, and for a size that cannot be met.
+    """
+    _require(asked, rule, dtype)
+    found, table = weighted_groups(model), table_of(model)
+    if any(group.new_rank for group in found) or rule.reserve:
+        raise ValueError("bits=auto goes without new bases: leave out learn.new and extend, or choose bits=16")
+    climbs = [rising(forms(group, rule.multiple_of)) for group in found]
+    room = _allowed(model, asked, dtype) - _elsewhere(model, found)
+    if table is None:
+        rounds, rank = _can_round(model), None
+        room -= _whole_table(model) if rounds else 0
+    else:
+        rounds, rank = True, _rank(model, table, climbs, room, task, rule, keep_embedding)
+        room -= _table(table, rank)
+    chosen = best_for(climbs, room, "bytes")
+    for group, form in zip(found, chosen, strict=True):
+        form.put(group, model)
+    if table is not None and rank < table.rank:
+        Form(rank, head=rank).put(table, model)
+    elif rounds:
+        if table is not None:
+            table.to_dense(model)
+        round_table(model, TABLE)
+
+
+def _require(asked: Target, rule: Rule, dtype: Dtype) -> None:
+    if asked.name != "size" or asked.unit == "parameters":
+        raise ValueError(f"bits=auto shares bytes: give a size such as 45MB or 6x with it, not {asked}")
+    if rule.score != "energy" or rule.budget != "global":
+        raise ValueError(
+            f"bits=auto weighs losses: it goes with score=energy and budget=global, not {rule.score} and {rule.budget}"
+        )
+    if BYTES[dtype] != 2:
+        raise ValueError(
+            f"bits=auto counts scales and norms as 16 bits each: dtype is bfloat16 or float16, not {dtype}"
+        )
+
+
+def _allowed(model: PreTrainedModel, asked: Target, dtype: Dtype) -> float:
+    """Bytes that the checkpoint may have."""
+    whole = sizes(model)["parameters_dense"] * BYTES[dtype]
+    allowed = whole / asked.amount if asked.unit == "x" else asked.amount
+    if allowed > whole:
+        raise ValueError(f"{asked} is more than the model has: {whole / 1e6:.1f} MB in {dtype}")
+    return allowed
+
+
+def _elsewhere(model: PreTrainedModel, found: list[Group]) -> int:
+    """Bytes of all that is no group and no embedding: norms, biases, what is not targeted; the file's own too."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    apart = [name for group in found for name in group.names]
+    if table_of(model) or _can_round(model):
+        apart.append(module_name(model, embedding))
+        if table_of(model) or is_tied(model):
+            apart.append(module_name(model, head))
+    apart = tuple(f"{name}." for name in apart)
+    total = 4 * ENTRY  # the file's length, format and empty tensors
+    for name, tensor in model.state_dict().items():
+        width = 2 if tensor.is_floating_point() else tensor.element_size()
+        if not name.startswith(apart) or name.endswith(".bias"):
+            total += width * tensor.numel() + ENTRY + len(name)
+    return total
+
+
+def _can_round(model: PreTrainedModel) -> bool:
+    """Whether the dense token embedding can have fewer bits; a warning if it computes something of its own."""
+    try:
+        lookup_scale(model.get_input_embeddings())
+    except ValueError as error:
+        log.warning("the token embedding keeps its 16 bits: %s", error)
+        return False
+    return True
+
+
+def _whole_table(model: PreTrainedModel) -> int:
+    embedding = model.get_input_embeddings()
+    return _tensor(module_name(model, embedding), *embedding.weight.shape, TABLE)
+
+
+def _table(table: Group, rank: int) -> int:
+    """Bytes of an embedding of which `rank` bases stay, of a whole one if that is all of them."""
+    return Form(*((None, TABLE) if rank == table.rank else (rank, TABLE, rank))).price(table)
+
+
+def _rank(
+    model: PreTrainedModel,
+    table: Group,
+    climbs: list,
+    room: float,
+    task: Task | None,
+    rule: Rule,
+    keep_embedding: float | None,
+) -> int:
+    """The rank of an embedding that is written as bases."""
+    if keep_embedding is not None:
+        return table_rank(keep_embedding, table.shape, rule.multiple_of)
+    if task is None:
+        raise ValueError("the embedding's part of a size is found on a validation split: pass a task or keep_embedding")
+    found = weighted_groups(model)
+
+    def choose(rank: int) -> Chosen:
+        chosen = best_for(climbs, room - _table(table, rank), "bytes")
+        return [(g, None if f.rank is None else _best(g, f.rank)) for g, f in zip(found, chosen, strict=True)]
+
+    return best_rank(model, task, rule.multiple_of, choose)
+
+
+@torch.no_grad()
+def forms(group: Group, multiple_of: int = 16) -> list[tuple[Form, int, float]]:
+    """`[(what a group of weighted bases may become, bytes, the loss in the metric that it avoids), ...]`."""
+    order = _best(group, group.rank)
+    s = group.s[order].double().cpu()
+    u = torch.cat([layer.u.weight for layer in group.layers])[:, order].float()
+    v = group.leader.v.weight[order].float()
+    output_cost, input_cost = _entry_costs(group)
+    energy = _sums(s.square())
+    lost = {bits: _sums(basis_costs(u, s.to(u), v, bits, output_cost, input_cost)) for bits in (8, 4)}
+    found = []
+    for rank in range(multiple_of, group.rank + 1, multiple_of):
+        for head in {*(h for h in HEADS if h < rank), rank}:
+            value = energy[rank] - lost[8][head] - (lost[4][rank] - lost[4][head])
+            found.append((Form(rank, head=head), value))
+    weight = (u * s.to(u)) @ v
+    for bits in (8, 4):
+        found.append((Form(None, bits), energy[-1] - dense_cost(weight, bits, output_cost, input_cost)))
+    return [(form, form.price(group), float(value)) for form, value in found]
+
+
+def _entry_costs(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(output_cost: (sum out,), input_cost: (in,))` of a group of weighted bases."""
+    leader = group.leader
+    outputs = [layer.output_cost for layer in group.layers]
+    ones = leader.v.weight.new_ones
+    outputs = [ones(m.out_features) if c is None else c for m, c in zip(group.layers, outputs, strict=True)]
+    return torch.cat(outputs), ones(leader.in_features) if leader.input_cost is None else leader.input_cost
+
+
+def _sums(x: torch.Tensor) -> torch.Tensor:
+    """Sums of the first i, i from 0 on."""
+    return torch.cat([x.new_zeros(1), x.cumsum(0)]).cpu()
+
+
+def _best(group: Group, rank: int) -> torch.Tensor:
+    """Indices of the bases of largest `s`, largest first."""
+    return group.s.detach().abs().argsort(descending=True, stable=True)[:rank]

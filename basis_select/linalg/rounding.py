@@ -1,0 +1,123 @@
+"""Weights of 8 or 4 bits: what they are rounded to, and what that costs. Functions of tensors.
+
+Values are whole numbers times a scale: at 8 bits one scale a row, at 4 bits one for GROUP inputs of a row. Scales are
+bfloat16 numbers, in whatever dtype they are held.
+"""
+
+from typing import Literal
+
+import torch
+
+GROUP = 32  # inputs that share a scale at 4 bits
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the scale that holds the largest weight of a group at 4 bits
+LARGEST = {8: 127, 4: 7}  # whole numbers go from minus that to that
+
+Bits = Literal[8, 4]
+
+
+def scale_shape(rows: int, inputs: int, bits: int) -> tuple[int, ...]:
+    """Of the scales of a weight (rows, inputs): one a row, or one for each group of a row."""
+    return (rows,) if bits == 8 else (rows, -(-inputs // GROUP))
+
+
+def stored_bytes(rows: int, inputs: int, bits: int) -> int:
+    """Bytes of a weight (rows, inputs) of 16, 8 or 4 bits, with its scales.
+
+    >>> stored_bytes(4, 64, 4)
+    144
+    """
+    if bits == 16:
+        return 2 * rows * inputs
+    return rows * -(-inputs * bits // 8) + 2 * torch.Size(scale_shape(rows, inputs, bits)).numel()
+
+
+def nearest(weight: torch.Tensor, bits: int, cost: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(q, scale)`: the whole numbers, int8 (rows, inputs), and scales in the dtype of `weight`, nearest to it.
+
+    cost: (inputs,), what a squared error of each input costs, 1 without it. At 4 bits a group's scale is the one
+    of SHRINK with the least cost: a few large weights are worth less than the precision of all others.
+    """
+    grouped, cost = by_group(weight.float(), bits), _costs(cost, weight, bits)
+    largest = grouped.abs().amax(-1, keepdim=True) / LARGEST[bits]
+    best = None
+    for share in SHRINK if bits == 4 else SHRINK[:1]:
+        scale = (largest * share).bfloat16().float()
+        scale = torch.where(scale > 0, scale, 1)
+        q = (grouped / scale).round().clamp(-LARGEST[bits], LARGEST[bits])
+        error = ((q * scale - grouped).square() * cost).sum(-1, keepdim=True)
+        if best is None:
+            best = [error, scale, q]
+        else:
+            better = error < best[0]
+            best = [torch.where(better, new, old) for new, old in zip((error, scale, q), best, strict=True)]
+    _, scale, q = best
+    q = q.flatten(1)[:, : weight.shape[1]].to(torch.int8)
+    return q, scale.view(scale_shape(*weight.shape, bits)).to(weight.dtype)
+
+
+def restored(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The weight (rows, inputs) that whole numbers and scales stand for, in the dtype of `scale`."""
+    if scale.dim() == 1:
+        return q.to(scale.dtype) * scale[:, None]
+    return (by_group(q.to(scale.dtype), 4) * scale[..., None]).flatten(1)[:, : q.shape[1]]
+
+
+def by_group(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """(rows, inputs) as (rows, groups, inputs of a group) with one scale each, the last group filled with zeros."""
+    if bits == 8:
+        return x[:, None]
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+
+
+def _costs(cost: torch.Tensor | None, weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """(1, groups, inputs of a group)"""
+    given = torch.ones(weight.shape[1], device=weight.device) if cost is None else cost.float().to(weight.device)
+    return by_group(given[None], bits)
+
+
+def packed(q: torch.Tensor) -> torch.Tensor:
+    """Whole numbers from -8 to 7, (rows, inputs), two in a byte, the first in its low half: uint8 (rows, inputs / 2)."""
+    q = torch.nn.functional.pad(q, (0, q.shape[1] % 2)).to(torch.int16) + 8
+    return (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8)
+
+
+def unpacked(bytes_: torch.Tensor, inputs: int) -> torch.Tensor:
+    """What was `packed`: int8 (rows, inputs)."""
+    return torch.stack([bytes_ & 15, bytes_ >> 4], dim=-1).flatten(-2)[..., :inputs].to(torch.int8) - 8
+
+
+def factors(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`u: (out, r)`, `s: (r,)`, `v: (r, in)` as two factors of `u diag(s) v` that lose least when they are rounded.
+
+    Columns of the first have one norm, so that small bases are rounded as finely as large ones with which they share
+    scales; rows of the second, which do not share any, carry the rest. Both have the same mean square.
+    """
+    norm = u.norm(dim=0).clamp_min(torch.finfo(u.dtype).tiny)
+    u, v = u / norm, v * (s * norm)[:, None]
+    balance = (v.square().mean() / u.square().mean()).sqrt().sqrt()
+    return u * balance, v / balance if balance > 0 else v
+
+
+def basis_costs(
+    u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, bits: int, output_cost: torch.Tensor, input_cost: torch.Tensor
+) -> torch.Tensor:
+    """What it costs in the metric to round each basis `s_i u_i v_i` to so many bits: (r,), float64.
+
+    output_cost: (out,), input_cost: (in,): the diagonals of G and A. Errors of rounding are as good as independent, so
+    that `tr(dW^T G dW A)` needs no more of the two. Of basis i it is `(du^T G du) (v A v^T) + (u^T G u) (dv A dv^T)`,
+    and in the metric `u^T G u = v A v^T = 1`.
+    """
+    norm = u.norm(dim=0).double().clamp_min(torch.finfo(torch.float32).tiny)
+    wide, long = factors(u.float(), s.float(), v.float())
+    du = (restored(*nearest(wide, bits)) - wide).double().square()
+    dv = (restored(*nearest(long, bits, input_cost)) - long).double().square()
+    du, dv = output_cost.double() @ du, dv @ input_cost.double()
+    # `factors` scaled u_i by a and s_i v_i by 1 / a.
+    a = wide.norm(dim=0).double() / norm
+    return s.double().square() * du / a.square() + dv * a.square()
+
+
+def dense_cost(weight: torch.Tensor, bits: int, output_cost: torch.Tensor, input_cost: torch.Tensor) -> float:
+    """What it costs in the metric to round a dense weight (out, in) to so many bits."""
+    error = (restored(*nearest(weight.float(), bits, input_cost)) - weight.float()).double().square()
+    return float(output_cost.double() @ error @ input_cost.double())
