@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .checkpoint.format import register, require_loadable, unstorable
+from .data.tasks import Task
 from .layers.embedding import install, is_tied, lookup_scale, module_name, settle_ties
 from .layers.group import Group
 from .layers.learning import LearningLinear
@@ -24,9 +25,18 @@ from .layers.rounded import Int8Linear
 from .layers.shape import Shape
 from .linalg import metrics
 from .linalg.metrics import METRICS, MetricName
-from .moments import TABLE, Moments, layer_input, moment_bytes, moment_room, passes, second_moments, token_counts, trace
 from .options import Count, checked
-from .tasks import Task
+from .statistics.moments import (
+    TABLE,
+    Moments,
+    layer_input,
+    moment_bytes,
+    moment_room,
+    passes,
+    second_moments,
+    token_counts,
+    trace,
+)
 from .training.data import Batches, require_fit
 
 log = logging.getLogger(__name__)

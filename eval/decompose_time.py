@@ -19,7 +19,7 @@ from basis_select import load, load_task, prune
 from basis_select.decompose import fill, same_input, targets
 from basis_select.linalg import metrics
 from basis_select.linalg.metrics import METRICS
-from basis_select.moments import second_moments
+from basis_select.statistics.moments import second_moments
 from basis_select.training.loss import response_nll
 
 EXAMPLES = 64

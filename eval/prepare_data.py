@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from basis_select import tasks, tuned_on
+from basis_select.data import tasks, tuned_on
 
 SIZES = {"train": 4000, "test": 400}  # of math_code
 

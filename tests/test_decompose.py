@@ -16,7 +16,7 @@ from basis_select.decompose import deal, dense_groups, factored, same_input, tar
 from basis_select.layers.group import Group
 from basis_select.layers.shape import Shape
 from basis_select.linalg.metrics import METRICS
-from basis_select.moments import moment_bytes, passes, second_moments
+from basis_select.statistics.moments import moment_bytes, passes, second_moments
 from basis_select.training.data import Batches
 
 

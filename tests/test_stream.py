@@ -11,7 +11,7 @@ import basis_select as bs
 from basis_select.decompose import same_input, targets
 from basis_select.layers.group import groups
 from basis_select.linalg.metrics import METRICS
-from basis_select.moments import second_moments
+from basis_select.statistics.moments import second_moments
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from basis_select.decompose import factored, same_input, targets
 from basis_select.layers.group import Group, groups
 from basis_select.layers.low_rank import LowRankLinear
 from basis_select.linalg.metrics import METRICS
-from basis_select.moments import _both, second_moments
 from basis_select.sizes import layer_table
+from basis_select.statistics.moments import _both, second_moments
 from basis_select.training.data import Batches
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from basis_select import tasks
+from basis_select.data import tasks
 
 DATA = "BASIS_SELECT_DATA"  # a folder with the files that the tasks name; unset, they come from the hub
 
@@ -51,7 +51,7 @@ def documents(
 
 
 def as_tuned(task: str, files: dict[str, str], **_: Any) -> datasets.DatasetDict:
-    """Test documents of a task of `basis_select.tasks`, with the `prompt`, `response` and `answer` it trains on."""
+    """Test documents of a task of `data.tasks`, with the `prompt`, `response` and `answer` it trains on."""
     spec = tasks.HUB[task]
     rows = documents(spec.path, files, spec.config)["test"]
     return _test([{**row, **_split(tasks.fill(spec, row))} for row in rows])

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
+from ..options import Count, checked
 from .answers import SCORES, ScoreName, exact, number
 from .encoding import Encoder
-from .options import Count, checked
 from .rows import file_rows, one_kind, read_rows
 from .tuned_on import prompt_key
 
