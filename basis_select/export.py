@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from .checkpoint.files import save, whole
 from .checkpoint.format import plain_config, stock
 from .checkpoint.models import load
-from .decompose import targets
+from .checkpoint.targets import targets
 from .layers.embedding import LowRankEmbedding, is_tied
 from .layers.group import groups, table_of
 from .layers.low_rank import LowRankLinear

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
+from .checkpoint.targets import is_plain
 from .data.tasks import Task
-from .decompose import is_plain
 from .layers.group import groups, table_of
 from .options import BatchSize, Checkpointing, Natural, Positive, Weight, checked
 from .system import processes

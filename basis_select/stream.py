@@ -23,15 +23,17 @@ from .checkpoint.checks import is_compressed
 from .checkpoint.files import whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards, in_files
 from .checkpoint.models import config_and_tokenizer, load
+from .checkpoint.targets import targets
 from .data import tuned_on
 from .data.tasks import Task
-from .decompose import Examples, Metric, Sharing, dense_groups, factored, reached, targets
+from .decompose import Examples, Metric, Sharing, factored, reached
 from .layers.group import Group
 from .linalg import metrics
 from .linalg.metrics import METRICS
 from .options import Fraction, checked
 from .selection import rank_below
 from .statistics.moments import Moments, moment_bytes, moment_room, passes, second_moments
+from .statistics.readers import dense_groups
 from .target import Dtype, Target, target
 from .training.data import require_fit
 

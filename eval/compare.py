@@ -35,7 +35,7 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 from basis_select.checkpoint.models import load
-from basis_select.decompose import same_input, targets
+from basis_select.checkpoint.targets import targets
 from basis_select.heal import suitable_rate
 from basis_select.layers.group import groups, table_of
 from basis_select.layers.rounded import nearest
@@ -46,6 +46,7 @@ from basis_select.run.stages import walk
 from basis_select.run.work import Work, read_derivatives
 from basis_select.sizes import sizes
 from basis_select.statistics.moments import TABLE, second_moments
+from basis_select.statistics.readers import same_input
 from basis_select.training.loss import log_probabilities, response_nll, response_nlls
 
 GROUP = 32  # weights that share one scale in int4

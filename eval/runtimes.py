@@ -22,7 +22,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 from basis_select import export, load, load_task
 from basis_select.checkpoint.runtime import OnnxModel
-from basis_select.decompose import targets
+from basis_select.checkpoint.targets import targets
 from basis_select.evaluation.speed import Generation, spread, take_turns
 from basis_select.layers.group import groups
 from basis_select.system.writing import replace_text

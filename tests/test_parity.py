@@ -10,7 +10,7 @@ from conftest import in_processes, tiny
 from safetensors.torch import load_file, save_file
 
 from basis_select import decompose, prune
-from basis_select.decompose import targets
+from basis_select.checkpoint.targets import targets
 from basis_select.layers.group import groups
 from basis_select.linalg import metrics
 from basis_select.linalg.budget import by_mass

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from ..cost import Cost, moments_step, training_step
 from ..data.tasks import Task
 from ..heal import add_adapters
 from ..layers.embedding import module_name
@@ -20,6 +19,7 @@ from ..linalg.metrics import METRICS, Metric
 from ..statistics.derivatives import PROBES
 from ..statistics.moments import EXAMPLES_TOGETHER, moment_bytes, moment_room, passes
 from ..system import processes
+from ..training.cost import Cost, moments_step, training_step
 from ..training.data import Batches
 from ..tune import trainable
 from . import measuring, room

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.format import dense_on_meta
 from ..checkpoint.models import config_and_tokenizer
+from ..checkpoint.targets import targets
 from ..data.tasks import Task
-from ..decompose import targets
 from ..system.machine import resident_memory
 from ..target import BYTES
 from ..training.data import require_fit

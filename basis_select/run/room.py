@@ -8,12 +8,13 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from ..checkpoint.format import dense_on_meta
 from ..checkpoint.models import config_and_tokenizer
+from ..checkpoint.targets import targets
 from ..data.tasks import Task, counted_as, load_task
-from ..decompose import dense_groups, targets
 from ..layers.embedding import module_name
 from ..layers.group import Group
 from ..linalg.budget import table_rank, uniform
 from ..selection import even_ranks
+from ..statistics.readers import dense_groups
 from ..times import prices
 from ..training.data import require_fit
 from ..trim import trim, trimmed_away

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.targets import targets
 from ..data.tasks import Task
-from ..decompose import targets
 from ..layers.embedding import module_name
 from ..layers.group import Group
 from . import room

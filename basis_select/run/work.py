@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.files import save
 from ..checkpoint.models import config_and_tokenizer, load
+from ..checkpoint.targets import targets
 from ..data.tasks import Task
 from ..data.tuned_on import remember
-from ..decompose import targets
 from ..sizes import sizes
 from ..system import processes
 from ..system.writing import replace_text

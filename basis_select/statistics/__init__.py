@@ -1,1 +1,1 @@
-"""What is measured over a task's tokens: second moments, and derivatives of the loss."""
+"""What running a model on a task shows: layers that read one tensor, second moments, derivatives of the loss."""
