@@ -18,7 +18,8 @@ from pathlib import Path
 from public_configs import MODELS, save
 
 from basis_select.checkpoint.models import config_and_tokenizer
-from basis_select.data.tasks import SPLITS, read_rows
+from basis_select.data.rows import read_rows
+from basis_select.data.sources import SPLITS
 from basis_select.evaluation.report import cells, markdown
 from basis_select.run import estimates
 from basis_select.run import recipe as recipes

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 import basis_select as bs
 from basis_select.data import tuned_on
+from basis_select.data.answers import number
 from basis_select.data.encoding import Encoder
-from basis_select.data.tasks import Example, load_task, number
+from basis_select.data.tasks import Example, load_task
 from basis_select.training.data import require_fit
 
 TURNS = (

@@ -11,7 +11,8 @@ from recipes_table import table as costs_table
 from transformers import AutoConfig
 
 from basis_select.checkpoint.format import dense_on_meta
-from basis_select.data.tasks import HUB, load_task
+from basis_select.data.sources import HUB
+from basis_select.data.tasks import load_task
 from basis_select.run import recipe as recipes
 from basis_select.run.plan import plan, text
 

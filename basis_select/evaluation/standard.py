@@ -20,7 +20,8 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tasks import HUB, Task, load_task
+from ..data.sources import HUB
+from ..data.tasks import Task, load_task
 from ..data.tuned_on import TunedOn
 from ..system.reading import sha256
 from .accuracy import bootstrap, evaluate, likelihood, lm_eval, pooled, run, summary, wilson
