@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from .data.tasks import Task
 from .layers.embedding import is_tied, lookup_scale, module_name, round_table
 from .layers.group import Group, table_of
+from .layers.rounding import basis_costs, dense_cost, stored_bytes
 from .linalg.budget import best_for, rising, table_rank
-from .linalg.rounding import basis_costs, dense_cost, stored_bytes
 from .selection import Chosen, Rule, best_rank, weighted_groups
 from .sizes import sizes
 from .target import BYTES, Dtype, Target
-from .tasks import Task
 
 log = logging.getLogger(__name__)
 

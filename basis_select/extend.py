@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
+from .data.tasks import Task
 from .layers.group import groups
 from .layers.rounded import require_wide
 from .options import Count, Natural, checked
-from .tasks import Task
 from .training.data import Batches, require_fit
 from .training.loss import activation_gradients, task_loss
 

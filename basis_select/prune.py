@@ -6,12 +6,12 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from .bits import prune_to_bytes
-from .derivatives import derivatives as differentiate
+from .data.tasks import Task
 from .linalg.scores import SCORES, ScoreName
 from .options import Count, Fraction, Positive, checked
 from .selection import Budget, Rule, select
+from .statistics.derivatives import derivatives as differentiate
 from .target import Dtype, target
-from .tasks import Task
 
 
 @checked

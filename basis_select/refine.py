@@ -11,11 +11,11 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .data.tasks import Task
 from .layers.group import groups
 from .layers.low_rank import LowRankLinear
 from .layers.rounded import RoundedLinear, training
 from .options import BatchSize, Natural, Positive, checked
-from .tasks import Task
 from .training.data import Batches, require_fit
 from .training.precision import autocast
 

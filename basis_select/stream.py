@@ -19,20 +19,22 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
-from . import tuned_on
 from .checkpoint.checks import is_compressed
 from .checkpoint.files import whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards, in_files
-from .decompose import Examples, Metric, Sharing, dense_groups, factored, reached, targets
+from .checkpoint.models import config_and_tokenizer, load
+from .checkpoint.targets import targets
+from .data import tuned_on
+from .data.tasks import Task
+from .decompose import Examples, Metric, Sharing, factored, reached
 from .layers.group import Group
 from .linalg import metrics
 from .linalg.metrics import METRICS
-from .models import config_and_tokenizer, load
-from .moments import Moments, moment_bytes, moment_room, passes, second_moments
 from .options import Fraction, checked
 from .selection import rank_below
+from .statistics.moments import Moments, moment_bytes, moment_room, passes, second_moments
+from .statistics.readers import dense_groups
 from .target import Dtype, Target, target
-from .tasks import Task
 from .training.data import require_fit
 
 

@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .data.tasks import Task
 from .layers.embedding import TableEmbedding
 from .options import Natural, checked
-from .tasks import Task
 
 log = logging.getLogger(__name__)
 

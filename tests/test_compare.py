@@ -10,7 +10,7 @@ from compare_report import interval, plot, summary, table
 from conftest import tiny
 
 import basis_select as bs
-from basis_select.decompose import targets
+from basis_select.checkpoint.targets import targets
 from basis_select.training.data import Batches
 from basis_select.training.loss import log_probabilities
 

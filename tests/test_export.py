@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import basis_select as bs
 from basis_select.cli import app
 from basis_select.export import to_int8
-from basis_select.layers.rounded import FEW, Int8Linear, quantized
+from basis_select.layers.rounded import FEW, RoundedLinear, quantized
 
 LAYERS = {"llama": 2}  # of what takes long to export, in other kinds one
 KINDS = [("llama", True), ("qwen2", False), ("gemma3_text", True), ("gpt_neox", False)]
@@ -70,7 +70,7 @@ def test_int8_checkpoint(kind, tied, dtype, task, tokenizer, ids, tmp_path):
     before, after = weight_bytes(tmp_path / "source"), weight_bytes(out)
     assert after < before * (0.4 if dtype == "float32" else 0.75)  # norms and the header of so small a file stay
     again, _ = bs.load(out)
-    assert all(layer.q.dtype == torch.int8 for layer in again.modules() if isinstance(layer, Int8Linear))
+    assert all(layer.q.dtype == torch.int8 for layer in again.modules() if isinstance(layer, RoundedLinear))
     wanted = logits(model, ids)
     assert 0 < (logits(again, ids) - wanted).abs().max() < 0.05 * wanted.abs().max()
     assert bs.sizes(again)["parameters"] == bs.sizes(model)["parameters"]
@@ -93,14 +93,14 @@ def test_int8_rounds_as_torchao_does(dtype):
     linear = torch.nn.Linear(48, 33, dtype=dtype)
     with torch.no_grad():
         linear.weight[3] = 0
-    ours = Int8Linear.rounded(linear)
+    ours = RoundedLinear.rounded(linear, 8)
     theirs = torch.nn.Sequential(linear)
     quantize_(theirs, IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0)))
     step = ours.scale.max().item()
     assert (ours.weight - theirs[0].weight.dequantize()).abs().max() <= step
     assert torch.equal(ours.weight[3], torch.zeros(48, dtype=dtype))
     for columns, shift in ((48, 0), (48, 7), (26, 0)):  # aligned, not aligned, rows of another length
-        layer = Int8Linear.rounded(torch.nn.Linear(columns, 33, dtype=dtype))
+        layer = RoundedLinear.rounded(torch.nn.Linear(columns, 33, dtype=dtype), 8)
         buffer = torch.empty(layer.q.numel() + shift, dtype=torch.int8)
         layer.q.data = buffer[shift:].view_as(layer.q).copy_(layer.q)
         for tokens in (1, FEW, FEW + 1):
@@ -109,11 +109,13 @@ def test_int8_rounds_as_torchao_does(dtype):
             assert torch.allclose(layer(x).double(), exact, atol=1e-5 if dtype == torch.float32 else 0.03)
 
 
-def test_int8_weights_do_not_train(task):
+def test_rounded_weights_are_healed_but_not_tuned_or_extended(task):
     model = to_int8(compressed(task))
-    assert quantized(model)
-    with pytest.raises(ValueError, match="int8 weights do not train"):
-        bs.heal(model, task, steps=1, lr=1e-4)
+    names = quantized(model)
+    for verb, options in ((bs.tune, {}), (bs.extend, {"rank": 2}), (bs.heal, {"lora": 2, "lr": 1e-4})):
+        with pytest.raises(ValueError, match="needs weights of 16 bits"):
+            verb(model, task, **options)
+    assert quantized(bs.heal(model, task, steps=1, lr=1e-4)) == names
 
 
 def test_what_cannot_be_exported_says_so_and_leaves_nothing(task, tokenizer, tmp_path, monkeypatch):

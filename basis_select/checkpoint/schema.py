@@ -4,7 +4,7 @@ import difflib
 import math
 from typing import Any
 
-from ..reading import shown
+from ..system.reading import shown
 
 VERSION = 2
 READABLE = (1, 2)

@@ -13,10 +13,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..decompose import same_input, targets
+from ..checkpoint.targets import targets
 from ..layers.group import Group
 from ..layers.low_rank import LowRankLinear
 from ..layers.shape import Shape
+from ..statistics.readers import same_input
 from .speed import Generation, environment, take_turns
 
 COPIES = 4  # layers of a shape timed together, each with weights of its own: what was just read is still in a cache

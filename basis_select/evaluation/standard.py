@@ -20,9 +20,10 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..reading import sha256
-from ..tasks import HUB, Task, load_task
-from ..tuned_on import TunedOn
+from ..data.sources import HUB
+from ..data.tasks import Task, load_task
+from ..data.tuned_on import TunedOn
+from ..system.reading import sha256
 from .accuracy import bootstrap, evaluate, likelihood, lm_eval, pooled, run, summary, wilson
 
 FOLDER = Path(__file__).parent / "tasks"

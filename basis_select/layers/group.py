@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..linalg import rounding
+from . import rounding
 from .embedding import LowRankEmbedding, module_name, set_table, table_to_dense
 from .learning import LearningLinear
 from .low_rank import LowRankLinear, resize

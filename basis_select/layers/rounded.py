@@ -1,6 +1,6 @@
 """Linear layers whose weights take 8 or 4 bits: as they are deployed, and as they train.
 
-What the bits stand for says linalg/rounding.py.
+What the bits stand for says layers/rounding.py.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..linalg.rounding import LARGEST, by_group, nearest, packed, restored, scale_shape, unpacked
+from .rounding import LARGEST, by_group, nearest, packed, restored, scale_shape, unpacked
 
 FEW = 4  # tokens up to which the CPU's int8 kernel beats a product with weights that are cast first
 

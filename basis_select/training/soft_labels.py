@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .. import processes
-from ..tasks import Task
+from ..data.tasks import Task
+from ..system import processes
 from .data import Batches, require_fit
 from .loss import log_probabilities
 

@@ -9,15 +9,16 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data.tasks import Example, Task
+from ..layers.embedding import lookup_scale
+from ..layers.group import Group
+from ..layers.shape import Shape, moment_shape
+from ..linalg import metrics
+from ..training.data import Batches, drawn
+from ..training.loss import activation_gradients, response_logits
+from ..training.precision import autocast
 from .fisher import squared_gradients
-from .layers.embedding import lookup_scale
-from .layers.group import Group
-from .layers.shape import Shape, moment_shape
-from .linalg import metrics
-from .tasks import Example, Task
-from .training.data import Batches, drawn
-from .training.loss import activation_gradients, response_logits
-from .training.precision import autocast
+from .readers import layer_input
 
 EXAMPLES_TOGETHER = 8  # a batch of those that second moments are averaged over
 Moments = tuple[dict, dict, dict]  # of inputs, of outputs, and of how many tokens, by name of the leader
@@ -159,11 +160,6 @@ def second_moments(
         inputs[TABLE], frequencies = table.moments(count)
         found[TABLE] = [frequencies]
     return inputs, found, {name: int(n) for name, n in read.items() if n}
-
-
-def layer_input(args: tuple, kwargs: dict) -> torch.Tensor:
-    """The tensor that an nn.Linear is called with."""
-    return args[0] if args else kwargs["input"]
 
 
 @torch.no_grad()

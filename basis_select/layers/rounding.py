@@ -76,7 +76,7 @@ def _costs(cost: torch.Tensor | None, weight: torch.Tensor, bits: int) -> torch.
 
 
 def packed(q: torch.Tensor) -> torch.Tensor:
-    """Whole numbers from -8 to 7, (rows, inputs), two in a byte, the first in its low half: uint8 (rows, inputs / 2)."""
+    """Whole numbers from -8 to 7, (rows, inputs), two in a byte, the first in its low half: (rows, inputs / 2)."""
     q = torch.nn.functional.pad(q, (0, q.shape[1] % 2)).to(torch.int16) + 8
     return (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8)
 

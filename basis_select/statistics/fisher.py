@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from .tasks import Task
-from .training.data import Batches, drawn
-from .training.loss import frozen, response_logits
-from .training.precision import autocast
+from ..data.tasks import Task
+from ..training.data import Batches, drawn
+from ..training.loss import frozen, response_logits
+from ..training.precision import autocast
 
 
 def squared_gradients(
