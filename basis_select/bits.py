@@ -1,5 +1,6 @@
 """What every group becomes where a size is bytes on disk: dense or a rank, and how many bits its weights take."""
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 
@@ -71,18 +72,16 @@ def prune_to_bytes(
     and a head tied to it have 8 bits; what is neither targeted nor embedding keeps its 16. Raises ValueError for a
     target that is not of bytes, for scores and budgets that do not compare losses, and for a size that cannot be met.
     """
-    _require(asked, rule, dtype)
     found, table = weighted_groups(model), table_of(model)
-    if any(group.new_rank for group in found) or rule.reserve:
-        raise ValueError("bits=auto goes without new bases: leave out learn.new and extend, or choose bits=16")
+    require(asked, dataclasses.replace(rule, reserve=rule.reserve + found[0].new_rank), dtype)
     climbs = [rising(forms(group, rule.multiple_of)) for group in found]
-    room = _allowed(model, asked, dtype) - _elsewhere(model, found)
-    if table is None:
-        rounds, rank = _can_round(model), None
-        room -= _whole_table(model) if rounds else 0
-    else:
-        rounds, rank = True, _rank(model, table, climbs, room, task, rule, keep_embedding)
+    rounds, rank = table is not None or can_round(model), None
+    room = allowed(model, asked, dtype) - _elsewhere(model, [name for group in found for name in group.names], rounds)
+    if table is not None:
+        rank = _rank(model, table, climbs, room, task, rule, keep_embedding)
         room -= _table(table, rank)
+    elif rounds:
+        room -= _whole_table(model)
     chosen = best_for(climbs, room, "bytes")
     for group, form in zip(found, chosen, strict=True):
         form.put(group, model)
@@ -94,20 +93,23 @@ def prune_to_bytes(
         round_table(model, TABLE)
 
 
-def _require(asked: Target, rule: Rule, dtype: Dtype) -> None:
+def require(asked: Target, rule: Rule, dtype: Dtype) -> None:
+    """Raise ValueError unless a size on disk can be shared so."""
     if asked.name != "size" or asked.unit == "parameters":
         raise ValueError(f"bits=auto shares bytes: give a size such as 45MB or 6x with it, not {asked}")
     if rule.score != "energy" or rule.budget != "global":
         raise ValueError(
             f"bits=auto weighs losses: it goes with score=energy and budget=global, not {rule.score} and {rule.budget}"
         )
+    if rule.reserve:
+        raise ValueError("bits=auto goes without new bases: leave out learn.new and extend, or choose bits=16")
     if BYTES[dtype] != 2:
         raise ValueError(
             f"bits=auto counts scales and norms as 16 bits each: dtype is bfloat16 or float16, not {dtype}"
         )
 
 
-def _allowed(model: PreTrainedModel, asked: Target, dtype: Dtype) -> float:
+def allowed(model: PreTrainedModel, asked: Target, dtype: Dtype) -> float:
     """Bytes that the checkpoint may have."""
     whole = sizes(model)["parameters_dense"] * BYTES[dtype]
     allowed = whole / asked.amount if asked.unit == "x" else asked.amount
@@ -116,11 +118,26 @@ def _allowed(model: PreTrainedModel, asked: Target, dtype: Dtype) -> float:
     return allowed
 
 
-def _elsewhere(model: PreTrainedModel, found: list[Group]) -> int:
-    """Bytes of all that is no group and no embedding: norms, biases, what is not targeted; the file's own too."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    apart = [name for group in found for name in group.names]
-    if table_of(model) or _can_round(model):
+def largest_share(model: PreTrainedModel, layers: dict[str, torch.nn.Module], asked: Target, dtype: Dtype) -> float:
+    """The largest fraction of the parameters of these dense `layers`, `{name: layer}`, that a size on disk leaves: that
+    with 4 bits for each. Raises ValueError if there is none.
+    """
+    rounds = can_round(model)
+    rest = _elsewhere(model, list(layers), rounds) + (_whole_table(model) if rounds else 0)
+    room = allowed(model, asked, dtype) - rest
+    if room <= 0:
+        raise ValueError(
+            f"{asked} leaves nothing for the targeted layers: the rest of the model alone is {rest:,} bytes"
+        )
+    return min(1.0, room / sum(stored_bytes(*m.weight.shape, 4) for m in layers.values()))
+
+
+def _elsewhere(model: PreTrainedModel, names: list[str], rounds: bool) -> int:
+    """Bytes of all but the layers of these names and, if it `rounds` it, the embedding: norms, biases, what is not
+    targeted; the file's own too.
+    """
+    embedding, head, apart = model.get_input_embeddings(), model.get_output_embeddings(), list(names)
+    if rounds:
         apart.append(module_name(model, embedding))
         if table_of(model) or is_tied(model):
             apart.append(module_name(model, head))
@@ -133,7 +150,7 @@ def _elsewhere(model: PreTrainedModel, found: list[Group]) -> int:
     return total
 
 
-def _can_round(model: PreTrainedModel) -> bool:
+def can_round(model: PreTrainedModel) -> bool:
     """Whether the dense token embedding can have fewer bits; a warning if it computes something of its own."""
     try:
         lookup_scale(model.get_input_embeddings())

@@ -128,7 +128,7 @@ def test_what_cannot_be_exported_says_so_and_leaves_nothing(task, tokenizer, tmp
         bs.export(model, "onnx", tmp_path / "a")
     with pytest.raises(ValueError, match="call prune"):
         bs.export(bs.decompose(tiny(), task, examples=16), "int8", tmp_path / "a")
-    with pytest.raises(ValueError, match="int8 already"):
+    with pytest.raises(ValueError, match="rounded already"):
         bs.export(to_int8(model), "int8", tmp_path / "a")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ValueError, match=r"basis-select\[export\]"):

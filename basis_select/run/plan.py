@@ -11,13 +11,11 @@ from ..checkpoint.models import config_and_tokenizer
 from ..checkpoint.targets import targets
 from ..data.tasks import Task
 from ..system.machine import resident_memory
-from ..target import BYTES
 from ..training.data import require_fit
-from . import estimates, measuring
+from . import estimates, measuring, room
 from .estimates import Machine
 from .measuring import Estimate
 from .recipe import PARENT, RESULT, Recipe
-from .room import in_tokens, require_decoder
 from .stages import TIME, Stage, key, walk
 from .view import View
 
@@ -37,8 +35,8 @@ def plan(recipe: Recipe, processes: int = 1, rates: dict | None = None) -> "Plan
     base = resident_memory() + LIBRARIES
     machine = Machine(rates or measuring.machine_rates(), processes)
     config, tokenizer = config_and_tokenizer(recipe.model)
-    require_decoder(config, recipe.model)
-    model, task = dense_on_meta(config), in_tokens(recipe, tokenizer)
+    room.require_decoder(config, recipe.model)
+    model, task = dense_on_meta(config), room.in_tokens(recipe, tokenizer)
     require_fit(model, task)
     targets(model)  # raises ValueError if there is nothing to decompose
     forecast, views = Forecast(model, tokenizer, task, machine), {}
@@ -74,10 +72,12 @@ def text(plan: "Plan") -> str:
 
 def _size(name: str, view: View) -> str:
     after, dtype = view.keep * view.targeted, view.recipe.dtype
+    size, rounded = room.bytes_of(view.recipe, view.parent, view.published), view.recipe.prune.bits != 16
+    most, more = "at most " if rounded else "", "and embedding " if view.targeted > view.linears else ""
     return (
-        f"{name}: {after / 1e6:.2f} M targeted {'and embedding ' if view.targeted > view.linears else ''}parameters "
+        f"{name}: {most}{after / 1e6:.2f} M targeted {more}parameters "
         f"({view.targeted / after:.2f}x fewer), "
-        f"{view.published / 1e6:.2f} M in all, {view.published * BYTES[dtype] / 1e6:.0f} MB in {dtype}"
+        f"{view.published / 1e6:.2f} M in all, {size / 1e6:.0f} MB {'at most' if rounded else f'in {dtype}'}"
     )
 
 

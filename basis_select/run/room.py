@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..bits import allowed, largest_share, require
 from ..checkpoint.format import dense_on_meta
 from ..checkpoint.models import config_and_tokenizer
 from ..checkpoint.targets import targets
@@ -13,8 +14,9 @@ from ..data.tasks import Task, counted_as, load_task
 from ..layers.embedding import module_name
 from ..layers.group import Group
 from ..linalg.budget import table_rank, uniform
-from ..selection import even_ranks
+from ..selection import Rule, even_ranks
 from ..statistics.readers import dense_groups
+from ..target import BYTES
 from ..times import prices
 from ..training.data import require_fit
 from ..trim import trim, trimmed_away
@@ -70,6 +72,9 @@ def is_table(group: Group) -> bool:
 
 def keep_of(r: Recipe, model: torch.nn.Module, targeted: int) -> float:
     """The fraction of the `targeted` parameters of a dense model, on any device, that a row of a recipe keeps."""
+    if r.prune.bits == "auto":
+        require(r.asked, Rule(r.prune.budget, r.prune.score, reserve=r.extend.rank + r.learn.new), r.dtype)
+        return largest_share(model, targets(model, required=False), r.asked, r.dtype)
     away = trimmed_away(model)
     total = sum(p.numel() for p in model.parameters()) + away
     return r.asked.share(total, targeted + shared_table(r, model), r.dtype, saved_elsewhere(r, model) + away)
@@ -79,6 +84,11 @@ def shared_table(r: Recipe, model: torch.nn.Module) -> int:
     """Parameters of the embedding if it takes its part of the budget of the targeted layers, else 0."""
     joins = r.decompose.embedding and r.prune.keep_embedding is None
     return model.get_input_embeddings().weight.numel() if joins else 0
+
+
+def bytes_of(r: Recipe, model: torch.nn.Module, parameters: float) -> float:
+    """Bytes on disk of what a row publishes, a model of so many parameters."""
+    return parameters * BYTES[r.dtype] if r.prune.bits == 16 else allowed(model, r.asked, r.dtype)
 
 
 def rank_of_table(r: Recipe, model: torch.nn.Module) -> int:

@@ -1,0 +1,230 @@
+"""A size in bytes: what is on disk never exceeds it, loads as what was in memory, heals, and costs what was said."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import addition_recipe, logits, make_task, make_tokenizer, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import basis_select as bs
+from basis_select.bits import Form, forms
+from basis_select.checkpoint.format import BasisSelectConfig
+from basis_select.export import to_int8
+from basis_select.layers.group import groups
+from basis_select.layers.rounded import RoundedLinear, RoundingLinear, quantized, training
+from basis_select.layers.rounding import GROUP, basis_costs, factors, nearest, packed, restored, stored_bytes, unpacked
+from basis_select.linalg import metrics
+from basis_select.linalg.budget import best_for, rising
+from basis_select.run.plan import plan, text
+from basis_select.run.pipeline import run
+from basis_select.run.recipe import read
+from basis_select.training.loss import response_nll
+
+KINDS = [("llama", True, False), ("llama", False, False), ("llama", True, True), ("gemma3_text", True, False)]
+KINDS += [("gemma3_text", True, True), ("gpt_neox", False, False), ("qwen2", True, False), ("phi3", False, False)]
+
+
+def decomposed(kind="llama", tied=True, embedding=False, **options):
+    return bs.decompose(tiny(kind, tied, **options), make_task(), examples=16, embedding=embedding)
+
+
+@pytest.fixture(scope="module")
+def bases():
+    return decomposed()
+
+
+def weight_bytes(folder):
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("kind", "tied", "embedding"), KINDS)
+def test_a_size_is_met_on_disk_and_what_is_loaded_computes_the_same(kind, tied, embedding, ids, task, tmp_path):
+    model = decomposed(kind, tied, embedding)
+    whole, sizes = 2 * bs.sizes(model)["parameters_dense"], [1.9, 2.6, 4]
+    for size in sizes:
+        cut = bs.prune(copy.deepcopy(model), task, size=f"{size}x", bits="auto", multiple_of=4)
+        folder = bs.save(cut, make_tokenizer(), tmp_path / f"{size}", dtype="bfloat16")
+        used = weight_bytes(folder) / (whole / size)
+        assert used <= 1
+        assert used > 0.85 or size == sizes[0]  # whole at 8 bits, it needs no more
+        again, _ = bs.load(folder, dtype="float32")
+        assert torch.allclose(logits(again, ids), logits(cut, ids), atol=2e-3)
+        assert quantized(again) == quantized(cut)
+        assert bs.sizes(again)["parameters"] == bs.sizes(cut)["parameters"]
+    stored = load_file(next(folder.glob("*.safetensors")))
+    assert {str(t.dtype) for name, t in stored.items() if name.endswith(".q")} == {"torch.int8", "torch.uint8"}
+
+
+def test_heads_of_8_bits_and_tails_of_4_are_what_their_factors_multiply_to(bases, ids, tmp_path):
+    model = copy.deepcopy(bases)
+    for group in groups(model):
+        Form(group.rank, head=32).put(group, model)
+    folder = bs.save(model, make_tokenizer(), tmp_path / "split")
+    again, _ = bs.load(folder)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 2
+    assert set(config["heads"].values()) == {32}
+    dense = bs.checkpoint.format.BasisSelectQuantizer(BasisSelectConfig())._dequantize(again)
+    assert not quantized(dense)
+    assert torch.allclose(logits(dense, ids), logits(model, ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "plus"])
+def test_healing_trains_what_is_rounded_and_ends_in_what_is_saved(bases, task, ids, tmp_path, precision):
+    model = bs.prune(copy.deepcopy(bases), task, size="4x", bits="auto", multiple_of=4)
+    before = {name: m.q.clone() for name, m in model.named_modules() if isinstance(m, RoundedLinear)}
+    names, start = quantized(model), copy.deepcopy(model)
+    bs.heal(model, task, steps=20, batch_size=8, lr=3e-3, kl=0, precision=precision)
+    assert quantized(model) == names
+    changed = {n for n, q in before.items() if not torch.equal(q, model.get_submodule(n).q)}
+    assert changed == set(names) - {"lm_head"}  # the table stays as it is
+    assert response_nll(model, task.train, 0) < response_nll(start, task.train, 0) - 0.2
+    again, _ = bs.load(bs.save(model, make_tokenizer(), tmp_path / "healed"))
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_trains_computes_what_will_be_deployed(bits):
+    torch.manual_seed(0)
+    layer = RoundedLinear.rounded(torch.nn.Linear(70, 5), bits)
+    holder = torch.nn.ModuleDict({"a": layer})
+    x = torch.randn(3, 70)
+    expected = layer(x)
+    with training(holder):
+        trained = holder["a"]
+        assert isinstance(trained, RoundingLinear)
+        assert torch.allclose(trained(x), expected, atol=1e-5)
+        trained(x).square().sum().backward()
+        assert trained.weight.grad.abs().sum() > 0
+        assert trained.scale.grad.abs().sum() > 0
+        with torch.no_grad():
+            trained.weight += 0.01 * torch.randn_like(trained.weight)
+            trained.scale *= 1.003
+        expected = trained(x).detach()
+    assert torch.allclose(holder["a"](x), expected, atol=1e-5)
+
+
+@given(st.integers(1, 9), st.integers(1, 130), st.sampled_from([8, 4]), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_rounding_is_to_the_nearest_and_takes_the_bytes_that_it_says(rows, inputs, bits, seed):
+    weight = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
+    q, scale = nearest(weight, bits)
+    largest = 127 if bits == 8 else 7
+    assert q.abs().max() <= largest
+    each = scale[:, None] if bits == 8 else scale.repeat_interleave(GROUP, 1)[:, :inputs]
+    inside = weight.abs() <= largest * each  # others are cut off
+    assert ((restored(q, scale) - weight).abs() <= 0.5001 * each)[inside].all()
+    held = q if bits == 8 else packed(q)
+    assert bits == 8 or torch.equal(unpacked(held, inputs), q)
+    assert stored_bytes(rows, inputs, bits) == held.numel() + 2 * scale.numel()
+
+
+def test_costs_of_rounding_are_the_loss_in_the_metric_that_it_makes():
+    torch.manual_seed(0)
+    a, g = (x @ x.T / 40 + 0.05 * torch.eye(n) for n, x in ((48, torch.randn(48, 40)), (64, torch.randn(64, 40))))
+    w = torch.randn(64, 48)
+    u, s, v = metrics.decompose([w], [g.double()], a.double())
+    for bits in (8, 4):
+        wide, long = factors(u.float(), s.float(), v.float())
+        rounded = restored(*nearest(wide, bits)) @ restored(*nearest(long, bits, a.diagonal()))
+        error = (rounded - w).double()
+        actual = float((error.T @ g.double() @ error * a.double()).sum())
+        said = float(basis_costs(u.float(), s.float(), v.float(), bits, g.diagonal(), a.diagonal()).sum())
+        assert 0.7 < said / actual < 1.4
+
+
+def test_prices_are_the_bytes_of_tensors_and_values_grow_with_bits(bases):
+    for group in groups(bases):
+        found = {form: (price, value) for form, price, value in forms(group, 16)}
+        assert found[Form(None, 8)][1] > found[Form(None, 4)][1]
+        assert found[Form(48, head=48)][1] > found[Form(48, head=0)][1]
+        for form in (Form(None, 4), Form(48, head=32), Form(32, head=32)):
+            model = copy.deepcopy(bases)
+            here = next(g for g in groups(model) if g.names == group.names)
+            form.put(here, model)
+            tensors = {n: t for n, t in model.state_dict().items() if n.startswith(tuple(f"{m}." for m in group.names))}
+            held = sum(t.numel() * (1 if n.endswith(".q") else 2) for n, t in tensors.items())
+            assert held < found[form][0] <= held + sum(len(n) + 95 for n in tensors)
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 50), st.floats(0, 9)), min_size=1, max_size=6), min_size=1, max_size=4)
+)
+def test_the_best_choices_never_cost_more_and_leave_out_nothing_that_fits(points):
+    climbs = [rising([((i, j), price, value) for j, (price, value) in enumerate(p)]) for i, p in enumerate(points)]
+    for climb in climbs:
+        assert all(a[1] < b[1] and a[2] < b[2] for a, b in zip(climb, climb[1:], strict=False))
+    prices = {choice: price for climb in climbs for choice, price, _ in climb}
+    least, most = sum(c[0][1] for c in climbs), sum(c[-1][1] for c in climbs)
+    for budget in (least, (least + most) // 2, most):
+        chosen = best_for(climbs, budget, "bytes")
+        assert sum(prices[choice] for choice in chosen) <= budget
+    assert chosen == [climb[-1][0] for climb in climbs]
+    with pytest.raises(ValueError, match=f"smallest possible is {least:,} bytes"):
+        best_for(climbs, least - 1, "bytes")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"keep": 0.5}, "give a size such as 45MB or 6x"),
+        ({"size": "20K"}, "give a size such as 45MB or 6x"),
+        ({"size": "2x", "budget": "uniform"}, "score=energy and budget=global"),
+        ({"size": "2x", "reserve": 4}, "without new bases"),
+        ({"size": "2x", "dtype": "float32"}, "bfloat16 or float16"),
+        ({"size": "1KB"}, "the smallest possible is"),
+        ({"size": "1GB"}, "more than the model has"),
+        ({"size": "2x", "bits": 3}, "bits is 3"),
+    ],
+)
+def test_what_cannot_be_shared_in_bytes_is_said_in_a_sentence(bases, task, options, says):
+    with pytest.raises(ValueError, match=says):
+        bs.prune(copy.deepcopy(bases), task, **{"bits": "auto", "multiple_of": 4, **options})
+
+
+def test_a_checkpoint_of_version_1_loads(ids, tmp_path):
+    model = to_int8(bs.prune(decomposed(), keep=0.5, multiple_of=4))
+    folder = bs.save(model, make_tokenizer(), tmp_path / "now")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    said = config["quantization_config"]
+    bits = said.pop("bits")
+    said |= {"format_version": 1, "int8": list(bits)}
+    del said["heads"], said["table"]
+    path.write_text(json.dumps(config))
+    (folder / "basis_select.json").unlink()
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_weighted_bases_of_version_1_count_every_error_alike(ids, tmp_path):
+    config = BasisSelectConfig(ranks={"model.layers.0.mlp.down_proj": 64}, weighted=1, format_version=1)
+    model = tiny()
+    bs.checkpoint.format.build(model, config)
+    layer = model.model.layers[0].mlp.down_proj
+    assert not [name for name in layer.state_dict() if "cost" in name]
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    assert all(torch.isfinite(torch.tensor(value)) for _, _, value in forms(groups(model)[0]))
+
+
+def test_a_recipe_says_its_size_in_bytes(tmp_path):
+    options = {
+        "tune": {"steps": 2, "batch_size": 4},
+        "decompose": {"examples": 8},
+        "learn": {"steps": 0},
+        "prune": {"size": "4x", "bits": "auto", "multiple_of": 4},
+        "heal": {"steps": 2, "batch_size": 4},
+        "data": {"train": 32, "validation": 8, "test": 8},
+    }
+    recipe = read(addition_recipe(tmp_path, tiny(tied=True, dtype="bfloat16"), 9, **options))
+    assert "MB at most" in text(plan(recipe))
+    results = run(recipe, tmp_path / "run")
+    print(json.dumps(results)[:600])
+    assert weight_bytes(tmp_path / "run" / "model") * 4 <= 2 * bs.sizes(tiny(tied=True))["parameters"]
