@@ -22,8 +22,9 @@ from .layers.shape import Shape
 from .linalg import metrics
 from .linalg.metrics import METRICS, MetricName
 from .options import Count, checked
-from .statistics.moments import TABLE, Moments, moment_bytes, moment_room, passes, second_moments, token_counts, trace
+from .statistics.moments import TABLE, Moments, moment_bytes, moment_room, passes, second_moments
 from .statistics.readers import dense_groups
+from .statistics.sums import token_counts, trace
 from .training.data import require_fit
 
 log = logging.getLogger(__name__)
