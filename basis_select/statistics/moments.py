@@ -7,12 +7,12 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..data.tasks import Example, Task
 from ..layers.group import Group
 from ..layers.shape import Shape
 from ..linalg import metrics
+from ..system.progress import progress
 from ..training.data import Batches, drawn
 from ..training.loss import activation_gradients, response_logits
 from ..training.precision import autocast
@@ -62,7 +62,7 @@ def second_moments(
     watched += [table.embedding] if table else []
     try:
         with activation_gradients(model, watched), torch.enable_grad():
-            for i in tqdm(range(rank, len(batches), world), desc="second moments", unit="batch", disable=rank > 0):
+            for i in progress(range(rank, len(batches), world), "second moments", "batch", quiet=rank > 0):
                 _add_batch(model, _without_padding(batches[i]) if routed else batches[i], i, sums, table)
     finally:
         for handle in [*sums.handles, *(table.handles if table else ())]:
