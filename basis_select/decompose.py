@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .checkpoint.format import register, require_loadable
@@ -22,8 +21,10 @@ from .layers.shape import Shape
 from .linalg import metrics
 from .linalg.metrics import METRICS, MetricName
 from .options import Count, checked
-from .statistics.moments import TABLE, Moments, moment_bytes, moment_room, passes, second_moments, token_counts, trace
+from .statistics.moments import TABLE, Moments, moment_bytes, moment_room, passes, second_moments
 from .statistics.readers import dense_groups
+from .statistics.sums import token_counts, trace
+from .system.progress import progress
 from .training.data import require_fit
 
 log = logging.getLogger(__name__)
@@ -92,20 +93,14 @@ def decompose(
     owners = deal([g.shape for g in found], dist.get_world_size(group) if group else 1)
     rank, parts, made = dist.get_rank(group) if group else 0, [range(len(found))], {}
     if measured:
-        factors = sum(g.shape.full_cost for g in found)
-        room = moment_room(model.device, factors * model.dtype.itemsize)
-        if group:  # all make the same passes
-            least = torch.tensor(room, device=model.device)
-            dist.all_reduce(least, dist.ReduceOp.MIN, group)
-            room = int(least)
-        parts = passes(parts[0], [moment_bytes(g.shape, uses) for g in found], room)
+        parts = passes(parts[0], [moment_bytes(g.shape, uses) for g in found], _room(model, found, group))
     for part in parts:
         if measured:
             names, first = [found[i].names for i in part], part is parts[0]
             moments = second_moments(model, names, task, examples, uses, embedding and first, group)
         if embedding and uses.inputs and uses.outputs and table is None:
             table = _of_table(moments)
-        for i in tqdm([i for i in part if owners[i] == rank], desc="decompose", unit="layer", disable=rank > 0):
+        for i in progress([i for i in part if owners[i] == rank], "decompose", "group", quiet=rank > 0):
             if reached(found[i], moments, uses):
                 made[i] = factored(found[i], moments, uses)
             if part is parts[-1] and not group:  # until then every pass must see the dense model
@@ -120,6 +115,16 @@ def decompose(
                 _install(model, found, i, layers)
     register(model)
     return decompose_embedding(model, task, table) if embedding else model
+
+
+def _room(model: PreTrainedModel, found: Sequence[Group], group: dist.ProcessGroup | None) -> int:
+    """Bytes for moments beside all factors of `found`, the same in every process: all make the same passes."""
+    room = moment_room(model.device, sum(g.shape.full_cost for g in found) * model.dtype.itemsize)
+    if group:
+        least = torch.tensor(room, device=model.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group)
+        room = int(least)
+    return room
 
 
 def _of_table(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
@@ -34,6 +33,7 @@ from .options import Fraction, checked
 from .selection import rank_below
 from .statistics.moments import Moments, moment_bytes, moment_room, passes, second_moments
 from .statistics.readers import dense_groups
+from .system.progress import progress
 from .target import Dtype, Target, target
 from .training.data import require_fit
 
@@ -103,7 +103,7 @@ def decompose_checkpoint(
             names, found = [group.names for group in part], moments
             if measured:
                 found = second_moments(parent, names, task, examples, uses)
-            for group in tqdm(part, desc="decompose", unit="layer"):
+            for group in progress(part, "decompose", "group"):
                 if not reached(group, found, uses):
                     raise ValueError(f"{', '.join(group.names)} is never reached by the task's data")
                 factors = _factors(model, group, files, found, uses, ranks[group.name])

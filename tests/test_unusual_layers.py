@@ -17,8 +17,9 @@ from basis_select.layers.group import Group, groups
 from basis_select.layers.low_rank import LowRankLinear
 from basis_select.linalg.metrics import METRICS
 from basis_select.sizes import layer_table
-from basis_select.statistics.moments import _both, second_moments
+from basis_select.statistics.moments import second_moments
 from basis_select.statistics.readers import same_input
+from basis_select.statistics.sums import _both
 from basis_select.training.data import Batches
 
 
