@@ -126,8 +126,9 @@ def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")])
     model, _ = load(folder)
     for row in layer_table(model):
         rank = "dense" if row["rank"] is None else f"rank {row['rank']}"
+        widths = f", {' and '.join(f'{n:,} of {bits} bits' for bits, n in row['bits'].items())}" if row["bits"] else ""
         note = f"  shares v of {row['shares']}" if row["shares"] else ""
-        typer.echo(f"{row['name']:48} {row['in']:>6} -> {row['out']:<6} {rank}{note}")
+        typer.echo(f"{row['name']:48} {row['in']:>6} -> {row['out']:<6} {rank}{widths}{note}")
     s = sizes(model, folder)
     typer.echo(f"bases                {s['bases']:,}")
     for name, key in (("targeted parameters", "targeted"), ("all parameters", "parameters")):

@@ -1,6 +1,7 @@
 """A size in bytes: what is on disk never exceeds it, loads as what was in memory, heals, and costs what was said."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -20,8 +21,8 @@ from basis_select.layers.rounded import RoundedLinear, RoundingLinear, quantized
 from basis_select.layers.rounding import GROUP, basis_costs, factors, nearest, packed, restored, stored_bytes, unpacked
 from basis_select.linalg import metrics
 from basis_select.linalg.budget import best_for, rising
-from basis_select.run.plan import plan, text
 from basis_select.run.pipeline import run
+from basis_select.run.plan import plan, text
 from basis_select.run.recipe import read
 from basis_select.training.loss import response_nll
 
@@ -159,7 +160,7 @@ def test_prices_are_the_bytes_of_tensors_and_values_grow_with_bits(bases):
 def test_the_best_choices_never_cost_more_and_leave_out_nothing_that_fits(points):
     climbs = [rising([((i, j), price, value) for j, (price, value) in enumerate(p)]) for i, p in enumerate(points)]
     for climb in climbs:
-        assert all(a[1] < b[1] and a[2] < b[2] for a, b in zip(climb, climb[1:], strict=False))
+        assert all(a[1] < b[1] and a[2] < b[2] for a, b in itertools.pairwise(climb))
     prices = {choice: price for climb in climbs for choice, price, _ in climb}
     least, most = sum(c[0][1] for c in climbs), sum(c[-1][1] for c in climbs)
     for budget in (least, (least + most) // 2, most):

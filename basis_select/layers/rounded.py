@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .rounding import LARGEST, by_group, nearest, packed, restored, scale_shape, unpacked
+from .rounding import (
+    GROUP,
+    LARGEST,
+    by_group,
+    nearest,
+    packed,
+    restored,
+    restored_from_bytes,
+    scale_shape,
+    unpacked,
+)
 
 FEW = 4  # tokens up to which the CPU's int8 kernel beats a product with weights that are cast first
 
@@ -39,8 +49,14 @@ class RoundedLinear(nn.Module):
         self.register_buffer("scale", torch.empty(shape, device=device, dtype=dtype))
         like = torch.empty(out_features, device=device, dtype=dtype)
         self.bias = nn.Parameter(like, requires_grad=False) if bias else None
+        self._arranged = None  # of 4 bits, as the CPU's kernel reads them: (of what, q, scales)
 
-    weight = property(lambda self: restored(self.whole(), self.scale), doc="(out, in), made on demand.")
+    @property
+    def weight(self) -> torch.Tensor:
+        """(out, in), made on demand."""
+        if self.bits == 8:
+            return restored(self.q, self.scale)
+        return restored_from_bytes(self.q, self.scale, self.in_features)
 
     @classmethod
     def like(cls, linear: nn.Linear, bits: int) -> "RoundedLinear":
@@ -65,32 +81,53 @@ class RoundedLinear(nn.Module):
             made.bias.copy_(linear.bias)
         return made
 
-    def whole(self) -> torch.Tensor:
-        """The whole numbers: int8 (out, in)."""
-        return self.q if self.bits == 8 else unpacked(self.q, self.in_features)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x: (..., in)
-        if self.bits == 4:
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
-        if torch.compiler.is_compiling() or not self._has_kernel(x):
+        kernel = self._of_8_bits if self.bits == 8 else self._of_4_bits
+        # Kernels of the CPU are for bfloat16, and not for training or compilers.
+        usable = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        y = (
+            kernel(x.reshape(-1, self.in_features))
+            if usable and not (torch.is_grad_enabled() and x.requires_grad)
+            else None
+        )
+        if y is not None:
+            y = y.view(*x.shape[:-1], self.out_features)
+        elif self.bits == 8:
             y = F.linear(x, self.q.to(x.dtype)) * self.scale
         else:
-            y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.q, self.scale)
-            y = y.view(*x.shape[:-1], self.out_features)
+            y = F.linear(x, self.weight.to(x.dtype))
         return y if self.bias is None else y + self.bias
 
-    def _has_kernel(self, x: torch.Tensor) -> bool:
-        # The kernel reads 16 aligned weights at once and crashes, instead of raising, where there are none.
-        few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() <= FEW * self.in_features
-        few = few and not (torch.is_grad_enabled() and x.requires_grad)
-        return few and self.in_features % 16 == 0 and self.q.data_ptr() % 16 == 0
+    def _of_8_bits(self, x: torch.Tensor) -> torch.Tensor | None:
+        """`x W^T` by the CPU's kernel, None where that cannot or should not compute it. x: (n, in)"""
+        # It reads 16 aligned weights at once and crashes, instead of raising, where there are none.
+        if len(x) > FEW or self.in_features % 16 or self.q.data_ptr() % 16:
+            return None
+        return torch._weight_int8pack_mm(x, self.q, self.scale)
+
+    def _of_4_bits(self, x: torch.Tensor) -> torch.Tensor | None:
+        if self.out_features % 16:
+            return None
+        try:
+            made_of = (self.q.data_ptr(), self.q._version, self.scale.data_ptr(), self.scale._version)
+        except RuntimeError:  # torch does not count how often tensors of inference mode are overwritten
+            return None
+        if self._arranged is None or self._arranged[0] != made_of:
+            more = (0, -self.in_features % GROUP)
+            whole = F.pad(unpacked(self.q, self.in_features), more).int() + 8
+            scales = self.scale.T.to(torch.bfloat16)
+            scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
+            self._arranged = made_of, torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), scales
+        _, q, scales = self._arranged
+        x = F.pad(x, (0, -self.in_features % GROUP)).contiguous()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, q, GROUP, scales)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, for a table of embeddings: ids (...) -> (..., in)."""
         q, scale = F.embedding(ids, self.q), F.embedding(ids, self.scale.view(self.out_features, -1))
         if self.bits == 8:
             return q.to(scale.dtype) * scale
-        flat = restored(unpacked(q.flatten(0, -2), self.in_features), scale.flatten(0, -2))
+        flat = restored_from_bytes(q.flatten(0, -2), scale.flatten(0, -2), self.in_features)
         return flat.view(*ids.shape, self.in_features)
 
     def to_linear(self) -> nn.Linear:

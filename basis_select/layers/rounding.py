@@ -62,6 +62,14 @@ def restored(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (by_group(q.to(scale.dtype), 4) * scale[..., None]).flatten(1)[:, : q.shape[1]]
 
 
+def restored_from_bytes(bytes_: torch.Tensor, scale: torch.Tensor, inputs: int) -> torch.Tensor:
+    """`restored` of what was `packed`, without the whole numbers in between."""
+    each = torch.arange(256, device=bytes_.device)
+    values = (torch.stack([each & 15, each >> 4], dim=-1) - 8).to(scale.dtype)
+    x = torch.nn.functional.embedding(bytes_.int(), values).flatten(1)[:, :inputs]
+    return (by_group(x, 4) * scale[..., None]).flatten(1)[:, :inputs]
+
+
 def by_group(x: torch.Tensor, bits: int) -> torch.Tensor:
     """(rows, inputs) as (rows, groups, inputs of a group) with one scale each, the last group filled with zeros."""
     if bits == 8:

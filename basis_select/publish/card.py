@@ -39,6 +39,7 @@ def card(
         task=Path(recipe["task"]).name if recipe.get("task") else None,
         prompt=_prompt(recipe),
         sizes=_sizes(sizes, parent),
+        bits=sizes.get("bits"),
         quality=_quality(row, parent) if row else [],
         row=row,
         recipe=recipe,
