@@ -15,6 +15,7 @@ from basis_select.recipe import Recipe, override
 from basis_select.run.disk import OnDisk
 from basis_select.run.plan import plan
 from basis_select.run.room import check_budget, in_tokens
+from basis_select.tasks import counted_as
 from basis_select.trim import BYTES, trim
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -121,6 +122,16 @@ def test_other_text_is_spelled_and_counted(trimmed):
         tokens = [t for e in getattr(before, split) for t in old.convert_ids_to_tokens(e.input_ids)]
         assert report[f"spelled_{split}"] == pytest.approx(sum(t not in known for t in tokens) / len(tokens))
     assert sum(len(e.input_ids) for e in after.test) > sum(len(e.input_ids) for e in before.test)
+
+
+def test_a_cut_response_is_not_counted_as_what_it_was(trimmed, rows):
+    old, new, before, after, _ = trimmed
+    counted = counted_as(after, before)
+    for a, b in zip(before.test, counted.test, strict=True):
+        assert len(b.input_ids) - b.start - b.spelled == len(a.input_ids) - a.start
+    longest = max(len(e.input_ids) for e in before.test)
+    with pytest.raises(ValueError, match="split does not fit into max_length: raise it"):
+        counted_as(load_task(rows, new, max_length=longest), load_task(rows, old, max_length=longest))
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
