@@ -21,7 +21,7 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 
 from . import tuned_on
 from .checkpoint.checks import is_compressed
-from .checkpoint.files import whole
+from .checkpoint.files import save_tokenizer, whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards, in_files
 from .decompose import Examples, Metric, Sharing, dense_groups, factored, reached, targets
 from .layers.group import Group
@@ -118,7 +118,7 @@ def decompose_checkpoint(
         model.config.save_pretrained(partial)
         if model.can_generate():
             model.generation_config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
         tuned_on.write(model, partial)
     return Path(folder)
 

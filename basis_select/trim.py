@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .layers.embedding import LowRankEmbedding
 from .options import Natural, checked
+from .pieces import trimmed_model
 from .tasks import Task
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def trim(
     smaller = _tokenizer(tokenizer, content, kept)
     new = {old: i for i, old in enumerate(kept)}
     _check_pieces(task, tokenizer, smaller, new)
+    smaller.tokenizer_model = trimmed_model(tokenizer, smaller, new)
     before = model.num_parameters()
     report = {"tokens": len(kept), "tokens_before": model.get_input_embeddings().num_embeddings}
     for split in ("validation", "test"):

@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from .. import processes, tuned_on
 from ..layers.group import groups
 from ..layers.rounded import quantized
+from ..pieces import NAME, tokenizer_model
 from ..reading import sha256
 from ..target import Dtype
 from .checks import SIDECAR
@@ -56,9 +57,16 @@ def save(
         if dtype is not None or twins or more:
             _rewrite(partial, dtype, twins, more)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            save_tokenizer(tokenizer, partial)
         tuned_on.write(model, partial)
     return Path(folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write all files of a tokenizer into `folder`, its tokenizer.model too where it has one."""
+    tokenizer.save_pretrained(folder)
+    if content := tokenizer_model(tokenizer):
+        (folder / NAME).write_bytes(content)
 
 
 def _saveable(model: torch.nn.Module) -> PreTrainedModel:
