@@ -14,8 +14,10 @@ Importing it registers the checkpoint format, so `AutoModelForCausalLM.from_pret
 """
 
 from .checkpoint.files import save
+from .checkpoint.models import load
+from .checkpoint.verify import verify
+from .data.tasks import Task, load_task
 from .decompose import decompose
-from .derivatives import derivatives
 from .evaluation.accuracy import compare, evaluate
 from .evaluation.bench import bench
 from .evaluation.profile import profile
@@ -26,17 +28,15 @@ from .extend import extend
 from .heal import heal
 from .layers.low_rank import LowRankLinear
 from .learn import learn
-from .models import load
 from .prune import prune
 from .publish.push import push
 from .refine import refine
 from .sizes import sizes
+from .statistics.derivatives import derivatives
 from .stream import decompose_checkpoint
-from .tasks import Task, load_task
 from .training.soft_labels import soft_labels
 from .trim import trim
 from .tune import tune
-from .verify import verify
 
 __version__ = "0.1.0"
 __all__ = [

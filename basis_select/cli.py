@@ -68,7 +68,7 @@ def run(
 
     Under torchrun all processes train together.
     """
-    from . import processes
+    from .system import processes
 
     def work() -> None:
         read = _recipe(recipe, changes)
@@ -101,7 +101,7 @@ def keys(
     schema: Annotated[bool, typer.Option("--schema", help="write a JSON schema for editors instead")] = False,
 ) -> None:
     """List the keys of a recipe: what each does, what it may be and its default."""
-    from . import recipe
+    from .run import recipe
 
     if schema:
         typer.echo(json.dumps(recipe.json_schema(), indent=1))
@@ -118,7 +118,7 @@ def keys(
 @_command
 def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
     """Ranks per layer and the four sizes of a checkpoint."""
-    from .models import load
+    from .checkpoint.models import load
     from .sizes import layer_table, sizes
 
     if not folder.is_dir():
@@ -138,7 +138,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")])
 @_command
 def verify(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
     """Check a checkpoint's hashes, if it has any, and compare logits of a fresh process with a load in this one."""
-    from .verify import verify as check
+    from .checkpoint.verify import verify as check
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no checkpoint folder at {folder}")
@@ -278,7 +278,7 @@ def export(
 
 
 def _recipe(path: Path, changes: Sequence[str] | None):
-    from . import recipe
+    from .run import recipe
 
     return recipe.read(path, changes or ())
 
@@ -295,7 +295,7 @@ def _require_result(out: Path | None, device: str) -> None:
     """Raise ValueError, before a model is loaded, for a device that is not there or a file that cannot be written."""
     import torch
 
-    from .writing import require_file
+    from .system.writing import require_file
 
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device)
     if not match:
@@ -311,7 +311,7 @@ def _load_to(source: str, device: str):
     """A model on a device, in bf16 where that is native there, else in fp32."""
     import torch
 
-    from .models import load
+    from .checkpoint.models import load
     from .training.precision import fast_bf16
 
     device = torch.device(device)
@@ -328,7 +328,7 @@ def _command_line() -> str:
 
 
 def _write(path: Path | None, facts: dict) -> None:
-    from .writing import replace_text
+    from .system.writing import replace_text
 
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Write a model in a form that other runtimes read: a stock dense checkpoint, an ONNX or OpenVINO graph, int8 weights.
 
 transformers' own exporters trace the graphs, one for any number of tokens after any number of cached ones; layers stay
-factored there, two products each. runtime.py runs what `onnx` writes; openvino_genai what `openvino` does.
+factored there, two products each. checkpoint/runtime.py runs what `onnx` writes; openvino_genai what `openvino` does.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from transformers.utils import logging as transformers_logging
 
 from .checkpoint.files import save, whole
 from .checkpoint.format import plain_config, stock
-from .decompose import targets
+from .checkpoint.models import load
+from .checkpoint.targets import targets
 from .layers.embedding import LowRankEmbedding, is_tied
 from .layers.group import groups, table_of
 from .layers.low_rank import LowRankLinear
 from .layers.rounded import Int8Linear, quantized
-from .models import load
 
 log = logging.getLogger(__name__)
 

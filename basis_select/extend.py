@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
+from .data.tasks import Task
 from .layers.group import groups
 from .options import Count, Natural, checked
-from .tasks import Task
 from .training.data import Batches, require_fit
 from .training.loss import activation_gradients, task_loss
 

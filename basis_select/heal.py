@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from . import processes
-from .decompose import is_plain
+from .checkpoint.targets import is_plain
+from .data.tasks import Task
 from .layers.group import groups, table_of
 from .options import BatchSize, Checkpointing, Natural, Positive, Weight, checked
-from .tasks import Task
+from .system import processes
 from .training.collage import Precision
 from .training.data import Batches, require_fit
 from .training.engine import train

@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from .derivatives import derivatives
+from .data.tasks import Task
 from .layers.group import groups
 from .linalg.scores import SCORES, ScoreName
 from .options import BatchSize, Checkpointing, Natural, Positive, Share, Weight, checked
 from .selection import Budget, Rule, cut
+from .statistics.derivatives import derivatives
 from .target import Target, target
-from .tasks import Task
 from .training.collage import Precision
 from .training.engine import train
 from .training.soft_labels import Teacher

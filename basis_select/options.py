@@ -15,7 +15,7 @@ import pydantic.dataclasses
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
-from .reading import shown
+from .system.reading import shown
 
 MANY = 2**31 - 1
 FINITE = 3e38  # in float32

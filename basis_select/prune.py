@@ -5,12 +5,12 @@ from typing import Annotated
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from .derivatives import derivatives as differentiate
+from .data.tasks import Task
 from .linalg.scores import SCORES, ScoreName
 from .options import Count, Fraction, Positive, checked
 from .selection import Budget, Rule, select
+from .statistics.derivatives import derivatives as differentiate
 from .target import Dtype, target
-from .tasks import Task
 
 
 @checked

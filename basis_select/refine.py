@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import nn
 from torch.utils import _pytree as pytree
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .data.tasks import Task
 from .layers.group import groups
 from .layers.low_rank import LowRankLinear
 from .options import BatchSize, Natural, Positive, checked
-from .tasks import Task
+from .system.progress import progress
 from .training.data import Batches, require_fit
 from .training.precision import autocast
 
@@ -56,7 +56,7 @@ def refine(
     seen = {}
     inputs, given = zip(*[_calls(model, found, batch, seen) for batch in batches], strict=True)
     targets, given_there = zip(*[_calls(parent, dense, batch, seen) for batch in batches], strict=True)
-    for i, (block, original) in enumerate(tqdm(list(zip(found, dense, strict=True)), desc="refine", unit="block")):
+    for i, (block, original) in enumerate(progress(list(zip(found, dense, strict=True)), "refine", "block")):
         more, more_there = [calls[i] for calls in given], [calls[i] for calls in given_there]
         with torch.no_grad(), autocast(model):
             targets = [_run(original, x, call) for x, call in zip(targets, more_there, strict=True)]

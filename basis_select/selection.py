@@ -8,13 +8,13 @@ from typing import Literal, get_args
 
 import torch
 
+from .data.tasks import Task
 from .layers.group import Group, groups, only, table_of
 from .layers.shape import Shape
 from .linalg.budget import allocate, by_mass, by_mass_within, linear_prices, table_rank, training_prices, uniform
 from .linalg.scores import SCORES, ScoreName
 from .sizes import sizes
 from .target import Dtype, Target, target
-from .tasks import Task
 from .times import prices
 from .training.loss import response_nll
 from .trim import trimmed_away

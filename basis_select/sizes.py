@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .decompose import targets
+from .checkpoint.targets import targets
 from .layers.group import groups, table_of
 from .layers.low_rank import LowRankLinear
 from .trim import trimmed_away

@@ -15,24 +15,26 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
-from . import tuned_on
 from .checkpoint.checks import is_compressed
 from .checkpoint.files import save_tokenizer, whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards, in_files
-from .decompose import Examples, Metric, Sharing, dense_groups, factored, reached, targets
+from .checkpoint.models import config_and_tokenizer, load
+from .checkpoint.targets import targets
+from .data import tuned_on
+from .data.tasks import Task
+from .decompose import Examples, Metric, Sharing, factored, reached
 from .layers.group import Group
 from .linalg import metrics
 from .linalg.metrics import METRICS
-from .models import config_and_tokenizer, load
-from .moments import Moments, moment_bytes, moment_room, passes, second_moments
 from .options import Fraction, checked
 from .selection import rank_below
+from .statistics.moments import Moments, moment_bytes, moment_room, passes, second_moments
+from .statistics.readers import dense_groups
+from .system.progress import progress
 from .target import Dtype, Target, target
-from .tasks import Task
 from .training.data import require_fit
 
 
@@ -101,7 +103,7 @@ def decompose_checkpoint(
             names, found = [group.names for group in part], moments
             if measured:
                 found = second_moments(parent, names, task, examples, uses)
-            for group in tqdm(part, desc="decompose", unit="layer"):
+            for group in progress(part, "decompose", "group"):
                 if not reached(group, found, uses):
                     raise ValueError(f"{', '.join(group.names)} is never reached by the task's data")
                 factors = _factors(model, group, files, found, uses, ranks[group.name])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .layers.shape import Shape
-from .reading import read_json
+from .system.reading import read_json
 from .target import Target
 
 TABLE = {  # what the file that `profile` fills holds

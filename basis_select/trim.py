@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .checkpoint.pieces import trimmed_model
+from .data.tasks import Task
 from .layers.embedding import LowRankEmbedding
 from .options import Natural, checked
-from .pieces import trimmed_model
-from .tasks import Task
 
 log = logging.getLogger(__name__)
 

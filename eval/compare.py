@@ -38,18 +38,19 @@ from safetensors.torch import load_file, save_file
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
-from basis_select.decompose import same_input, targets
+from basis_select.checkpoint.models import load
+from basis_select.checkpoint.targets import targets
 from basis_select.heal import suitable_rate
 from basis_select.layers.group import groups, table_of
 from basis_select.layers.rounded import nearest
 from basis_select.linalg.metrics import METRICS
-from basis_select.models import load
-from basis_select.moments import TABLE, second_moments
-from basis_select.recipe import Recipe, override
 from basis_select.run.disk import OnDisk
+from basis_select.run.recipe import Recipe, override
 from basis_select.run.stages import walk
 from basis_select.run.work import Work, read_derivatives
 from basis_select.sizes import sizes
+from basis_select.statistics.moments import TABLE, second_moments
+from basis_select.statistics.readers import same_input
 from basis_select.training.loss import log_probabilities, response_nll, response_nlls
 
 GROUP = 32  # weights that share one scale in int4

@@ -12,8 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from basis_select import decompose, load, prune, recipe
+from basis_select import decompose, load, prune
 from basis_select.layers.group import groups
+from basis_select.run import recipe
 from basis_select.run.disk import OnDisk
 from basis_select.selection import Rule, cut
 from basis_select.target import target

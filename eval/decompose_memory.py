@@ -24,10 +24,11 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from basis_select import decompose_checkpoint, stream
-from basis_select.decompose import factored, targets
+from basis_select.checkpoint.targets import targets
+from basis_select.decompose import factored
 from basis_select.layers.group import Group
 from basis_select.linalg.metrics import METRICS
-from basis_select.machine import forget_peak_memory, linux_memory, peak_memory, resident_memory
+from basis_select.system.machine import forget_peak_memory, linux_memory, peak_memory, resident_memory
 
 SHAPE = {
     "hidden_size": 3072,

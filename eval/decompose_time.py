@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 
 from basis_select import load, load_task, prune
-from basis_select.decompose import fill, same_input, targets
+from basis_select.checkpoint.targets import targets
+from basis_select.decompose import fill
 from basis_select.linalg import metrics
 from basis_select.linalg.metrics import METRICS
-from basis_select.moments import second_moments
+from basis_select.statistics.moments import second_moments
+from basis_select.statistics.readers import same_input
 from basis_select.training.loss import response_nll
 
 EXAMPLES = 64

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from basis_select.evaluation.report import interval, markdown
-from basis_select.reading import read_json
-from basis_select.writing import replace_text
+from basis_select.system.reading import read_json
+from basis_select.system.writing import replace_text
 
 DOMAINS = ("commonsense", "problem_solving", "math")
 STEPS = {  # what matters most first, for whoever stops early

@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from basis_select.checkpoint.files import save
+from basis_select.checkpoint.models import load
+from basis_select.data.tasks import load_task
 from basis_select.decompose import decompose
 from basis_select.heal import heal
-from basis_select.machine import forget_peak_memory, peak_memory, resident_memory
-from basis_select.models import load
 from basis_select.prune import prune
-from basis_select.tasks import load_task
+from basis_select.system.machine import forget_peak_memory, peak_memory, resident_memory
 from basis_select.training import precision
 from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 

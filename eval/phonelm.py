@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from basis_select.models import load
+from basis_select.checkpoint.models import load
 
 SHAPES = {
     "0.5b": {"hidden_size": 1024, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 16},

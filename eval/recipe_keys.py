@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from basis_select.recipe import json_schema, reference
+from basis_select.run.recipe import json_schema, reference
 
 DOCS = Path(__file__).parents[1] / "docs"
 

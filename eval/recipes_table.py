@@ -17,15 +17,16 @@ from pathlib import Path
 
 from public_configs import MODELS, save
 
-from basis_select import recipe as recipes
+from basis_select.checkpoint.models import config_and_tokenizer
+from basis_select.data.rows import read_rows
+from basis_select.data.sources import SPLITS
 from basis_select.evaluation.report import cells, markdown
-from basis_select.models import config_and_tokenizer
-from basis_select.reading import read_json
 from basis_select.run import estimates
+from basis_select.run import recipe as recipes
 from basis_select.run.plan import Plan, plan
+from basis_select.system.reading import read_json
+from basis_select.system.writing import replace_text
 from basis_select.target import BYTES
-from basis_select.tasks import SPLITS, read_rows
-from basis_select.writing import replace_text
 
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "eval" / "results"

@@ -21,11 +21,11 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 from basis_select import export, load, load_task
-from basis_select.decompose import targets
+from basis_select.checkpoint.runtime import OnnxModel
+from basis_select.checkpoint.targets import targets
 from basis_select.evaluation.speed import Generation, spread, take_turns
 from basis_select.layers.group import groups
-from basis_select.runtime import OnnxModel
-from basis_select.writing import replace_text
+from basis_select.system.writing import replace_text
 
 GROUP = 16  # weights that share one scale in int4: ranks are multiples of 16
 

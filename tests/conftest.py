@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from basis_select.checkpoint.files import save
-from basis_select.tasks import Example, Task, exact
+from basis_select.data.answers import exact
+from basis_select.data.tasks import Example, Task
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # two threads beside other work spin

@@ -5,7 +5,8 @@ import signal
 
 import torch
 
-from basis_select import heal, learn, load, load_task, processes, save, tune
+from basis_select import heal, learn, load, load_task, save, tune
+from basis_select.system import processes
 from basis_select.training import engine, precision
 
 CASES = {  # what is trained, whether it is sharded, how

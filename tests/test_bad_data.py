@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import basis_select as bs
-from basis_select import tuned_on
-from basis_select.encoding import Encoder
-from basis_select.tasks import Example, load_task, number
+from basis_select.data import tuned_on
+from basis_select.data.answers import number
+from basis_select.data.encoding import Encoder
+from basis_select.data.tasks import Example, load_task
 from basis_select.training.data import require_fit
 
 TURNS = (

@@ -9,7 +9,7 @@ from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from basis_select import decompose, derivatives, extend, heal, learn, prune, refine, sizes, tune
-from basis_select.decompose import targets
+from basis_select.checkpoint.targets import targets
 from basis_select.extend import Init
 from basis_select.layers.group import groups, only
 from basis_select.layers.low_rank import LowRankLinear

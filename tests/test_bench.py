@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 import basis_select as bs
 from basis_select.cli import app
-from basis_select.cost import Flops
 from basis_select.evaluation.bench import PARTS, bench, table, weights_read
 from basis_select.evaluation.profile import profile
 from basis_select.evaluation.speed import Generation, take_turns
 from basis_select.layers.group import groups
 from basis_select.sizes import layer_table
+from basis_select.training.cost import Flops
 
 QUICK = {"prompts": (4, 9), "tokens": 3, "rounds": 1}
 

@@ -11,7 +11,7 @@ from conftest import tiny
 from test_trim import TEXT, byte_level, wrapped
 
 import basis_select as bs
-from basis_select.decompose import targets
+from basis_select.checkpoint.targets import targets
 from basis_select.training.data import Batches
 from basis_select.training.loss import log_probabilities
 

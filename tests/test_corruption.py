@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import basis_select as bs
 from basis_select.checkpoint.checks import INDEX, SIDECAR
 from basis_select.checkpoint.format import HINT
-from basis_select.reading import sha256
+from basis_select.system.reading import sha256
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"

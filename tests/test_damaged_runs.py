@@ -10,14 +10,14 @@ import torch
 from conftest import addition_recipe, make_task, make_tokenizer, sampled, start_no_process, tiny
 from typer.testing import CliRunner
 
-from basis_select import machine
-from basis_select import recipe as recipes
 from basis_select.checkpoint import checks
+from basis_select.checkpoint.verify import probe_logits
 from basis_select.cli import app
 from basis_select.run import directory, disk, pipeline
+from basis_select.run import recipe as recipes
 from basis_select.run.room import in_tokens
+from basis_select.system import machine
 from basis_select.training import engine
-from basis_select.verify import probe_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

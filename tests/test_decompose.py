@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from test_unusual_layers import EXPERTS, experts
 
 from basis_select import decompose
-from basis_select.decompose import deal, dense_groups, factored, same_input, targets
+from basis_select.checkpoint.targets import targets
+from basis_select.decompose import deal, factored
 from basis_select.layers.group import Group
 from basis_select.layers.shape import Shape
 from basis_select.linalg.metrics import METRICS
-from basis_select.moments import moment_bytes, passes, second_moments
+from basis_select.statistics.moments import moment_bytes, passes, second_moments
+from basis_select.statistics.readers import dense_groups, same_input
 from basis_select.training.data import Batches
 
 

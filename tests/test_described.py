@@ -21,7 +21,7 @@ from transformers.quantizers import auto as quantizers
 
 import basis_select as bs
 from basis_select.checkpoint.format import description
-from basis_select.decompose import is_plain, targets
+from basis_select.checkpoint.targets import is_plain, targets
 from basis_select.layers.group import groups
 from basis_select.layers.low_rank import LowRankLinear
 

@@ -14,7 +14,7 @@ from basis_select.layers.group import table_of
 from basis_select.layers.shape import Shape
 from basis_select.linalg.budget import table_rank
 from basis_select.linalg.metrics import METRICS
-from basis_select.moments import second_moments
+from basis_select.statistics.moments import second_moments
 from basis_select.target import target
 from basis_select.training.data import Batches
 from basis_select.training.loss import response_nll, task_loss

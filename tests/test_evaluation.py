@@ -7,10 +7,10 @@ from conftest import make_tokenizer, tiny
 from tokenizers import processors
 
 import basis_select as bs
+from basis_select.data.tasks import load_task
 from basis_select.evaluation.accuracy import compare
 from basis_select.evaluation.report import table
 from basis_select.evaluation.speed import decode_speed
-from basis_select.tasks import load_task
 from basis_select.training.loss import response_logits, task_loss
 
 

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 import basis_select as bs
 from basis_select.checkpoint.checks import INDEX, SIDECAR
 from basis_select.checkpoint.format import HINT
+from basis_select.checkpoint.models import config_and_tokenizer
 from basis_select.cli import app
-from basis_select.models import config_and_tokenizer
 
 WEIGHTS = "model.safetensors"
 Q = "model.layers.0.self_attn.q_proj"

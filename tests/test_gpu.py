@@ -12,11 +12,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
 import basis_select as bs
-from basis_select import processes
 from basis_select.evaluation.speed import decode_speed
-from basis_select.recipe import Recipe, override
 from basis_select.run import verbs
 from basis_select.run.disk import OnDisk
+from basis_select.run.recipe import Recipe, override
+from basis_select.system import processes
 
 
 @pytest.fixture

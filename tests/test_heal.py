@@ -9,15 +9,16 @@ import torch
 from conftest import KINDS, make_task, make_tokenizer, sampled, tiny
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from basis_select import decompose, heal, learn, load, processes, prune, refine, save, tune
+from basis_select import decompose, heal, learn, load, prune, refine, save, tune
+from basis_select.checkpoint.verify import probe_logits
 from basis_select.heal import add_adapters, suitable_rate
 from basis_select.layers.group import groups, table_of
 from basis_select.run.work import load_teacher
+from basis_select.system import processes
 from basis_select.training import precision
 from basis_select.training.collage import VARIANTS
 from basis_select.training.data import Batches
 from basis_select.training.loss import log_probabilities
-from basis_select.verify import probe_logits
 
 
 @pytest.fixture(scope="module")

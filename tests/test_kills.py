@@ -17,8 +17,8 @@ def run(recipe, folder):
     """A whole run that saves after every step, but for the fresh process of `verify` and the report's figures."""
     import torch
 
-    from basis_select import recipe as recipes
     from basis_select.run import pipeline
+    from basis_select.run import recipe as recipes
     from basis_select.training import engine
 
     torch.set_num_threads(1)

@@ -13,12 +13,13 @@ import yaml
 from typer.testing import CliRunner
 
 import basis_select as bs
-from basis_select import answers, target
+from basis_select import target
 from basis_select.cli import app
+from basis_select.data import answers
 from basis_select.export import FORMATS
 from basis_select.linalg import metrics, scores
 from basis_select.options import options, properties
-from basis_select.recipe import SECTIONS, Recipe, json_schema, override
+from basis_select.run.recipe import SECTIONS, Recipe, json_schema, override
 
 REPO = Path(__file__).parents[1]
 GOOD = {"model": "a", "task": "b", "prune": {"keep": 0.5}}
@@ -70,7 +71,7 @@ def test_a_recipe_names_the_schema_and_conforms_to_it(path):
     ids=str,
 )
 def test_what_reading_refuses_an_editor_marks(wrong, tmp_path):
-    from basis_select.recipe import read
+    from basis_select.run.recipe import read
 
     assert faults(GOOD) == []
     assert faults(GOOD | wrong)

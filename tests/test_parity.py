@@ -10,11 +10,11 @@ from conftest import in_processes, tiny
 from safetensors.torch import load_file, save_file
 
 from basis_select import decompose, prune
-from basis_select.decompose import targets
-from basis_select.fisher import squared_gradients
+from basis_select.checkpoint.targets import targets
 from basis_select.layers.group import groups
 from basis_select.linalg import metrics
 from basis_select.linalg.budget import by_mass
+from basis_select.statistics.fisher import squared_gradients
 
 NAME = "model.layers.1.mlp.up_proj"  # 64 -> 96
 RANK = 10

@@ -10,7 +10,7 @@ from conftest import VOCABULARY, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import basis_select as bs
-from basis_select import recipe
+from basis_select.run import recipe
 from basis_select.run.plan import plan, text
 
 TINY = {"hidden_size": 64, "intermediate_size": 304, "num_hidden_layers": 2, "num_attention_heads": 4}

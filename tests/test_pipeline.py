@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import basis_select as bs
-from basis_select import machine
-from basis_select import recipe as recipes
 from basis_select.cli import app
 from basis_select.publish.push import contents
+from basis_select.run import recipe as recipes
 from basis_select.run.disk import OnDisk
+from basis_select.system import machine
 from basis_select.training import engine
 
 REPO = Path(__file__).parents[1]

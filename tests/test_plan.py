@@ -11,16 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from basis_select import decompose, prune, save
-from basis_select.cost import Flops, moments_step, training_step
-from basis_select.decompose import targets
+from basis_select.checkpoint.targets import targets
+from basis_select.data.tasks import load_task
 from basis_select.evaluation.accuracy import evaluate
 from basis_select.layers.group import groups
 from basis_select.learn import weights
-from basis_select.recipe import Recipe, override
 from basis_select.run import measuring
 from basis_select.run.plan import plan
-from basis_select.tasks import load_task
+from basis_select.run.recipe import Recipe, override
 from basis_select.training import precision
+from basis_select.training.cost import Flops, moments_step, training_step
 from basis_select.training.data import Batches
 from basis_select.training.loss import task_loss
 from basis_select.tune import trainable

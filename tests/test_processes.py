@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import ProcessException
 
 import basis_select as bs
-from basis_select import recipe as recipes
 from basis_select.run import pipeline
+from basis_select.run import recipe as recipes
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}

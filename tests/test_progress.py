@@ -2,7 +2,7 @@
 
 import pytest
 
-from basis_select.progress import duration, progress
+from basis_select.system.progress import duration, progress
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import basis_select as bs
-from basis_select import recipe as recipes
 from basis_select.checkpoint.format import dense_on_meta
+from basis_select.run import recipe as recipes
 from basis_select.training.data import Batches
 from basis_select.training.loss import response_logits, task_loss
 

@@ -10,10 +10,11 @@ from recipes_table import costs
 from recipes_table import table as costs_table
 from transformers import AutoConfig
 
-from basis_select import recipe as recipes
 from basis_select.checkpoint.format import dense_on_meta
+from basis_select.data.sources import HUB
+from basis_select.data.tasks import load_task
+from basis_select.run import recipe as recipes
 from basis_select.run.plan import plan, text
-from basis_select.tasks import HUB, load_task
 
 REPO = Path(__file__).parents[1]
 RECIPES = {p.stem: p for p in sorted((REPO / "recipes").glob("*.yaml")) if not p.stem.startswith("phonelm")}

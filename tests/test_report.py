@@ -15,12 +15,12 @@ from conftest import make_tokenizer, start_no_process, tiny
 from typer.testing import CliRunner
 
 import basis_select as bs
-from basis_select import recipe as recipes
 from basis_select.cli import app
 from basis_select.evaluation import figures, html, spectra
 from basis_select.evaluation.report import HEAD, cells
 from basis_select.layers.group import groups, table_of
 from basis_select.run import pipeline
+from basis_select.run import recipe as recipes
 from basis_select.run.report import SECTIONS_OF_A_RUN, report
 from basis_select.selection import Rule, of_groups
 from basis_select.sizes import layer_table

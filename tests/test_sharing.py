@@ -11,10 +11,11 @@ import torch
 from conftest import logits, tiny
 
 from basis_select import decompose
-from basis_select.decompose import same_input, targets
+from basis_select.checkpoint.targets import targets
 from basis_select.layers.group import groups
 from basis_select.layers.learning import LearningLinear
 from basis_select.layers.sharing import HALF_READ, _latents
+from basis_select.statistics.readers import same_input
 
 
 def test_layers_that_read_one_tensor_are_found_without_their_names(task):

@@ -14,11 +14,11 @@ from test_trim import TEXT, byte_level, wrapped
 from typer.testing import CliRunner
 
 import basis_select as bs
-from basis_select import tuned_on
 from basis_select.cli import app
+from basis_select.data import tuned_on
+from basis_select.data.tasks import Example, generated, load_task
 from basis_select.evaluation import standard
 from basis_select.evaluation.tasks import utils
-from basis_select.tasks import Example, generated, load_task
 from basis_select.training.loss import response_nlls
 
 REAL = Path(__file__).parents[2] / "shared/data"

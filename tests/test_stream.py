@@ -8,10 +8,11 @@ from conftest import sampled, tiny
 from safetensors.torch import load_file, save_file
 
 import basis_select as bs
-from basis_select.decompose import same_input, targets
+from basis_select.checkpoint.targets import targets
 from basis_select.layers.group import groups
 from basis_select.linalg.metrics import METRICS
-from basis_select.moments import second_moments
+from basis_select.statistics.moments import second_moments
+from basis_select.statistics.readers import same_input
 
 
 @pytest.fixture

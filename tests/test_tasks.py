@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 import basis_select as bs
-from basis_select.encoding import Encoder
-from basis_select.tasks import exact, load_task, number
+from basis_select.data.answers import exact, number
+from basis_select.data.encoding import Encoder
+from basis_select.data.tasks import load_task
 from basis_select.training.data import Batches
 
 SIZES = {"train": 50, "validation": 10, "test": 10}

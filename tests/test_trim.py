@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from basis_select import decompose, load, load_task, prune, save, sizes
-from basis_select.recipe import Recipe, override
+from basis_select.data.tasks import counted_as
 from basis_select.run.disk import OnDisk
 from basis_select.run.plan import plan
+from basis_select.run.recipe import Recipe, override
 from basis_select.run.room import check_budget, in_tokens
-from basis_select.tasks import counted_as
 from basis_select.trim import BYTES, trim
 
 SPECIAL = ["<unk>", "<s>", "</s>"]

@@ -11,12 +11,15 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM, conversion_m
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
 from basis_select import decompose, load, prune, save, sizes
-from basis_select.decompose import factored, same_input, targets
+from basis_select.checkpoint.targets import targets
+from basis_select.decompose import factored
 from basis_select.layers.group import Group, groups
 from basis_select.layers.low_rank import LowRankLinear
 from basis_select.linalg.metrics import METRICS
-from basis_select.moments import _both, second_moments
 from basis_select.sizes import layer_table
+from basis_select.statistics.moments import second_moments
+from basis_select.statistics.readers import same_input
+from basis_select.statistics.sums import _both
 from basis_select.training.data import Batches
 
 

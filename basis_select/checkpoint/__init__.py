@@ -1,1 +1,1 @@
-"""The checkpoint format, saving, loading and checking it."""
+"""Where models come from; the checkpoint format, saving, loading and checking it."""

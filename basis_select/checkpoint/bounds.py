@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..reading import read_json
+from ..system.reading import read_json
 from .checks import description, stored
 from .format import build, dense_on_meta
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from ..reading import opened, read_json, regular, state
+from ..system.reading import opened, read_json, regular, state
 from .format import HINT, METHOD, BasisSelectConfig, factored_weights
 from .schema import require_description
 

@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from .. import processes, tuned_on
+from ..data import tuned_on
 from ..layers.group import groups
 from ..layers.rounded import quantized
-from ..pieces import NAME, tokenizer_model
-from ..reading import sha256
+from ..system import processes
+from ..system.reading import sha256
 from ..target import Dtype
 from .checks import SIDECAR
 from .format import BasisSelectQuantizer, describe, guards, register
+from .pieces import NAME, tokenizer_model
 
 
 def save(

@@ -4,7 +4,7 @@ import difflib
 import math
 from typing import Any
 
-from ..reading import shown
+from ..system.reading import shown
 
 VERSION = 1
 LARGEST = 2**31  # above every rank that a tensor in memory can have

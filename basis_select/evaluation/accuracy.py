@@ -18,8 +18,8 @@ from transformers import (
     set_seed,
 )
 
-from ..encoding import Encoder
-from ..tasks import Example, Task
+from ..data.encoding import Encoder
+from ..data.tasks import Example, Task
 from ..training.data import require_fit
 from ..training.precision import products
 

@@ -18,10 +18,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from ..cost import forward_pass
 from ..layers.group import table_of
 from ..layers.low_rank import LowRankLinear
 from ..refine import blocks
+from ..training.cost import forward_pass
 from .speed import Generation, environment, spread, take_turns, wait
 
 PARTS = ("attention", "feed-forward", "head", "embedding", "norms and rest")

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..decompose import same_input, targets
+from ..checkpoint.targets import targets
 from ..layers.group import Group
 from ..layers.low_rank import LowRankLinear
 from ..layers.shape import Shape
+from ..statistics.readers import same_input
+from ..system.progress import progress
 from .speed import Generation, environment, take_turns
 
 COPIES = 4  # layers of a shape timed together, each with weights of its own: what was just read is still in a cache
@@ -46,11 +47,10 @@ def profile(
     shapes[head] = None
     largest = max(shape.inputs * max(shape.outputs) for shape in shapes)
     pool = torch.randn(max(POOL // weight.element_size(), largest), device=weight.device, dtype=weight.dtype)
-    layers = []
-    with tqdm(shapes, desc="profile", unit="shape") as bar:
-        for shape in bar:
-            bar.set_postfix_str(str(shape))
-            layers.append(_timed(shape, tokens, shape == head, rounds, multiple_of, _Weights(pool)))
+    layers = [
+        _timed(shape, tokens, shape == head, rounds, multiple_of, _Weights(pool))
+        for shape in progress(shapes, "profile", "shape")
+    ]
     runs = {n: Generation(model, n, 1).to_prefill for n in tokens if n > 1}
     if 1 in tokens:
         runs[1] = Generation(model, 16, 1).to_decode

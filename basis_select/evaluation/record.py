@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..machine import environment
-from ..models import config_and_tokenizer, load
-from ..reading import misfit, read_json
+from ..checkpoint.models import config_and_tokenizer, load
+from ..data.tuned_on import TunedOn
 from ..sizes import sizes
+from ..system.machine import environment
+from ..system.reading import misfit, read_json
+from ..system.writing import replace_text, require_file
 from ..target import Dtype
-from ..tuned_on import TunedOn
-from ..writing import replace_text, require_file
 from .accuracy import SEED, compare
 from .report import interval
 from .standard import SUITE, domains, evaluate_task, expand

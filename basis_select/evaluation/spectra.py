@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ..reading import read_json
+from ..system.reading import read_json
 
 
 def bases_of(stage: Path) -> dict:

@@ -20,10 +20,11 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..encoding import Encoder
-from ..reading import sha256
-from ..tasks import HUB, Task, counted_as, load_task
-from ..tuned_on import TunedOn
+from ..data.encoding import Encoder
+from ..data.sources import HUB
+from ..data.tasks import Task, counted_as, load_task
+from ..data.tuned_on import TunedOn
+from ..system.reading import sha256
 from .accuracy import bootstrap, evaluate, likelihood, lm_eval, pooled, run, summary, wilson
 
 FOLDER = Path(__file__).parent / "tasks"

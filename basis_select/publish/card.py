@@ -65,7 +65,7 @@ def _digest(text: str) -> str:
 
 def evaluation(repo_id: str, recipe: dict, row: dict | None) -> list[dict]:
     """Entries for .eval_results/TASK.yaml: the accuracy in percent, if the task is a data set of the hub as it is."""
-    from ..tasks import HUB
+    from ..data.sources import HUB
 
     if row is None or not row["accuracy"] or recipe["task"] not in HUB or recipe["data"]["options"]:
         return []
@@ -106,7 +106,7 @@ def _metadata(base: str | None, known: dict) -> ModelCardData:
 
 
 def _prompt(recipe: dict) -> str | None:
-    from ..tasks import HUB
+    from ..data.sources import HUB
 
     return recipe.get("data", {}).get("prompt") or getattr(HUB.get(recipe.get("task")), "prompt", None)
 

@@ -20,10 +20,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from ..checkpoint import checks
 from ..checkpoint.cleaning import cleaned, masked
+from ..checkpoint.models import load
 from ..checkpoint.snapshot import mask_logs
-from ..models import load
-from ..reading import read_json
 from ..sizes import sizes
+from ..system.reading import read_json
 from .card import card, evaluation, is_hub_id, is_ours
 
 log = logging.getLogger(__name__)

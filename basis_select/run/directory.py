@@ -13,8 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..checkpoint.checks import SIDECAR, check, recorded_files, stored, weight_hash
-from ..reading import read_json, read_lines, sha256, state
-from ..writing import settle, sync
+from ..system.reading import read_json, read_lines, sha256, state
+from ..system.writing import settle, sync
 
 NAME = r"\.?[a-z_]+-[0-9a-f]{10}"  # of the folder of a stage; hidden until it is whole
 FINALS = ("final", "final-*")

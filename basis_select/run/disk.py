@@ -17,16 +17,16 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
-from .. import processes
 from ..checkpoint.checks import weight_hash
 from ..checkpoint.format import dense_on_meta
-from ..machine import environment, forget_peak_memory, peak_memory
-from ..models import config_and_tokenizer
-from ..reading import read_lines
-from ..recipe import Recipe
-from ..tasks import Task
-from ..writing import replace_text, settle
+from ..checkpoint.models import config_and_tokenizer
+from ..data.tasks import Task
+from ..system import processes
+from ..system.machine import environment, forget_peak_memory, peak_memory
+from ..system.reading import read_lines
+from ..system.writing import replace_text, settle
 from .directory import fingerprint, require_disk
+from .recipe import Recipe
 from .room import in_tokens, require_decoder
 from .stages import COPIES, ONE, SPREAD, STAGES, TIME, Stage, key, walk
 from .terminal import Progress, Silent

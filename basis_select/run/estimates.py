@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from .. import processes
-from ..cost import Cost, moments_step, training_step
-from ..derivatives import PROBES
+from ..data.tasks import Task
 from ..heal import add_adapters
 from ..layers.embedding import module_name
 from ..layers.group import Group
 from ..layers.shape import Shape
 from ..learn import weights
 from ..linalg.metrics import METRICS, Metric
-from ..moments import EXAMPLES_TOGETHER, moment_bytes, moment_room, passes
-from ..tasks import Task
+from ..statistics.derivatives import PROBES
+from ..statistics.moments import EXAMPLES_TOGETHER, moment_bytes, moment_room, passes
+from ..system import processes
+from ..training.cost import Cost, moments_step, training_step
 from ..training.data import Batches
 from ..tune import trainable
 from . import measuring, room

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import torch
 
+from ..data.tasks import Task
 from ..evaluation.accuracy import LOGITS, ROWS
 from ..evaluation.speed import wait
-from ..processes import device
-from ..recipe import Recipe
+from ..system.processes import device
 from ..target import BYTES
-from ..tasks import Task
 from ..training.precision import fast_bf16
+from .recipe import Recipe
 
 EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores
 TOGETHER = 0.5  # of that rate, what decoding many rows at once reaches

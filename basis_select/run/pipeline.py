@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-from .. import recipe as recipes
+from ..checkpoint.verify import verify
 from ..evaluation.report import curve, table
-from ..reading import read_json
-from ..recipe import PARENT, Recipe
-from ..verify import verify
-from ..writing import replace_text
+from ..system.reading import read_json
+from ..system.writing import replace_text
+from . import recipe as recipes
 from .directory import alone, check_stages, publish, require_own, sweep
 from .disk import OnDisk
 from .plan import rows_of
+from .recipe import PARENT, Recipe
 from .report import report
 from .results import manifest_of, result_of
 from .room import check_budget

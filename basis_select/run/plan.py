@@ -7,16 +7,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.format import dense_on_meta
-from ..decompose import targets
-from ..machine import resident_memory
-from ..models import config_and_tokenizer
-from ..recipe import PARENT, RESULT, Recipe
+from ..checkpoint.models import config_and_tokenizer
+from ..checkpoint.targets import targets
+from ..data.tasks import Task
+from ..system.machine import resident_memory
 from ..target import BYTES
-from ..tasks import Task
 from ..training.data import require_fit
 from . import estimates, measuring
 from .estimates import Machine
 from .measuring import Estimate
+from .recipe import PARENT, RESULT, Recipe
 from .room import in_tokens, require_decoder
 from .stages import TIME, Stage, key, walk
 from .view import View

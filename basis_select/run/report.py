@@ -11,10 +11,10 @@ from markupsafe import Markup
 
 from ..evaluation import figures, html, spectra
 from ..evaluation.report import ALIGN, HEAD, cells, interval, peak
-from ..reading import misfit, read_json, read_lines, read_yaml
-from ..recipe import RESULT, SECTIONS, Recipe
-from ..writing import replace_text
+from ..system.reading import misfit, read_json, read_lines, read_yaml
+from ..system.writing import replace_text
 from .directory import INTERVAL, SIZES, check_stages
+from .recipe import RESULT, SECTIONS, Recipe
 
 TRAINED = ("tune", "learn", "refine", "heal")
 ROW = {

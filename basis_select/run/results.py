@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..data.tasks import Task
 from ..evaluation.accuracy import compare
-from ..reading import read_json
-from ..recipe import PARENT, Recipe
-from ..tasks import Task
+from ..system.reading import read_json
+from .recipe import PARENT, Recipe
 
 
 def result_of(name: str, final: Path, evaluation: dict, parent: dict, speed: dict) -> dict:

@@ -7,17 +7,18 @@ import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..checkpoint.format import dense_on_meta
-from ..decompose import dense_groups, targets
+from ..checkpoint.models import config_and_tokenizer
+from ..checkpoint.targets import targets
+from ..data.tasks import Task, counted_as, load_task
 from ..layers.embedding import module_name
 from ..layers.group import Group
 from ..linalg.budget import table_rank, uniform
-from ..models import config_and_tokenizer
-from ..recipe import Recipe
 from ..selection import even_ranks
-from ..tasks import Task, counted_as, load_task
+from ..statistics.readers import dense_groups
 from ..times import prices
 from ..training.data import require_fit
 from ..trim import trim, trimmed_away
+from .recipe import Recipe
 
 
 def check_budget(recipe: Recipe, source: str | Path, task: Task) -> None:

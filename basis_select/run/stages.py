@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from ..recipe import Recipe
 from . import estimates, measuring, verbs
+from .recipe import Recipe
 from .view import View, own
 
 ONE = "one"  # the first process alone

@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
-from .. import processes
 from ..evaluation.report import HEAD, cells
-from ..progress import duration
-from ..recipe import PARENT, Recipe
+from ..system import processes
+from ..system.progress import duration
 from .estimates import Machine
 from .measuring import Estimate, machine_rates
 from .plan import Forecast, Step
+from .recipe import PARENT, Recipe
 from .stages import Stage, walk
 from .view import View
 

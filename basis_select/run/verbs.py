@@ -1,21 +1,21 @@
 """How stages call their verbs: `run_NAME` on the Work of a process, `NAME_options` and `say_NAME` on a View."""
 
+from ..checkpoint.models import load
+from ..data.tasks import Task
 from ..decompose import decompose
-from ..derivatives import derivatives
 from ..evaluation.accuracy import evaluate
 from ..evaluation.speed import decode_speed
 from ..extend import extend
 from ..heal import heal, probes, suitable_rate
 from ..learn import learn
 from ..linalg.scores import SCORES
-from ..models import load
 from ..prune import prune
-from ..recipe import Recipe
 from ..refine import refine
-from ..tasks import Task
+from ..statistics.derivatives import derivatives
 from ..training.soft_labels import SoftLabels, seen, soft_labels
 from ..tune import tune
 from .directory import fingerprint
+from .recipe import Recipe
 from .room import is_table, trimmed
 from .view import View, own
 from .work import Work

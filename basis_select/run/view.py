@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..decompose import targets
+from ..checkpoint.targets import targets
+from ..data.tasks import Task
 from ..layers.embedding import module_name
 from ..layers.group import Group
-from ..recipe import SECTIONS, Recipe
-from ..tasks import Task
 from . import room
+from .recipe import SECTIONS, Recipe
 
 
 def own(section: Any) -> dict:

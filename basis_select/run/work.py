@@ -12,18 +12,18 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import processes
 from ..checkpoint.files import save
-from ..decompose import targets
-from ..models import config_and_tokenizer, load
-from ..recipe import Recipe
+from ..checkpoint.models import config_and_tokenizer, load
+from ..checkpoint.targets import targets
+from ..data.tasks import Task
+from ..data.tuned_on import remember
 from ..sizes import sizes
-from ..tasks import Task
+from ..system import processes
+from ..system.writing import replace_text
 from ..training.loss import response_nll
 from ..training.precision import fast_bf16
 from ..training.soft_labels import SoftLabels, Teacher
-from ..tuned_on import remember
-from ..writing import replace_text
+from .recipe import Recipe
 
 FILES = {"evaluation": "evaluation.json", "speed": "speed.json", "derivatives": "derivatives.safetensors"}
 

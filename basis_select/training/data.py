@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..tasks import Example, Task
+from ..data.tasks import Example, Task
 
 LENGTH_MULTIPLE = 16  # tokens; on CPUs every new matmul shape costs the library a freshly generated kernel
 RESPONSE_MULTIPLE = 64

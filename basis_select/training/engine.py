@@ -20,13 +20,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from .. import processes
+from ..data.tasks import Task
+from ..data.tuned_on import remember
 from ..layers.learning import Weights
-from ..progress import progress
-from ..reading import read_json, read_lines, sha256
-from ..tasks import Task
-from ..tuned_on import remember
-from ..writing import replace_text, settle
+from ..system import processes
+from ..system.progress import progress
+from ..system.reading import read_json, read_lines, sha256
+from ..system.writing import replace_text, settle
 from .collage import CollageAdamW
 from .data import Batches, require_fit
 from .loss import task_loss

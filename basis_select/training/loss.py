@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..tasks import Example
+from ..data.tasks import Example
 from .data import Batches
 from .precision import autocast
 

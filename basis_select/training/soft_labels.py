@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .. import processes
-from ..tasks import Task
+from ..data.tasks import Task
+from ..system import processes
+from ..system.progress import progress
 from .data import Batches, require_fit
 from .loss import log_probabilities
 
@@ -105,7 +105,7 @@ def soft_labels(teacher: PreTrainedModel, task: Task, top: int = 64) -> SoftLabe
     own = order[processes.index() :: processes.count()]
     collate = Batches(own, size, 1, 0, task.pad_id).collate
     log_p, tokens, first, rows = [], [], {}, 0
-    for i in tqdm(range(0, len(own), size), desc="soft labels", unit="batch", disable=processes.index() > 0):
+    for i in progress(range(0, len(own), size), "soft labels", "batch", quiet=processes.index() > 0):
         examples = own[i : i + size]
         batch = collate(examples)
         values, indices = log_probabilities(teacher, batch)[batch["targets"] >= 0].topk(top)

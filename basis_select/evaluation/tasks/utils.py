@@ -13,7 +13,10 @@ from typing import Any
 import datasets
 import numpy as np
 
-from basis_select import tasks
+from basis_select.data import tasks
+from basis_select.data.answers import number
+from basis_select.data.rows import read_rows
+from basis_select.data.sources import HUB, fill
 
 DATA = "BASIS_SELECT_DATA"  # a folder with the files that the tasks name; unset, they come from the hub
 
@@ -43,7 +46,7 @@ def documents(
         path = Path(folder) / name
         if not path.is_file():
             raise FileNotFoundError(f"there is no {name} in {folder}, which {DATA} names")
-        splits[split] = [row(r) if row else r for r in tasks.read_rows(path)]
+        splits[split] = [row(r) if row else r for r in read_rows(path)]
     if hold_out:
         ((split, rows),) = splits.items()
         splits = {"train": rows[:hold_out], split: rows[hold_out:]}
@@ -51,10 +54,10 @@ def documents(
 
 
 def as_tuned(task: str, files: dict[str, str], **_: Any) -> datasets.DatasetDict:
-    """Test documents of a task of `basis_select.tasks`, with the `prompt`, `response` and `answer` it trains on."""
-    spec = tasks.HUB[task]
+    """Test documents of a task in HUB, with the `prompt`, `response` and `answer` it trains on."""
+    spec = HUB[task]
     rows = documents(spec.path, files, spec.config)["test"]
-    return _test([{**row, **_split(tasks.fill(spec, row))} for row in rows])
+    return _test([{**row, **_split(fill(spec, row))} for row in rows])
 
 
 def generated(family: str, size: int, **_: Any) -> datasets.DatasetDict:
@@ -144,7 +147,7 @@ def likelihood(doc: dict, results: Sequence) -> dict:
 
 
 def same_number(doc: dict, results: Sequence) -> dict:
-    return {"acc": int(tasks.number(results[0], doc["answer"]))}
+    return {"acc": int(number(results[0], doc["answer"]))}
 
 
 def mass_on_true_answers(doc: dict, results: Sequence) -> dict:

@@ -3,10 +3,10 @@
 import torch
 from transformers import PreTrainedModel
 
-from .layers.group import groups
-from .tasks import Task
-from .training.data import Batches, require_fit
-from .training.loss import frozen, task_loss
+from ..data.tasks import Task
+from ..layers.group import groups
+from ..training.data import Batches, require_fit
+from ..training.loss import frozen, task_loss
 
 PROBES = 16
 

@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint.format import BasisSelectConfig, build
-from .decompose import targets
-from .layers.learning import Weights
-from .training.collage import CollageAdamW
-from .training.engine import checkpoint_layers
-from .training.loss import activation_gradients, task_loss
+from ..checkpoint.format import BasisSelectConfig, build
+from ..checkpoint.targets import targets
+from ..layers.learning import Weights
+from .collage import CollageAdamW
+from .engine import checkpoint_layers
+from .loss import activation_gradients, task_loss
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only the GPU's
 _FORMULAS = FlopCounterMode(

@@ -26,17 +26,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import processes, tuned_on
-from .checkpoint import checks
-from .checkpoint.bounds import require_bounds
-from .checkpoint.cleaning import masked
-from .checkpoint.format import in_files
-from .checkpoint.snapshot import snapshot
-from .layers.embedding import settle_ties
-from .layers.rounded import quantized
-from .reading import read_json
+from ..data import tuned_on
+from ..layers.embedding import settle_ties
+from ..layers.rounded import quantized
+from ..system import processes
+from ..system.reading import read_json
+from ..target import BYTES, Dtype
+from . import checks
+from .bounds import require_bounds
+from .cleaning import masked
+from .format import in_files
 from .runtime import MANIFEST, load_export
-from .target import BYTES, Dtype
+from .snapshot import snapshot
 
 log = logging.getLogger(__name__)
 

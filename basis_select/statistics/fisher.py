@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm.auto import tqdm
 
-from .tasks import Task
-from .training.data import Batches, drawn
-from .training.loss import frozen, response_logits
-from .training.precision import autocast
+from ..data.tasks import Task
+from ..system.progress import progress
+from ..training.data import Batches, drawn
+from ..training.loss import frozen, response_logits
+from ..training.precision import autocast
 
 
 def squared_gradients(
@@ -34,7 +34,7 @@ def squared_gradients(
     model.eval()
     try:
         with frozen(model, weights.values()):
-            for example in tqdm(rows[rank::world], desc="squared gradients", unit="example", disable=rank > 0):
+            for example in progress(rows[rank::world], "squared gradients", "example", quiet=rank > 0):
                 batch = next(iter(Batches([example], 1, 1, 0, task.pad_id)))
                 with torch.enable_grad(), autocast(model):
                     logits = response_logits(model, batch).float()

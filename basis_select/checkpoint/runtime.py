@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer, DynamicCache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
-from .checkpoint.checks import checked
-from .reading import read_json
+from ..system.reading import read_json
+from .checks import checked
 
 MANIFEST = "export.json"  # transformers' own, beside every graph that its exporters save
 

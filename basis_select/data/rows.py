@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
-from .reading import once, read_text
+from ..system.reading import once, read_text
 
 
 def file_rows(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[dict]:

@@ -17,18 +17,18 @@ import pydantic.dataclasses
 import yaml
 from pydantic import Field
 
-from .decompose import decompose
-from .extend import extend
-from .heal import heal
-from .learn import learn
-from .options import STRICT, Fraction, Natural, make, options, properties, schema, words
-from .prune import prune
-from .reading import parse_yaml, read_yaml, shown
-from .refine import refine
-from .target import TARGETS, Dtype, Target, target
-from .tasks import load_task
-from .trim import trim
-from .tune import tune
+from ..data.tasks import load_task
+from ..decompose import decompose
+from ..extend import extend
+from ..heal import heal
+from ..learn import learn
+from ..options import STRICT, Fraction, Natural, make, options, properties, schema, words
+from ..prune import prune
+from ..refine import refine
+from ..system.reading import parse_yaml, read_yaml, shown
+from ..target import TARGETS, Dtype, Target, target
+from ..trim import trim
+from ..tune import tune
 
 Data, Tune, Decompose, Prune, Refine, Heal = map(options, (load_task, tune, decompose, prune, refine, heal))
 Trim, Learn, Extend = options(trim, tokens="all"), options(learn, steps=0), options(extend, rank=0)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .checkpoint.checks import SIDECAR
+from .checks import SIDECAR
 from .models import load
 
 
@@ -33,7 +33,7 @@ def verify(folder: str | Path, model: PreTrainedModel | None = None) -> dict[str
         model = load(folder)[0]
     with tempfile.TemporaryDirectory() as scratch:
         out = os.path.join(scratch, "logits.safetensors")
-        code = "import sys; from basis_select.verify import _dump; _dump(*sys.argv[1:])"
+        code = "import sys; from basis_select.checkpoint.verify import _dump; _dump(*sys.argv[1:])"
         done = subprocess.run([sys.executable, "-c", code, str(folder), out], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"{folder} does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")

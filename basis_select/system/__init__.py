@@ -1,0 +1,1 @@
+"""The machine under it: files, processes, memory and the terminal."""
