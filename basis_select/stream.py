@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from .checkpoint.checks import is_compressed
-from .checkpoint.files import whole
+from .checkpoint.files import save_tokenizer, whole
 from .checkpoint.format import BasisSelectConfig, build, describe, guards, in_files
 from .checkpoint.models import config_and_tokenizer, load
 from .checkpoint.targets import targets
@@ -120,7 +120,7 @@ def decompose_checkpoint(
         model.config.save_pretrained(partial)
         if model.can_generate():
             model.generation_config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
         tuned_on.write(model, partial)
     return Path(folder)
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .checkpoint.pieces import trimmed_model
 from .data.tasks import Task
 from .layers.embedding import TableEmbedding
 from .options import Natural, checked
@@ -76,6 +77,7 @@ def trim(
     smaller = _tokenizer(tokenizer, content, kept)
     new = {old: i for i, old in enumerate(kept)}
     _check_pieces(task, tokenizer, smaller, new)
+    smaller.tokenizer_model = trimmed_model(tokenizer, smaller, new)
     before = model.num_parameters()
     report = {"tokens": len(kept), "tokens_before": model.get_input_embeddings().num_embeddings}
     for split in ("validation", "test"):

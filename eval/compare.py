@@ -8,6 +8,10 @@ a dict of recipe keys that differ from the grid's `base`; what it spends on lear
 healing, so that all rows train for `steps` steps on batches of one size. `then: int8` adds a row for the same
 model with int8 weights.
 
+A method whose keys trim (`trim.tokens: task`) starts from a trimmed parent and has as many parameters as one that does
+not; a `base` that trims trims for all, int8 and int4 of the dense parent too. "parent" is never trimmed, "trimmed" is
+what trimming alone makes of it. The likelihood of every row is per token of the untrimmed tokenizer.
+
 No rate is chosen on test items. A key whose value is a list names candidates; `choose` names a size, `at`, and in
 `heal` multiples of the rate that heal would take by itself. Of all combinations each method takes, on every task, the
 one with the least NLL on the validation split at that size, and keeps it at all others. Its rows hold what was chosen
@@ -89,16 +93,17 @@ def compare(grid, folder, results):
                 for method in grid["methods"]
                 if (name, seed, method, size) not in done
             ]
-            dense = [(name, seed, m, 1) for m in ("parent", "int8", "int4") if (name, seed, m, 1) not in done]
+            dense = [(name, seed, m, 1) for m in dense_rows(grid, name) if (name, seed, m, 1) not in done]
             if not rows and not dense:
                 continue
-            bench = setting(grid, name, seed, folder)
+            every = setting(grid, name, seed, folder)
             for row in dense:
+                bench = every.trimmed({"trim.tokens": "all"} if row[2] == "parent" else {})
                 write(results, row, measure(rounded(copy.deepcopy(bench.parent)), bench.task, row[2]))
             for row in rows:
                 logging.warning("%s", " ".join(map(str, row)))
                 own = dict(grid["methods"][row[2]])
-                width = own.pop("then", None)
+                bench, width = every.trimmed(own), own.pop("then", None)
                 choice = chosen_before(results, row) or choose(bench, own, row[2], grid.get("choose"))
                 model, facts = compressed(bench, own | choice["chosen"], row[2], row[3], choice["heal"])
                 write(results, row, {**measure(model, bench.task, None), **facts, **choice})
@@ -107,8 +112,14 @@ def compare(grid, folder, results):
                     write(results, row, {**measure(model, bench.task, width), **facts, **choice})
 
 
+def dense_rows(grid, name):
+    """Names of the rows of a task that are not factored."""
+    trims = base_of(grid, name, 0).trim.tokens != "all"
+    return ("parent", *(["trimmed"] if trims else []), "int8", "int4")
+
+
 class Bench:
-    """What all rows of one task and seed have in common; `steps` of training for each.
+    """What all rows of one task and seed have in common that trim alike; `steps` of training for each.
 
     Parent and decompositions are stages on disk in the folder `home`; all later ones run in memory, because rows are
     many and each is done in minutes.
@@ -116,12 +127,21 @@ class Bench:
 
     def __init__(self, base: Recipe, home: Path, steps: int):
         (home / "stages").mkdir(parents=True, exist_ok=True)
-        self.base, self.steps = base, steps
+        self.base, self.home, self.steps, self.others = base, home, steps, {}
         self.disk = OnDisk(base, home, moments=self.moments_for)
-        self.state = self.disk.parent()
+        self.state = self.disk.row(until="trim")
         self.task = self.disk.view(base, self.state).task
         self.parent = load(self.state["parent"] / "model")[0]
         self.teacher = Teacher(self.parent, home / "teacher")
+
+    def trimmed(self, own: dict) -> "Bench":
+        """The Bench of rows with these keys of their own: this one, unless they trim otherwise."""
+        r = override(self.base, {key: own[key] for key in own if key.startswith("trim.")}, "trim")
+        if r.trim == self.base.trim:
+            return self
+        if r.trim not in self.others:
+            self.others[r.trim] = Bench(r, self.home, self.steps)
+        return self.others[r.trim]
 
     @functools.cached_property
     def moments(self):
@@ -202,12 +222,16 @@ def finite(verb, *args):
         return None
 
 
-def setting(grid, name, seed, folder):
-    """The Bench of a task: the recipe that its rows differ from, its parent and teacher."""
+def base_of(grid, name, seed):
+    """The recipe that the rows of a task differ from."""
     changes = dict(grid["tasks"][name])
     base = Recipe(model=grid["model"], task=changes.pop("task"), seed=seed)
-    base = override(override(base, grid["base"], "base"), changes, name)
-    return Bench(base, folder / f"{name}-{seed}", grid["steps"])
+    return override(override(base, grid["base"], "base"), changes, name)
+
+
+def setting(grid, name, seed, folder):
+    """The Bench of a task: the recipe that its rows differ from, its parent and teacher."""
+    return Bench(base_of(grid, name, seed), folder / f"{name}-{seed}", grid["steps"])
 
 
 def at_size(recipe, parent, times):
@@ -218,7 +242,7 @@ def at_size(recipe, parent, times):
 
 def cut(grid, name, method, size, folder):
     """`(recipe, task, teacher, model)` of one row of a grid after `prune`, without learning: where healing starts."""
-    bench = setting(grid, name, 0, folder)
+    bench = setting(grid, name, 0, folder).trimmed(grid["methods"][method])
     own = {k: v for k, v in grid["methods"][method].items() if k != "then" and not isinstance(v, list)}
     r = at_size(override(bench.base, own | {"learn.steps": 0}, method), bench.parent, size)
     return r, bench.task, bench.teacher, bench.row(r, {}, until="prune")

@@ -18,7 +18,7 @@ from basis_select.evaluation.accuracy import pooled
 from basis_select.evaluation.figures import legend, quality, svg
 from basis_select.evaluation.report import markdown
 
-DENSE = ("parent", "int8", "int4")
+DENSE = ("parent", "trimmed", "int8", "int4")
 DEFAULT = "default"
 LABEL = "test NLL per response token"
 CAPTIONS = (

@@ -8,6 +8,7 @@ import torch
 from compare import Teacher, compare, quantized, read
 from compare_report import interval, plot, summary, table
 from conftest import tiny
+from test_trim import TEXT, byte_level, wrapped
 
 import basis_select as bs
 from basis_select.checkpoint.targets import targets
@@ -72,6 +73,39 @@ def test_a_grid_is_measured_once_and_reported(tokenizer, tmp_path):
     assert f"| Taylor | {value:.3f} |" in summary(found, sizes=(2,)).splitlines()
     plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("own", [{}, pytest.param({"every token": {"trim.tokens": "all"}}, marks=pytest.mark.slow)])
+def test_a_base_that_trims_trims_for_all_but_the_parent_and_counts_tokens_as_it_does(own, tmp_path):
+    tokenizer = wrapped(byte_level())
+    bs.save(tiny(vocab_size=len(tokenizer), tied=True), tokenizer, tmp_path / "model")
+    rows = [{"prompt": line[:-9], "response": line[-9:]} for line in TEXT[:40]]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    grid = {
+        "model": str(tmp_path / "model"),
+        "seeds": [0],
+        "sizes": [4],
+        "steps": 1,
+        "base": {
+            "trim.tokens": "task",
+            "decompose.examples": 8,
+            "decompose.embedding": True,
+            "heal.batch_size": 4,
+            "prune.multiple_of": 1,
+        },
+        "tasks": {"words": {"task": str(tmp_path / "data.jsonl"), "data.test": 12, "data.validation": 4}},
+        "methods": {"default": {"then": "int8"}, **own},
+    }
+    compare(grid, tmp_path / "runs", tmp_path / "results.jsonl")
+    found = {r["method"]: r for r in read(tmp_path / "results.jsonl")}
+    assert [*found] == ["parent", "trimmed", "int8", "int4", "default", "default, int8", *own]
+    assert len({tuple(r["tokens"]) for r in found.values()}) == 1
+    counts = {name: r["sizes"]["parameters"] for name, r in found.items()}
+    assert counts["trimmed"] == counts["int4"] < counts["parent"]
+    assert len({r["sizes"]["parameters_dense"] for r in found.values()}) == 1
+    assert all(counts[name] == pytest.approx(counts["default"], rel=0.02) for name in own)
+    assert sum(found["trimmed"]["nll"]) == pytest.approx(sum(found["parent"]["nll"]), rel=0.2)
+    assert "| trimmed |" in table([*found.values()])
 
 
 def test_a_teacher_answers_for_its_own_weights_and_positions(task, tmp_path):

@@ -5,9 +5,12 @@ import sys
 import pytest
 import torch
 from conftest import logits, make_tokenizer, sampled, tiny
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from test_trim import TEXT, byte_level, wrapped
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import basis_select as bs
@@ -194,6 +197,28 @@ def test_openvino(kind, tied, task, ids, tmp_path):
     )
     with pytest.raises(ValueError, match="LLMPipeline"):
         bs.load(out)
+
+
+@pytest.mark.slow
+def test_a_trimmed_model_goes_wherever_others_go(tmp_path):
+    """Through PEFT, and from text to text through OpenVINO."""
+    genai = pytest.importorskip("openvino_genai", reason="needs the export extra")
+    tokenizer = wrapped(byte_level())
+    rows = [{"prompt": line[:-9], "response": line[-9:]} for line in TEXT[::9]]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    model = tiny(tied=True, vocab_size=len(tokenizer) + 3, num_hidden_layers=1)
+    model, smaller, _ = bs.trim(model, tokenizer, bs.load_task(str(tmp_path / "data.jsonl"), tokenizer, test=2))
+    bs.save(model, smaller, tmp_path / "small")
+    ids = smaller(TEXT[1], return_tensors="pt").input_ids
+    adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    adapted = get_peft_model(adapted, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert torch.allclose(logits(bs.load(tmp_path / "adapter")[0], ids), logits(adapted, ids), atol=1e-5)
+    bs.export(model, "openvino", tmp_path / "openvino", smaller)
+    options = genai.GenerationConfig(max_new_tokens=8, do_sample=False, apply_chat_template=False, ignore_eos=True)
+    wanted = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=-1)[0, ids.shape[1] :]
+    found = str(genai.LLMPipeline(str(tmp_path / "openvino"), "CPU").generate(TEXT[1], options))
+    assert found == smaller.decode(wanted, skip_special_tokens=True)
 
 
 def test_cli(task, tokenizer, tmp_path, caplog):

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import basis_select as bs
+from basis_select.checkpoint.format import dense_on_meta
 from basis_select.run import recipe as recipes
 from basis_select.training.data import Batches
 from basis_select.training.loss import response_logits, task_loss
 
 pytestmark = pytest.mark.slow
+REAL = Path(__file__).parents[2] / "shared/data"
 RECIPE = recipes.read(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
 
 
@@ -52,3 +54,23 @@ def test_the_kronecker_metric_keeps_what_the_task_needs(loaded):
         with torch.no_grad():
             divergence[metric] = task_loss(small, batch, parent)[2].item()
     assert divergence["kronecker"] < 0.5 * divergence["plain"]
+
+
+@pytest.mark.parametrize(("name", "train"), [("math/gsm8k", 1500), ("code/mbpp", 374)])
+def test_a_trimmed_tokenizer_reads_and_writes_real_data_sets(name, train, loaded):
+    if not REAL.is_dir():
+        pytest.skip(f"there is no {REAL}")
+    model, tokenizer = loaded
+    how = {"options": {"data_dir": str(REAL / name)}, "train": train, "max_length": 2048}
+    task = bs.load_task(Path(name).name, tokenizer, **how)
+    _, smaller, report = bs.trim(dense_on_meta(copy.deepcopy(model.config)), tokenizer, task)
+    assert report["tokens"] < len(tokenizer) / 2
+    after = bs.load_task(Path(name).name, smaller, **how)
+    for a, b in zip(task.train, after.train, strict=True):
+        assert tokenizer.convert_ids_to_tokens(a.input_ids) == smaller.convert_ids_to_tokens(b.input_ids)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    for text in [chat, "".join(map(chr, range(1, 3000))), *(e.prompt + e.response for e in task.test)]:
+        for special in (False, True):
+            assert smaller.decode(smaller.encode(text, add_special_tokens=special)) == tokenizer.decode(
+                tokenizer.encode(text, add_special_tokens=special)
+            )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import in_processes, make_tokenizer, tiny
+from test_trim import TEXT, byte_level, wrapped
 from typer.testing import CliRunner
 
 import basis_select as bs
@@ -436,3 +437,35 @@ def test_gsm_symbolic_is_near_gsm8k_and_its_training_split_is_not():
     made = [row["prompt"] for row in generated("gsm_symbolic", "train", 1000)]
     assert 350 < sum(tuned_on.near(made, test)) < 420
     assert sum(tuned_on.near(train, test)) < 10
+
+
+def test_a_trimmed_model_counts_tokens_as_its_parent_does_or_says_that_it_cannot(data, tmp_path):
+    tokenizer = wrapped(byte_level())
+    rows = [{"prompt": line[:-9], "response": line[-9:]} for line in TEXT[:60]]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (data / "text/wikitext2_raw/test_pages.jsonl").write_text(json.dumps({"page": " ".join(TEXT[60:])}) + "\n")
+    model = tiny(vocab_size=len(tokenizer), max_position_embeddings=2048)
+    bs.save(model, tokenizer, tmp_path / "parent")
+    task = load_task(str(tmp_path / "words.jsonl"), tokenizer, validation=5, test=40)
+    model, smaller, _ = bs.trim(model, tokenizer, task)
+    bs.save(model, smaller, tmp_path / "trimmed")
+    bs.save(tiny(max_position_embeddings=2048), make_tokenizer(), tmp_path / "other")
+    how = [tmp_path / "trimmed", "--tasks", f"{tmp_path / 'words.jsonl'},svamp_nll,wikitext2"]
+    found = {}
+    for against in ("other", "parent", "record.json"):
+        done = call(*how, "--against", tmp_path / against, "--out", tmp_path / "out.json")
+        assert done.exit_code == 0, done.output
+        found[against] = json.loads((tmp_path / "out.json").read_text())
+        assert ("per token of the trimmed tokenizer" in done.output) == (against == "other")
+        if against == "parent":
+            record = found[against]["against"] | {"settings": found[against]["settings"]}
+            (tmp_path / "record.json").write_text(json.dumps(record))
+    alone, both = found["other"]["tasks"], found["parent"]
+    more = 0
+    for name, result in both["tasks"].items():
+        tokens = [item["tokens"] for item in both["against"]["tasks"][name]["items"]]
+        assert [item["tokens"] for item in result["items"]] == tokens
+        assert [item["nll"] for item in result["items"]] == [item["nll"] for item in alone[name]["items"]]
+        more += sum(item["tokens"] for item in alone[name]["items"]) > sum(tokens)
+    assert more > 1
+    assert found["record.json"]["tasks"] == both["tasks"]

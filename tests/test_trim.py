@@ -1,5 +1,6 @@
 """A trimmed tokenizer encodes training text to the same pieces and any other text exactly; the model says the same."""
 
+import io
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from basis_select import decompose, load, load_task, prune, save, sizes
+from basis_select.data.tasks import counted_as
 from basis_select.run.disk import OnDisk
 from basis_select.run.plan import plan
 from basis_select.run.recipe import Recipe, override
@@ -123,6 +125,16 @@ def test_other_text_is_spelled_and_counted(trimmed):
     assert sum(len(e.input_ids) for e in after.test) > sum(len(e.input_ids) for e in before.test)
 
 
+def test_a_cut_response_is_not_counted_as_what_it_was(trimmed, rows):
+    old, new, before, after, _ = trimmed
+    counted = counted_as(after, before)
+    for a, b in zip(before.test, counted.test, strict=True):
+        assert len(b.input_ids) - b.start - b.spelled == len(a.input_ids) - a.start
+    longest = max(len(e.input_ids) for e in before.test)
+    with pytest.raises(ValueError, match="split does not fit into max_length: raise it"):
+        counted_as(load_task(rows, new, max_length=longest), load_task(rows, old, max_length=longest))
+
+
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text() | st.lists(st.sampled_from([*WORDS, "\u4e2d", "\u00e9", " ", "  ", "\n", "7"])).map("".join))
 def test_any_text_decodes_as_before(trimmed, text):
@@ -226,3 +238,43 @@ def test_a_recipe_trims_after_tuning_and_counts_tokens_as_its_parent_does(rows, 
     wanted = plan(row, rates={"train": 1e9, "float64": 1e9}).rows["result"]
     assert wanted.parent.config.vocab_size == model.config.vocab_size
     assert wanted.published == pytest.approx(sizes(model)["parameters"], rel=0.1)
+
+
+@pytest.mark.parametrize(("class_", "kind"), [("LlamaTokenizer", "llama"), ("GemmaTokenizer", "gemma3_text")])
+def test_a_sentencepiece_model_is_trimmed_alike_and_never_stale(class_, kind, rows, tmp_path):
+    pieces = pytest.importorskip("sentencepiece")
+    made = io.BytesIO()
+    pieces.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT),
+        model_writer=made,
+        vocab_size=700,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        character_coverage=1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        add_dummy_prefix=class_ == "LlamaTokenizer",
+        minloglevel=2,
+    )
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/tokenizer.model").write_bytes(made.getvalue())
+    names = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), [*SPECIAL, "</s>"], strict=True))
+    (tmp_path / "raw/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": class_, **names}))
+    first = AutoTokenizer.from_pretrained(tmp_path / "raw")
+    save(tiny(kind, vocab_size=len(first), tied=True), first, tmp_path / "parent")
+    model, tokenizer = load(tmp_path / "parent")
+    model, smaller, report = trim(model, tokenizer, load_task(rows, tokenizer))
+    save(model, smaller, tmp_path / "small")
+    _, again = load(tmp_path / "small")
+    assert len(again) == report["tokens"] < len(tokenizer)
+    for folder, ours in (("parent", tokenizer), ("small", again)):
+        theirs = pieces.SentencePieceProcessor(model_file=str(tmp_path / folder / "tokenizer.model"))
+        assert theirs.vocab_size() <= len(ours)
+        for text in [*TEXT[:60], "naïve \U0001f600 7  \n{}", "moust,fat-ba"]:
+            assert theirs.encode(text) == ours.encode(text, add_special_tokens=False)
+        assert [theirs.unk_id(), theirs.bos_id(), theirs.eos_id()] == ours.convert_tokens_to_ids(SPECIAL)
+    (tmp_path / "small/tokenizer.model").write_bytes(made.getvalue())  # as in a folder that somebody put together
+    save(model, AutoTokenizer.from_pretrained(tmp_path / "small"), tmp_path / "last")
+    assert not (tmp_path / "last/tokenizer.model").exists()

@@ -25,6 +25,7 @@ from ..system.reading import sha256
 from ..target import Dtype
 from .checks import SIDECAR
 from .format import BasisSelectQuantizer, describe, guards, register
+from .pieces import NAME, tokenizer_model
 
 
 def save(
@@ -57,9 +58,16 @@ def save(
         if dtype is not None or twins or more:
             _rewrite(partial, dtype, twins, more)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            save_tokenizer(tokenizer, partial)
         tuned_on.write(model, partial)
     return Path(folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write all files of a tokenizer into `folder`, its tokenizer.model too where it has one."""
+    tokenizer.save_pretrained(folder)
+    if content := tokenizer_model(tokenizer):
+        (folder / NAME).write_bytes(content)
 
 
 def _saveable(model: torch.nn.Module) -> PreTrainedModel:

@@ -162,13 +162,20 @@ def _stops(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[str, .
 def counted_as(task: Task, original: Task) -> Task:
     """`task`, whose responses count as many tokens as in `original`: the same examples, before tokens were trimmed.
 
-    Raises ValueError where one of them was left out or cut in other tokens.
+    Raises ValueError where one of them was left out, or one that is not trained on was cut: in other tokens a cut
+    response is another text, whose likelihood says nothing of the first.
     """
-    found = {}
+    found, longest = {}, None
+    if task.report.get("truncated"):
+        longest = max(len(e.input_ids) for split in SPLITS for e in getattr(task, split))
     for split in SPLITS:
         ours, theirs = getattr(task, split), getattr(original, split)
-        if [(e.prompt, e.response) for e in ours] != [(e.prompt, e.response) for e in theirs]:
-            raise ValueError(f"the {split} split is another one in trimmed tokens: raise data.max_length")
+        cut = split != "train" and any(len(e.input_ids) == longest for e in ours)
+        if cut or [(e.prompt, e.response) for e in ours] != [(e.prompt, e.response) for e in theirs]:
+            raise ValueError(
+                f"{task.name}: the tokenizer was trimmed, and in its tokens some row of the {split} split does not fit "
+                "into max_length: raise it (data.max_length in a recipe)"
+            )
         found[split] = [
             replace(e, spelled=len(e.input_ids) - e.start - (len(o.input_ids) - o.start))
             for e, o in zip(ours, theirs, strict=True)

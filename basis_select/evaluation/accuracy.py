@@ -282,9 +282,10 @@ def _finite_logits(model: PreTrainedModel, name: str) -> Iterator[None]:
         hook.remove()
 
 
-def likelihood(lm: Any, sample: dict) -> dict:
-    """`{nll, tokens}` of a sample of a likelihood task: nats of the response, and the tokens lm-eval scored for it."""
-    return {"nll": -sample["resps"][0][0][0], "tokens": len(lm._encode_pair(*sample["arguments"][0])[1])}
+def likelihood(sample: dict, counter: Encoder) -> dict:
+    """`{nll, tokens}` of a sample of a likelihood task of lm-eval: nats of the response, and its tokens."""
+    ids, start = counter.pair(*sample["arguments"][0])
+    return {"nll": -sample["resps"][0][0][0], "tokens": len(ids) - start}
 
 
 def wilson(correct: Sequence[bool]) -> dict[str, float]:

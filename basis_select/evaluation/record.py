@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.models import config_and_tokenizer, load
 from ..data.tuned_on import TunedOn
@@ -22,6 +23,7 @@ from .report import interval
 from .standard import SUITE, domains, evaluate_task, expand
 
 REPORT = {"model": {"dtype": str, "sizes": dict}, "tasks": {str: dict}, "settings": dict, "domains": dict}
+OWN, TRIMMED, UNTRIMMED = "its own tokens", "the tokens left to it", "its parent's tokens"  # what NLL is per
 RESULT = {"n": int, "of": int, "items": [dict], "batch_size": int}  # of a task
 
 
@@ -45,6 +47,8 @@ def measure(
     (source, dtype, sha256 of its weights, the four sizes), `tasks` (`{name: result}`), `domains` of the suite, the
     same three for `against`, `paired` (`{name: compare}`), versions, seed, settings and the command. Raises
     ValueError if results cannot be paired. Rows that the model was tuned on are not tested, on the parent neither.
+    Likelihoods of a trimmed model are per token of its parent's tokenizer, as those of a run, where `against` is that
+    parent; else per token of the one it has, and `model["counted_in"]` and `lines` say so.
     """
     if out:
         require_file(out)
@@ -60,7 +64,8 @@ def measure(
         batches = {name: parent["tasks"][name]["batch_size"] for name in names}
     elif against:
         config_and_tokenizer(against)  # before the work, not after half of it
-    measured, known = _measured(source, dtype, names, how, batches)
+    origin = parent["model"]["source"] if parent else against
+    measured, known = _measured(source, dtype, names, how, batches, origin=origin)
     report = {
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "basis-select"), *sys.argv[1:]]),
         **environment(),
@@ -87,13 +92,16 @@ def _measured(
     how: dict,
     batches: dict[str, int | None],
     known: TunedOn | None = None,
+    origin: str | Path | None = None,
 ) -> tuple[dict, TunedOn | None]:
     """`(report, what is not to be tested)`: what the model was tuned on, and what is `known` beside."""
     model, tokenizer = load(source, dtype)
+    counts = _untrimmed(model, origin)
     own = getattr(model, "tuned_on", None)
     known = own | known if own and known else own or known
     tasks = {
-        name: evaluate_task(model, tokenizer, name, batch_size=batches[name], known=known, **how) for name in names
+        name: evaluate_task(model, tokenizer, name, batch_size=batches[name], known=known, counts=counts, **how)
+        for name in names
     }
     report = {
         "model": {
@@ -102,11 +110,26 @@ def _measured(
             "weights_sha256": weights_sha256(model),
             "sizes": sizes(model, source if Path(source).is_dir() else None),
             "rows_tuned_on": own and len(own.prompts),
+            "counted_in": UNTRIMMED if counts else TRIMMED if _trimmed(model) else OWN,
         },
         "tasks": tasks,
         "domains": domains(tasks),
     }
     return report, known
+
+
+def _trimmed(model: PreTrainedModel) -> dict:
+    """What `trim` has reported of a model, nothing if it was not trimmed."""
+    return getattr(model.config, "trimmed", None) or {}
+
+
+def _untrimmed(model: PreTrainedModel, origin: str | Path | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a trimmed model's parent, if `origin` is that parent: it has as many tokens as there were."""
+    trimmed = _trimmed(model)
+    if not trimmed or origin is None:
+        return None
+    config, tokenizer = config_and_tokenizer(origin)
+    return tokenizer if config.get_text_config().vocab_size == trimmed["tokens_before"] else None
 
 
 def _recorded(path: str | Path, names: Sequence[str], how: dict, dtype: Dtype | None) -> dict:
@@ -141,6 +164,11 @@ def lines(report: dict) -> Iterator[str]:
     models.append(("model", report))
     if report["model"].get("rows_tuned_on") is None:
         yield "what the model was tuned on is not recorded: whether it has seen what is tested cannot be told"
+    if report["model"].get("counted_in") == TRIMMED:
+        yield (
+            "nll is per token of the trimmed tokenizer, not, as in a run, of the one before: with --against PARENT, "
+            "the model that was trimmed, it is per token of the parent's and can be compared"
+        )
     for name, result in report["tasks"].items():
         shots = f", {result['shots']} shots" if result.get("shots") else ""
         cut = f", {result['cut']:,} prompts cut at their start" if result.get("cut") else ""

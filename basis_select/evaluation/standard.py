@@ -20,8 +20,9 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.encoding import Encoder
 from ..data.sources import HUB
-from ..data.tasks import Task, load_task
+from ..data.tasks import Task, counted_as, load_task
 from ..data.tuned_on import TunedOn
 from ..system.reading import sha256
 from .accuracy import bootstrap, evaluate, likelihood, lm_eval, pooled, run, summary, wilson
@@ -118,10 +119,16 @@ def evaluate_task(
     samples: int = 1,
     batch_size: int | None = None,
     known: TunedOn | None = None,
+    counts: PreTrainedTokenizerBase | None = None,
 ) -> dict:
-    """One result of `evaluate_on`, of a name that `expand` has let through; `known`: rows that are not to be tested."""
+    """One result of `evaluate_on`, of a name that `expand` has let through.
+
+    known: rows that are not to be tested; counts: the tokenizer whose tokens likelihoods are per, if not the model's.
+    """
     if name not in NAMES:
-        task, trained = _untrained(load_task(name, tokenizer), name, known)
+        task = load_task(name, tokenizer)
+        task = counted_as(task, load_task(name, counts)) if counts else task
+        task, trained = _untrained(task, name, known)
         rows = batch_size or rows_that_fit(model, generates=False)
         result = evaluate(model, tokenizer, task, limit, rows)
         prompts = [e.prompt for e in task.test[:limit]]
@@ -159,7 +166,7 @@ def evaluate_task(
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = min(about["longest"], most or about["longest"]) if "longest" in about else None
     lm, out = run(model, tokenizer, task, rows, name, longest, name in CODE, **taken)
-    items = _items(lm, task, out["samples"][name], about)
+    items = _items(lm, task, out["samples"][name], about, Encoder(counts or tokenizer))
     near = known.near(texts) if known else [False] * len(texts)
     others = [item for item in items if not near[item["id"]]]
     values = out["results"][name].items()
@@ -221,8 +228,11 @@ def rows_that_fit(model: PreTrainedModel, generates: bool) -> int:
     return int(min(64, max(1, free // 4 // (per_token * TYPICAL))))
 
 
-def _items(lm: Any, task: Any, samples: Iterable[dict], about: dict) -> list[dict]:
-    """One dict per document, in their order; the rows of several lm-eval filters become one."""
+def _items(lm: Any, task: Any, samples: Iterable[dict], about: dict, counter: Encoder) -> list[dict]:
+    """One dict per document, in their order; the rows of several lm-eval filters become one.
+
+    counter: by whose tokens likelihoods are divided.
+    """
     fractional = about.get("fractional", task.config.repeats > 1)
     items = {}
     for sample in samples:
@@ -231,10 +241,10 @@ def _items(lm: Any, task: Any, samples: Iterable[dict], about: dict) -> list[dic
         item = items.setdefault(sample["doc_id"], item)
         scores = {f"{metric},{sample['filter']}": _plain(sample[metric]) for metric in sample["metrics"]}
         if task.OUTPUT_TYPE == "loglikelihood":
-            item |= likelihood(lm, sample)
+            item |= likelihood(sample, counter)
         elif task.OUTPUT_TYPE == "loglikelihood_rolling":
             (text,) = texts
-            item |= {"nll": -sample["resps"][0][0], "tokens": len(lm.tok_encode(text))}
+            item |= {"nll": -sample["resps"][0][0], "tokens": len(counter.text(text))}
         else:
             if task.OUTPUT_TYPE == "multiple_choice":
                 item["likelihoods"] = [responses[0][0] for responses in sample["resps"]]
