@@ -6,7 +6,9 @@ python eval/compare_report.py RESULTS.jsonl               writes the table and t
 FOLDER keeps what rows share: parents and decompositions. Every row done is one line of RESULTS.jsonl. A method is
 a dict of recipe keys that differ from the grid's `base`; what it spends on learning and refining is taken from its
 healing, so that all rows train for `steps` steps on batches of one size. `then: int8` adds a row for the same
-model with int8 weights.
+model with int8 weights. A method `{dense: 4}` (8, 4, 3 or 2) is the dense parent rounded to so many bits, its table to 8,
+healed for as many steps with its rounding known, as ours is; it has one size. A size is how many times smaller the
+targeted layers are, or, as "45MB", bytes on disk, which goes with `prune.bits: auto`.
 
 A method whose keys trim (`trim.tokens: task`) starts from a trimmed parent and has as many parameters as one that does
 not; a `base` that trims trims for all, int8 and int4 of the dense parent too. "parent" is never trimmed, "trimmed" is
@@ -42,7 +44,9 @@ from basis_select.checkpoint.models import load
 from basis_select.checkpoint.targets import targets
 from basis_select.heal import suitable_rate
 from basis_select.layers.group import groups, table_of
-from basis_select.layers.rounded import nearest
+from basis_select.layers.embedding import round_table
+from basis_select.layers.rounded import RoundedLinear
+from basis_select.layers.rounding import nearest, stored_bytes
 from basis_select.linalg.metrics import METRICS
 from basis_select.run.disk import OnDisk
 from basis_select.run.recipe import Recipe, override
@@ -90,7 +94,8 @@ def compare(grid, folder, results):
             rows = [
                 (name, seed, method, size)
                 for size in grid["sizes"]
-                for method in grid["methods"]
+                for method, own in grid["methods"].items()
+                for size in ([1] if "dense" in own else [size])
                 if (name, seed, method, size) not in done
             ]
             dense = [(name, seed, m, 1) for m in dense_rows(grid, name) if (name, seed, m, 1) not in done]
@@ -105,7 +110,7 @@ def compare(grid, folder, results):
                 own = dict(grid["methods"][row[2]])
                 bench, width = every.trimmed(own), own.pop("then", None)
                 choice = chosen_before(results, row) or choose(bench, own, row[2], grid.get("choose"))
-                model, facts = compressed(bench, own | choice["chosen"], row[2], row[3], choice["heal"])
+                model, facts = made(bench, own | choice["chosen"], row[2], row[3], choice["heal"])
                 write(results, row, {**measure(model, bench.task, None), **facts, **choice})
                 if width:
                     row = (*row[:2], f"{row[2]}, {width}", row[3])
@@ -235,7 +240,11 @@ def setting(grid, name, seed, folder):
 
 
 def at_size(recipe, parent, times):
-    """`recipe` at the size of the whole model that it has when its targeted layers alone are `times` smaller."""
+    """`recipe` at the size of the whole model that it has when its targeted layers alone are `times` smaller, or at one
+    that is said in bytes.
+    """
+    if isinstance(times, str):
+        return recipe.at(times)
     now = sizes(parent)
     return recipe.at(f"{(now['parameters_dense'] - now['targeted_dense'] * (1 - 1 / times)) / 1e6:f}M")
 
@@ -248,19 +257,31 @@ def cut(grid, name, method, size, folder):
     return r, bench.task, bench.teacher, bench.row(r, {}, until="prune")
 
 
-def compressed(bench, own, method, size, factor):
+def made(bench, own, method, size, factor):
     """`(model, facts)` of one row, healed at `factor` times the rate that heal would take."""
     return healed(bench, started(bench, own, method, size), factor)
 
 
 def started(bench, own, method, size):
     """`(recipe, model, seconds, heal's rate)` before healing."""
-    r, clock = at_size(override(bench.base, own, method), bench.parent, size), {}
-    model = bench.row(r, clock, until="refine")
+    own, clock = dict(own), {}
+    if bits := own.pop("dense", None):
+        r, model = override(bench.base, own, method), dense(copy.deepcopy(bench.parent), bits)
+    else:
+        r = at_size(override(bench.base, own, method), bench.parent, size)
+        model = bench.row(r, clock, until="refine")
     rate = r.heal.lr or suitable_rate(model, bench.task, bench.teacher, r.seed)
     if not math.isfinite(rate):
         raise FloatingPointError(f"{method}: what healing would start from is not finite")
     return r, model, clock, rate
+
+
+def dense(model, bits):
+    """The layers of a dense model rounded to so many bits, the table to 8, in place."""
+    for name, linear in targets(model).items():
+        model.set_submodule(name, RoundedLinear.rounded(linear, bits))
+    round_table(model, 8)
+    return model
 
 
 def healed(bench, start, factor):
@@ -307,7 +328,9 @@ def quantized(model, width):
     as well.
     """
     if width not in ("int8", "int4"):
-        return 2 * sum(p.numel() for p in model.parameters()), {}
+        own = [m for m in model.modules() if isinstance(m, RoundedLinear)]
+        taken = sum(stored_bytes(m.out_features, m.in_features, m.bits) for m in own)
+        return 2 * sum(p.numel() for p in model.parameters() if p.is_floating_point()) + taken, {}
     layers = list(targets(model, required=False).values())
     layers += [m for g in groups(model) for layer in g.layers for m in layer.children()]
     table = table_of(model)
@@ -323,7 +346,7 @@ def quantized(model, width):
     taken += outer + 2 * sum(len(m.weight) for m in table)
     quantize_(model, config, lambda m, _: m in layers)
     for m in table:
-        q, scale = nearest(m.weight.data, torch.bfloat16)
+        q, scale = nearest(m.weight.data, 8)
         m.weight.data = q * scale.float()[:, None]
     return 2 * rest + taken, {"layers": width, "embedding and tied head": "int8"}
 
@@ -331,7 +354,8 @@ def quantized(model, width):
 def rounded(model):
     """`model` with the values its parameters have in a bfloat16 checkpoint, computed with in fp32."""
     for p in model.parameters():
-        p.data = p.data.bfloat16().float()
+        if p.is_floating_point():
+            p.data = p.data.bfloat16().float()
     return model
 
 

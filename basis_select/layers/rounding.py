@@ -10,13 +10,13 @@ import torch
 
 GROUP = 32  # inputs that share a scale at 4 bits
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the scale that holds the largest weight of a group at 4 bits
-LARGEST = {8: 127, 4: 7}  # whole numbers go from minus that to that
+LARGEST = {8: 127, 4: 7, 3: 3, 2: 1}  # whole numbers go from minus that to that; no checkpoint has 3 or 2 bits
 
 Bits = Literal[8, 4]
 
 
 def scale_shape(rows: int, inputs: int, bits: int) -> tuple[int, ...]:
-    """Of the scales of a weight (rows, inputs): one a row, or one for each group of a row."""
+    """Of the scales of a weight (rows, inputs): one a row at 8 bits, one for each group of a row below."""
     return (rows,) if bits == 8 else (rows, -(-inputs // GROUP))
 
 
@@ -40,7 +40,7 @@ def nearest(weight: torch.Tensor, bits: int, cost: torch.Tensor | None = None) -
     grouped, cost = by_group(weight.float(), bits), _costs(cost, weight, bits)
     largest = grouped.abs().amax(-1, keepdim=True) / LARGEST[bits]
     best = None
-    for share in SHRINK if bits == 4 else SHRINK[:1]:
+    for share in SHRINK if bits < 8 else SHRINK[:1]:
         scale = (largest * share).bfloat16().float()
         scale = torch.where(scale > 0, scale, 1)
         q = (grouped / scale).round().clamp(-LARGEST[bits], LARGEST[bits])
