@@ -257,6 +257,7 @@ def test_pipeline_compile_and_device_map(loadable, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_trainer_and_adapters(loadable, tmp_path):
     folder, _ = loadable
     rows = [{"input_ids": PROMPT[0], "labels": PROMPT[0]}] * 4
