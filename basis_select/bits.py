@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 
 HEADS = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # bases of 8 bits before those of 4, or all
 TABLE = 8  # bits of the token embedding, and of its bases: few bits hurt it most, eval/results/NOTES.md
-ROUNDING = 1.0  # what a loss by rounding counts beside one by dropped bases
 ENTRY = 90  # bytes that a safetensors header takes for a tensor, without its name
 
 
@@ -203,7 +202,7 @@ def forms(group: Group, multiple_of: int = 16) -> list[tuple[Form, int, float]]:
     v = group.leader.v.weight[order].float()
     output_cost, input_cost = _entry_costs(group)
     energy = _sums(s.square())
-    lost = {b: _sums(ROUNDING * basis_costs(u, s.to(u), v, b, output_cost, input_cost)) for b in (8, 4)}
+    lost = {b: _sums(basis_costs(u, s.to(u), v, b, output_cost, input_cost)) for b in (8, 4)}
     found = []
     for rank in range(multiple_of, group.rank + 1, multiple_of):
         for head in {*(h for h in HEADS if h < rank), rank}:
@@ -211,7 +210,7 @@ def forms(group: Group, multiple_of: int = 16) -> list[tuple[Form, int, float]]:
             found.append((Form(rank, head=head), value))
     weight = (u * s.to(u)) @ v
     for bits in (8, 4):
-        found.append((Form(None, bits), energy[-1] - ROUNDING * dense_cost(weight, bits, output_cost, input_cost)))
+        found.append((Form(None, bits), energy[-1] - dense_cost(weight, bits, output_cost, input_cost)))
     return [(form, form.price(group), float(value)) for form, value in found]
 
 

@@ -6,8 +6,8 @@ python eval/compare_report.py RESULTS.jsonl               writes the table and t
 FOLDER keeps what rows share: parents and decompositions. Every row done is one line of RESULTS.jsonl. A method is
 a dict of recipe keys that differ from the grid's `base`; what it spends on learning and refining is taken from its
 healing, so that all rows train for `steps` steps on batches of one size. `then: int8` adds a row for the same
-model with int8 weights. A method `{dense: 4}` (8, 4, 3 or 2) is the dense parent rounded to so many bits, its table to 8,
-healed for as many steps with its rounding known, as ours is; it has one size. A size is how many times smaller the
+model with int8 weights. A method `{dense: 4}` (8, 4, 3 or 2) is the dense parent rounded to so many bits, its table to
+8, healed for as many steps with its rounding known, as ours is; it has one size. A size is how many times smaller the
 targeted layers are, or, as "45MB", bytes on disk, which goes with `prune.bits: auto`.
 
 A method whose keys trim (`trim.tokens: task`) starts from a trimmed parent and has as many parameters as one that does
@@ -43,8 +43,8 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from basis_select.checkpoint.models import load
 from basis_select.checkpoint.targets import targets
 from basis_select.heal import suitable_rate
-from basis_select.layers.group import groups, table_of
 from basis_select.layers.embedding import round_table
+from basis_select.layers.group import groups, table_of
 from basis_select.layers.rounded import RoundedLinear
 from basis_select.layers.rounding import nearest, stored_bytes
 from basis_select.linalg.metrics import METRICS

@@ -128,7 +128,7 @@ FOUND_BEFORE = {
         f"{SIDECAR} names '../secret'",
     ),
     "weights without a hash": ("whole", lambda f: hashes(f, lambda h: h.pop(ONE) and None), f"{ONE} was not part"),
-    "future format": ("whole", lambda f: format_(f, lambda c: c.update(format_version=2)), "format version 2"),
+    "future format": ("whole", lambda f: format_(f, lambda c: c.update(format_version=3)), "format version 3"),
 }  # fmt: skip
 FOUND_BY_CONTENT = {
     "index missing": ("shards", lambda f: (f / INDEX).unlink(), f"{INDEX} is missing"),
@@ -156,7 +156,7 @@ FOUND_BY_CONTENT = {
         r"mismatched keys, first model.layers.0.mlp.down_proj.*in the file, \[.*3\] in the model",
     ),
     "rank not a number": ("whole", lambda f: format_(f, lambda c: c["ranks"].update({DOWN: "3"})), "the rank '3'"),
-    "rank of zero": ("whole", lambda f: format_(f, lambda c: c["embedding"].update(rank=0)), "embed_tokens the rank 0"),
+    "rank of zero": ("whole", lambda f: format_(f, lambda c: c["embedding"].update(rank=0)), "embedding.rank is 0"),
     "rank of the embedding": ("whole", lambda f: format_(f, lambda c: c["embedding"].update(rank=3)), "lm_head"),
     "rank missing": (
         "whole",

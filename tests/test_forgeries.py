@@ -295,14 +295,19 @@ FORMAT = {
     "the embedding is not tied": (put("config.json", ("quantization_config", "embedding", "tied"), False), "keys"),
     "the embedding is no embedding": (put("config.json", ("quantization_config", "embedding", "name"), DOWN), DOWN),
     "the embedding is not there": (put("config.json", ("quantization_config", "embedding", "name"), "x"), "layer x"),
-    **ours("int8", None, 3, "x", {}, [3], [""], [Q, Q], [[Q]]),
-    "int8 of nothing": (put("config.json", ("quantization_config", "int8"), ["model.nothing"]), "model.nothing"),
-    "int8 of a norm": (put("config.json", ("quantization_config", "int8"), ["model.norm"]), "model.norm"),
-    "int8 of bases": (put("config.json", ("quantization_config", "int8"), [DOWN]), DOWN),
-    "int8 of a factor": (put("config.json", ("quantization_config", "int8"), [f"{DOWN}.u"]), f"{DOWN}.u"),
+    **ours("bits", None, 3, "x", [], {Q: 3}, {Q: True}, {Q: "8"}, {"": 8}, {Q: None}),
+    "bits of nothing": (put("config.json", ("quantization_config", "bits"), {"model.nothing": 8}), "model.nothing"),
+    "bits of a norm": (put("config.json", ("quantization_config", "bits"), {"model.norm": 4}), "model.norm"),
+    "bits of bases": (put("config.json", ("quantization_config", "bits"), {DOWN: 8}), DOWN),
+    "bits of a factor": (put("config.json", ("quantization_config", "bits"), {f"{DOWN}.u": 8}), f"{DOWN}.u"),
+    **ours("heads", None, 3, [], {Q: 0}, {Q: 10**9}, {Q: "1"}, {"model.norm": 1}),
+    "a head that is not there": (put("config.json", ("quantization_config", "heads"), {DOWN: 1}), DOWN),
+    **ours("table", 3, "x", [], {}, {"name": "model.embed_tokens", "bits": 3, "tied": True}),
+    "a table in version 1": (put("config.json", ("quantization_config", "format_version"), 1), "version 2"),
+    "int8 in version 2": (put("config.json", ("quantization_config", "int8"), []), "version 1"),
     **{
         f"version {v!r}": (put("config.json", ("quantization_config", "format_version"), v), "format version")
-        for v in (2, 0, -1, "1", None, 1.0, True, [])
+        for v in (3, 0, -1, "1", None, 1.0, True, [])
     },
     **ours("rank", {}),
     **{f"no {f}": (drop("config.json", "quantization_config", f), ".") for f in ("ranks", "groups", "embedding")},

@@ -43,7 +43,7 @@ def require_description(description: Any) -> None:
                 f"quantization_config.heads gives {shown(name)} {shown(head)} of its {ranks.get(name)} bases"
             )
     for name, bits in description.get("bits", {}).items():
-        if bits not in (4, 8):
+        if type(bits) is not int or bits not in (4, 8):
             raise ValueError(f"quantization_config.bits gives {shown(name)} {shown(bits)}, it should be 4 or 8")
     for field in ("embedding", "table"):
         if description.get(field) is not None:
