@@ -17,6 +17,7 @@ from ..checkpoint.models import config_and_tokenizer, load
 from ..checkpoint.targets import targets
 from ..data.tasks import Task
 from ..data.tuned_on import remember
+from ..layers.rounded import quantized
 from ..sizes import sizes
 from ..system import processes
 from ..system.writing import replace_text
@@ -86,7 +87,7 @@ class Work:
 
     def finals(self) -> dict:
         """The published models of all rows, by name."""
-        return {name: self._load_final(folder)[0] for name, folder in self.given.items()}
+        return {name: self._to_time(folder) for name, folder in self.given.items()}
 
     def only(self, examples: list[int]) -> Task:
         """The task with these of its training examples."""
@@ -104,6 +105,11 @@ class Work:
         """In fp32 where the device would only emulate the checkpoint's dtype: the values are the same."""
         native = self.recipe.dtype == "bfloat16" and fast_bf16(processes.device())
         return load_here(folder / "model", None if native else "float32")
+
+    def _to_time(self, folder: Path) -> PreTrainedModel:
+        """As it computes fastest: kernels for rounded weights are for 16 bits, whether the device computes in them or not."""
+        model, _ = load_here(folder / "model")
+        return model if quantized(model) else self._load_final(folder)[0]
 
     def _read(self, product: str, read: Callable[[Path], Any]) -> Any:
         found = self.given[product]
