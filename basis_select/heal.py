@@ -13,7 +13,7 @@ from .checkpoint.targets import is_plain
 from .data.tasks import Task
 from .layers.embedding import RoundedEmbedding
 from .layers.group import groups, table_of
-from .layers.rounded import require_wide, training
+from .layers.rounded import quantized, require_wide, training
 from .options import BatchSize, Checkpointing, Natural, Positive, Weight, checked
 from .system import processes
 from .training.collage import Precision
@@ -75,6 +75,8 @@ def heal(
         require_wide(model, "lora")
     if embeddings and isinstance(model.get_input_embeddings(), RoundedEmbedding):
         raise ValueError("a rounded token embedding does not train: leave out embeddings=True")
+    if quantized(model) and processes.is_sharded(model):
+        raise ValueError("rounded weights do not train in a model that is spread over processes: load it whole")
     if lr is None and steps:
         if precision != "fp32" and processes.is_sharded(model):
             raise ValueError("FSDP cannot measure a model in fp32 and then train it in another precision: pass lr")

@@ -203,7 +203,8 @@ STAGES = (
         says=lambda view: f"train the smaller model, {_steps(view.recipe.heal)}",
         run=verbs.run_heal,
         cost=estimates.healing,
-        processes=lambda recipe, shard: COPIES if recipe.heal.lora else SPREAD,  # adapters are added to whole layers
+        # Adapters are added to whole layers, and rounded weights train in whole ones.
+        processes=lambda recipe, shard: COPIES if recipe.heal.lora or recipe.prune.bits != 16 else SPREAD,
     ),
     Stage(
         name="save",

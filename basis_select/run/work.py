@@ -107,7 +107,7 @@ class Work:
         return load_here(folder / "model", None if native else "float32")
 
     def _to_time(self, folder: Path) -> PreTrainedModel:
-        """As it computes fastest: kernels for rounded weights are for 16 bits, whether the device computes in them or not."""
+        """As it computes fastest: what is rounded has kernels for 16 bits, even where the device has no such units."""
         model, _ = load_here(folder / "model")
         return model if quantized(model) else self._load_final(folder)[0]
 
