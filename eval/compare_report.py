@@ -113,6 +113,7 @@ def summary(results, sizes=(4, 8)):
     """The NLL alone, as one Markdown table of all tasks at some sizes; models that are not factored have their own."""
     cells = _cells(results)
     columns = [(task, size) for task in dict.fromkeys(r["task"] for r in results) for size in sizes]
+    columns = [(task, size) for task, size in columns if any((t, s) == (task, size) for t, _, s in cells)]
     lines = []
     for method in dict.fromkeys(r["method"] for r in results):
         found = [cells.get((task, method, 1 if method in DENSE else size)) for task, size in columns]

@@ -2,7 +2,7 @@
 
 python eval/tables.py
 
-`<!-- front: FILE -->` is the short table of a comparison: the parent, and three models of about the same bytes.
+`<!-- front: FILE -->` is the short table of a comparison at sizes on disk, with the best published method's of another.
 """
 
 import json
@@ -77,21 +77,51 @@ def parity(result):
     return markdown(head, lines, "l" + "r" * (len(head) - 1))
 
 
-FRONT = {  # at about the bytes of int4: name of the row, method and size in the results
-    "parent": ("parent", 1),
-    "ours, int8": ("default, int8", 2),
-    "int4 of the whole model": ("int4", 1),
-    "best published method, SVD-LLM": ("SVD-LLM", 8),
+FRONT = {  # name of the row: method and size in the results, and in which
+    "parent": ("parent", 1, "bytes"),
+    "ours": ("default", "45MB", "bytes"),
+    "the dense parent at 3 bits, healed alike": ("int3, trained", 1, "bytes"),
+    "best published method, SVD-LLM": ("SVD-LLM", 8, "compare"),
 }
 
 
 def front(results):
     tasks, lines = dict.fromkeys(r["task"] for r in results), []
-    for name, which in FRONT.items():
-        rows = [[r for r in results if (r["task"], r["method"], r["size"]) == (task, *which)] for task in tasks]
-        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*interval(found)) for found in rows]
+    found = {"bytes": results, "compare": read(REPO / "eval" / "results" / "compare.jsonl")}
+    for name, (method, size, source) in FRONT.items():
+        rows = [
+            [r for r in found[source] if (r["task"], r["method"], r["size"]) == (task, method, size)] for task in tasks
+        ]
+        cells = [_nll(of_task) for of_task in rows]
         lines.append([name, f"{rows[0][0]['sizes']['bytes'] / 1e6:.0f} MB", *cells])
     return markdown(["model", "size", *tasks], lines, "lr" + "r" * len(tasks))
+
+
+def _nll(rows):
+    return "{:.3f} ({:.3f} to {:.3f})".format(*interval(rows))
+
+
+def on_disk(results):
+    """Rows of sizes on disk, largest first: what healing changed on the validation split, and the test NLL."""
+    cells, lines = {}, []
+    for r in results:
+        cells.setdefault((r["task"], r["method"], r["size"]), []).append(r)
+    for (task, method, _), rows in sorted(cells.items(), key=lambda x: (x[0][0], -x[1][0]["sizes"]["bytes"])):
+        healing = rows[0].get("validation_nll")
+        change = f"{healing['unhealed']:.3f} to {healing['healed']:.3f}" if healing else ""
+        lines.append([task, method, f"{rows[0]['sizes']['bytes'] / 1e6:.1f}", change, _nll(rows)])
+    return markdown(["task", "model", "MB", "validation NLL, healing", "test NLL"], lines, "llrrr")
+
+
+def forms(rows):
+    """Validation NLL of every choice of forms, sizes as columns."""
+    sizes = dict.fromkeys(row["size"] for row in rows)
+    found = {(row["forms"], row["size"]): row["validation_nll"] for row in rows}
+    lines = []
+    for name in dict.fromkeys(row["forms"] for row in rows):
+        values = [found[name, size] for size in sizes]
+        lines.append([name, *("cannot be" if isinstance(value, str) else f"{value:.3f}" for value in values)])
+    return markdown(["", *sizes], lines, "l" + "r" * len(sizes))
 
 
 TABLES = {
@@ -102,6 +132,7 @@ TABLES = {
     "plan_check": plan_check,
     "runtimes": runtimes,
     "bench": bench,
+    "forms": forms,
 }
 
 
@@ -109,7 +140,8 @@ def fill(text):
     def block(match):
         kind, source = match[1], REPO / match[2]
         if source.suffix == ".jsonl":
-            lines = (front if kind == "front" else summary)(read(source))
+            rows = read(source)
+            lines = front(rows) if kind == "front" else on_disk(rows) if source.stem == "bytes" else summary(rows)
         else:
             lines = TABLES[source.stem](json.loads(source.read_text()))
         return f"<!-- {kind}: {match[2]} -->\n{lines}<!-- end -->"
