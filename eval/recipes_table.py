@@ -24,9 +24,9 @@ from basis_select.evaluation.report import cells, markdown
 from basis_select.run import estimates
 from basis_select.run import recipe as recipes
 from basis_select.run.plan import Plan, plan
+from basis_select.run.room import bytes_of
 from basis_select.system.reading import read_json
 from basis_select.system.writing import replace_text
-from basis_select.target import BYTES
 
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "eval" / "results"
@@ -86,7 +86,7 @@ def _numbers(found: Plan) -> dict:
         "tokens": round(found.tokens),
         "parameters_m": round(row.total / 1e6, 1),
         "kept_m": round(row.published / 1e6, 2),
-        "megabytes": round(row.published * BYTES[row.recipe.dtype] / 1e6),
+        "megabytes": round(bytes_of(row.recipe, row.parent, row.published) / 1e6),
         "tflop": round(found.flops / 1e12, 1),
         "memory_gib": round(found.memory / 2**30, 1),
     }

@@ -227,5 +227,7 @@ def test_a_recipe_says_its_size_in_bytes(tmp_path):
     recipe = read(addition_recipe(tmp_path, tiny(tied=True, dtype="bfloat16"), 9, **options))
     assert "MB at most" in text(plan(recipe))
     results = run(recipe, tmp_path / "run")
-    print(json.dumps(results)[:600])
-    assert weight_bytes(tmp_path / "run" / "model") * 4 <= 2 * bs.sizes(tiny(tied=True))["parameters"]
+    found = results["result"]["sizes"]
+    assert found["bytes"] == weight_bytes(tmp_path / "run" / "final")
+    assert found["bytes"] * 4 <= 2 * found["parameters_dense"]
+    assert found["bits"].keys() == {"8", "4"}
