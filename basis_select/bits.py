@@ -5,10 +5,11 @@ import logging
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .data.tasks import Task
-from .layers.embedding import is_tied, lookup_scale, module_name, round_table
+from .layers.embedding import is_tied, module_name, round_table
 from .layers.group import Group, table_of
 from .layers.rounding import basis_costs, dense_cost, stored_bytes
 from .linalg.budget import best_for, rising, table_rank
@@ -118,7 +119,7 @@ def allowed(model: PreTrainedModel, asked: Target, dtype: Dtype) -> float:
     return allowed
 
 
-def largest_share(model: PreTrainedModel, layers: dict[str, torch.nn.Module], asked: Target, dtype: Dtype) -> float:
+def largest_share(model: PreTrainedModel, layers: dict[str, nn.Module], asked: Target, dtype: Dtype) -> float:
     """The largest fraction of the parameters of these dense `layers`, `{name: layer}`, that a size on disk leaves: that
     with 4 bits for each. Raises ValueError if there is none.
     """
@@ -151,13 +152,12 @@ def _elsewhere(model: PreTrainedModel, names: list[str], rounds: bool) -> int:
 
 
 def can_round(model: PreTrainedModel) -> bool:
-    """Whether the dense token embedding can have fewer bits; a warning if it computes something of its own."""
-    try:
-        lookup_scale(model.get_input_embeddings())
-    except ValueError as error:
-        log.warning("the token embedding keeps its 16 bits: %s", error)
-        return False
-    return True
+    """Whether the dense token embedding, on any device, can have fewer bits; a warning if it computes what is its own."""
+    embedding = model.get_input_embeddings()
+    plain = type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "embed_scale")
+    if not plain:
+        log.warning("the token embedding keeps its 16 bits, for it is a %s", type(embedding).__name__)
+    return plain
 
 
 def _whole_table(model: PreTrainedModel) -> int:

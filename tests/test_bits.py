@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import basis_select as bs
-from basis_select.bits import Form, forms
+from basis_select.bits import Form, forms, largest_share
 from basis_select.checkpoint.format import BasisSelectConfig
+from basis_select.checkpoint.targets import targets
 from basis_select.export import to_int8
 from basis_select.layers.group import groups
 from basis_select.layers.rounded import RoundedLinear, RoundingLinear, quantized, training
@@ -24,6 +25,7 @@ from basis_select.linalg.budget import best_for, rising
 from basis_select.run.pipeline import run
 from basis_select.run.plan import plan, text
 from basis_select.run.recipe import read
+from basis_select.target import target
 from basis_select.training.loss import response_nll
 
 KINDS = [("llama", True, False), ("llama", False, False), ("llama", True, True), ("gemma3_text", True, False)]
@@ -187,6 +189,16 @@ def test_the_best_choices_never_cost_more_and_leave_out_nothing_that_fits(points
 def test_what_cannot_be_shared_in_bytes_is_said_in_a_sentence(bases, task, options, says):
     with pytest.raises(ValueError, match=says):
         bs.prune(copy.deepcopy(bases), task, **{"bits": "auto", "multiple_of": 4, **options})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_the_largest_share_is_known_without_values(kind):
+    model, asked = tiny(kind, tied=True), target(size="4x")
+    with torch.device("meta"):
+        empty = type(model)._from_config(model.config)
+    found = [largest_share(m, targets(m), asked, "bfloat16") for m in (model, empty)]
+    assert found[0] == found[1]
+    assert 0.3 < found[0] < 1
 
 
 def test_a_checkpoint_of_version_1_loads(ids, tmp_path):
