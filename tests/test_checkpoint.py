@@ -28,7 +28,7 @@ def compressed(task, kind="llama", **options):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", sampled(KINDS, 3))
+@pytest.mark.parametrize("kind", sampled(KINDS, 6))
 def test_reloaded_logits_are_bit_equal(kind, tied, dtype, task, ids, tmp_path):
     model = compressed(task, kind, tied=tied, dtype=dtype)
     bs.save(model, None, tmp_path / "a")
@@ -257,6 +257,7 @@ def test_pipeline_compile_and_device_map(loadable, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_trainer_and_adapters(loadable, tmp_path):
     folder, _ = loadable
     rows = [{"input_ids": PROMPT[0], "labels": PROMPT[0]}] * 4

@@ -36,6 +36,7 @@ def made(tmp_path_factory):
     recipe = addition_recipe(home, tiny(num_hidden_layers=1), 6, **content)
     with pytest.MonkeyPatch.context() as patch:
         start_no_process(patch)
+        patch.setattr(pipeline, "report", lambda folder: None)
         pipeline.run(recipes.read(recipe), home / "run")
     return recipe, home / "run"
 
@@ -48,9 +49,9 @@ def copy(made, tmp_path, monkeypatch):
     def works(*args):
         raise AssertionError("a stage began")
 
+    start_no_process(monkeypatch)
     monkeypatch.setattr(disk, "forget_peak_memory", works)
     monkeypatch.setattr(pipeline, "report", lambda folder: None)
-    start_no_process(monkeypatch)
     return made[0], tmp_path / "run"
 
 

@@ -190,6 +190,7 @@ def test_inspect_and_verify(whole):
     assert "bit-equal" in CliRunner().invoke(app, ["verify", str(final)]).output
 
 
+@pytest.mark.slow
 def test_plan(recipe):
     there = sorted(recipe.parent.rglob("*"))
     text = CliRunner().invoke(app, ["plan", str(recipe), "--processes", "4"]).output

@@ -141,6 +141,7 @@ def test_a_thread_keeps_few_latents_that_were_not_read_by_all():
     _latents.held.clear()
 
 
+@pytest.mark.slow
 def test_layers_compiled_one_by_one_share_nothing():
     (q, k), x = pair(), torch.randn(3, 16)
     with torch.no_grad():
