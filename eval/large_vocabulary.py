@@ -5,7 +5,8 @@ python eval/large_vocabulary.py SCRATCH OUT.json [--layers N]
 Two rows, each in a process of its own: one is trimmed, the other keeps every token. Both are decomposed with their
 tables as bases, pruned (to a sixth and to half of the parent), saved, loaded and exported. `moments` compares second
 moments of the whole model with one forward and backward pass over the same tokens, in CPU seconds, since other work may
-share the machine. Peaks are of resident memory since the step began, the model itself included.
+share the machine. Peaks are of resident memory since the step began, the model itself included. Rows that OUT.json has
+already stay.
 """
 
 import argparse
@@ -146,12 +147,12 @@ def main():
     a = parser.parse_args()
     if not (a.scratch / "rows.jsonl").exists():
         generate(a.scratch, a.layers)
-    for name in ("trimmed", "whole"):
-        shutil.rmtree(a.scratch / name, ignore_errors=True)
-    result = {**environment(), "layers": a.layers}
+    result = json.loads(a.out.read_text()) if a.out.exists() else {**environment(), "layers": a.layers}
     for name, work, of in (("moments", moments, None), ("trimmed", through, True), ("whole", through, False)):
-        result[name] = apart(work, a.scratch, of)
-        a.out.write_text(json.dumps(result, indent=1) + "\n")
+        if name not in result:
+            shutil.rmtree(a.scratch / name, ignore_errors=True)
+            result[name] = apart(work, a.scratch, of)
+            a.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
