@@ -19,6 +19,7 @@ from basis_select.layers.shape import Shape
 from basis_select.linalg.metrics import METRICS
 from basis_select.statistics.moments import moment_bytes, passes, second_moments
 from basis_select.statistics.readers import dense_groups, same_input
+from basis_select.statistics.sums import _complete
 from basis_select.training.data import Batches
 
 
@@ -187,3 +188,10 @@ def test_layers_are_freed_without_the_garbage_collector():
         assert [ref() for ref in seen] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_moment_is_mirrored_block_by_block():
+    for n in (1, 255, 256, 700):
+        moment = torch.randn(n, n)
+        wanted = moment.tril() + moment.tril(-1).T
+        assert torch.equal(_complete(moment), wanted)

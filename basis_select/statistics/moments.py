@@ -83,19 +83,24 @@ def _add_batch(model: nn.Module, batch: dict, seed: int, sums: Sums, table: Tabl
     What is drawn depends on `seed`, not on which process draws it.
     """
     targets = batch["targets"].to(model.device)
-    sums.begin(batch["real"].flatten().to(model.device), targets >= 0)
+    real = targets >= 0
+    sums.begin(batch["real"].flatten().to(model.device), real)
     with autocast(model):
-        logits = response_logits(model, batch).float()
+        logits = response_logits(model, batch)
     if not sums.uses.outputs:
         return
-    p = logits.detach().softmax(-1)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    other = torch.multinomial(p, 1, generator=generator)[:, 0]
+    p = logits.detach().float().softmax(-1)  # (n, vocabulary): the largest tensor here, so that no other is made of it
+    other = torch.multinomial(p, 1, generator=torch.Generator(model.device).manual_seed(seed))[:, 0]
+    p.masked_fill_(~real[:, None], 0)
     if table:
-        table.add_head(p, targets, targets >= 0)
-    for labels, y in (("own", targets), ("drawn", other.masked_fill(targets < 0, -100))):
+        table.add_head(p, targets, real)
+    for labels, y in (("own", targets), ("drawn", other)):
         sums.labels = labels
-        nn.functional.cross_entropy(logits, y, reduction="sum").backward(retain_graph=labels == "own")
+        at = real.nonzero()[:, 0], y[real]
+        likelihood = p[at]
+        p[at] -= 1  # the gradient of the summed cross entropy is p - y
+        logits.backward(p.to(logits.dtype), retain_graph=labels == "own")
+        p[at] = likelihood
         sums.complete()
         if table:
             table.add_gradient(labels, sums.real["body"])
@@ -118,7 +123,7 @@ def _is_routed(model: nn.Module, example: Example) -> bool:
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
     try:
         with autocast(model):
-            response_logits(model, batch)
+            model.base_model(batch["input_ids"].to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,9 @@ from ..layers.shape import moment_shape
 from ..linalg import metrics
 from .readers import layer_input
 
+BLOCK = 256  # rows and columns of a moment that are mirrored at once
+ROWS = 16  # of (tokens, vocabulary) that are squared at once
+
 
 @torch.no_grad()
 def _add(store: dict, key: str | tuple[str, int], x: torch.Tensor) -> None:
@@ -22,7 +25,7 @@ def _add(store: dict, key: str | tuple[str, int], x: torch.Tensor) -> None:
     with torch.autocast(x.device.type, enabled=False):  # sums of products are what bf16 must not touch
         shape = moment_shape(x.shape[1])
         if not shape:
-            store[key] = store.get(key, 0) + x.square().mean(1).sum()
+            store[key] = store.get(key, 0) + torch.linalg.vector_norm(x).square() / x.shape[1]
             return
         if key not in store:
             store[key] = x.new_zeros(shape)
@@ -41,8 +44,13 @@ def _both(own: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
 
 
 def _complete(moment: torch.Tensor) -> torch.Tensor:
-    """The lower triangle mirrored, in place."""
-    return moment.copy_(moment.tril() + moment.tril(-1).T) if moment.dim() else moment
+    """The lower triangle mirrored, in place and block by block, since a moment may be as large as all else."""
+    for at in range(0, len(moment) if moment.dim() else 0, BLOCK):
+        rows = slice(at, at + BLOCK)
+        moment[rows, at + BLOCK :] = moment[at + BLOCK :, rows].T
+        corner = moment[rows, rows]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+    return moment
 
 
 def trace(moment: torch.Tensor) -> torch.Tensor:
@@ -52,10 +60,8 @@ def trace(moment: torch.Tensor) -> torch.Tensor:
 
 def token_counts(task: Task, vocabulary: int) -> torch.Tensor:
     """How often the training split of `task` has each token: (vocabulary,), float64."""
-    counts = torch.zeros(vocabulary, dtype=torch.float64)
-    for example in task.train:
-        counts += torch.bincount(torch.tensor(example.input_ids), minlength=vocabulary)
-    return counts
+    tokens = torch.tensor([token for example in task.train for token in example.input_ids])
+    return torch.bincount(tokens, minlength=vocabulary).double()
 
 
 class Sums:
@@ -176,14 +182,17 @@ class TableSums:
         self.columns[labels].addmm_(g.T, g)
 
     def add_head(self, p: torch.Tensor, y: torch.Tensor, real: torch.Tensor) -> None:
-        """p: (n, vocabulary) probabilities and y: (n,) labels at the hidden states that the head has just read."""
+        """p: (n, vocabulary) probabilities and y: (n,) labels at the hidden states that the head has just read.
+
+        Both count where `real: (n,)`; elsewhere p is zero.
+        """
         if not self.tied:
             return
-        h, p, y = self.states[real].float(), p[real], y[real]
+        h = self.states[real].float()
         self.hidden.addmm_(h.T, h)
-        square = p.square().sum(0)
+        square = sum(part.square().sum(0) for part in p.split(ROWS))
         self.rows["drawn"] += p.sum(0) - square
-        self.rows["own"] += square.index_add_(0, y, 1 - 2 * p.gather(1, y[:, None])[:, 0])
+        self.rows["own"] += square.index_add_(0, y[real], 1 - 2 * p[real.nonzero()[:, 0], y[real]])
 
     def sums(self) -> list[dict[str, torch.Tensor]]:
         """What is summed over tokens: dicts of tensors."""
