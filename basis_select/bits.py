@@ -152,7 +152,7 @@ def _elsewhere(model: PreTrainedModel, names: list[str], rounds: bool) -> int:
 
 
 def can_round(model: PreTrainedModel) -> bool:
-    """Whether the dense token embedding, on any device, can have fewer bits; a warning if it computes something else."""
+    """Whether the dense token embedding, on any device, can have fewer bits; a warning if it computes otherwise."""
     embedding = model.get_input_embeddings()
     plain = type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "embed_scale")
     if not plain:
