@@ -61,32 +61,30 @@ def trim(
         0
     """
     if tokens == "all":
-        every = model.get_input_embeddings().num_embeddings
-        return model, tokenizer, {"tokens": every, "tokens_before": every}
+        return model, tokenizer, dict.fromkeys(("tokens", "tokens_before"), model.get_input_embeddings().num_embeddings)
     if getattr(model.config, "trimmed", None):
         raise ValueError("this model has been trimmed already: trim the one that it was made of")
     if bool(text) != bool(frequent):
         raise ValueError("`text` and `frequent` go together: how many of the most frequent tokens of a text to keep")
     _check_tables(model)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    used = Counter(token for example in task.train for token in example.input_ids)
+    used = {token for example in task.train for token in example.input_ids}
     if text:
         ids = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-        used.update(dict(Counter(ids).most_common(frequent)))
+        used |= {token for token, _ in Counter(ids).most_common(frequent)}
     kept = _closed(content, {*used, *_special(model, tokenizer, content), *_of_template(tokenizer)})
-    smaller = _tokenizer(tokenizer, content, kept)
-    new = {old: i for i, old in enumerate(kept)}
+    smaller, new = _tokenizer(tokenizer, content, kept), {old: i for i, old in enumerate(kept)}
     _check_pieces(task, tokenizer, smaller, new)
     smaller.tokenizer_model = trimmed_model(tokenizer, smaller, new)
-    before = model.num_parameters()
-    report = {"tokens": len(kept), "tokens_before": model.get_input_embeddings().num_embeddings}
+    before, rows = model.num_parameters(), model.get_input_embeddings().num_embeddings
+    report = {"tokens": len(kept), "tokens_before": rows}
     for split in ("validation", "test"):
         ids = [token for example in getattr(task, split) for token in example.input_ids]
         report[f"spelled_{split}"] = sum(token not in new for token in ids) / max(1, len(ids))
     _shrink(model, kept, new)
     report["parameters_away"] = before - model.num_parameters()
     model.config.trimmed = report
-    log.info("trim: %s tokens of %s stay", f"{len(kept):,}", f"{report['tokens_before']:,}")
+    log.info("trim: %s tokens of %s stay", f"{len(kept):,}", f"{rows:,}")
     return model, smaller, report
 
 

@@ -126,26 +126,9 @@ def evaluate_task(
     known: rows that are not to be tested; counts: the tokenizer whose tokens likelihoods are per, if not the model's.
     """
     if name not in NAMES:
-        task = load_task(name, tokenizer)
-        task = counted_as(task, load_task(name, counts)) if counts else task
-        task, trained = _untrained(task, name, known)
-        rows = batch_size or rows_that_fit(model, generates=False)
-        result = evaluate(model, tokenizer, task, limit, rows)
-        prompts = [e.prompt for e in task.test[:limit]]
-        near = known.near(prompts) if known else [False] * len(prompts)
-        others = [item for item, is_near in zip(result["items"], near, strict=True) if not is_near]
-        return {
-            **result,
-            "of": len(task.test),
-            "batch_size": rows,
-            "prompts_sha256": _digest(prompts),
-            "trained": trained,
-            "near": sum(near),
-            "without_near": summary(others) if 0 < len(others) < len(near) else None,
-        }
-    package = lm_eval()
+        return _evaluate_rows(model, tokenizer, name, limit, batch_size, known, counts)
     metadata = {} if shots is None else {"shots": shots}
-    manager = package.tasks.TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)
+    manager = lm_eval().tasks.TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)
     task = manager.load(name)["tasks"][name]
     about = task.config.metadata
     if shots is not None and task.config.num_fewshot:
@@ -169,7 +152,6 @@ def evaluate_task(
     items = _items(lm, task, out["samples"][name], about, Encoder(counts or tokenizer))
     near = known.near(texts) if known else [False] * len(texts)
     others = [item for item in items if not near[item["id"]]]
-    values = out["results"][name].items()
     return {
         "task": name,
         "n": len(items),
@@ -184,9 +166,38 @@ def evaluate_task(
         "trained": sum(trained),
         "near": len(items) - len(others),
         "without_near": _summary(others, about) if 0 < len(others) < len(items) else None,
-        "metrics": {k: _plain(v) for k, v in values if "," in k and "_stderr" not in k},
+        "metrics": {k: _plain(v) for k, v in out["results"][name].items() if "," in k and "_stderr" not in k},
         **_summary(items, about),
         "items": items,
+    }
+
+
+def _evaluate_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    limit: int | None,
+    batch_size: int | None,
+    known: TunedOn | None,
+    counts: PreTrainedTokenizerBase | None,
+) -> dict:
+    """`evaluate_task` of a source of `load_task`."""
+    task = load_task(name, tokenizer)
+    task = counted_as(task, load_task(name, counts)) if counts else task
+    task, trained = _untrained(task, name, known)
+    rows = batch_size or rows_that_fit(model, generates=False)
+    result = evaluate(model, tokenizer, task, limit, rows)
+    prompts = [e.prompt for e in task.test[:limit]]
+    near = known.near(prompts) if known else [False] * len(prompts)
+    others = [item for item, is_near in zip(result["items"], near, strict=True) if not is_near]
+    return {
+        **result,
+        "of": len(task.test),
+        "batch_size": rows,
+        "prompts_sha256": _digest(prompts),
+        "trained": trained,
+        "near": sum(near),
+        "without_near": summary(others) if 0 < len(others) < len(near) else None,
     }
 
 
