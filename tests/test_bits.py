@@ -113,6 +113,21 @@ def test_what_trains_computes_what_will_be_deployed(bits):
     assert torch.allclose(holder["a"](x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (48, 64), (70, 32), (64, 40)])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_four_bits_by_the_kernel_are_what_their_weight_computes(inputs, outputs, tokens):
+    torch.manual_seed(0)
+    layer = RoundedLinear.rounded(torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16), 4)
+    x = torch.randn(2, tokens, inputs, dtype=torch.bfloat16)
+    for _ in range(2):  # once more after the weights have changed
+        exact = x.double() @ layer.weight.double().T + layer.bias.double()
+        assert (layer(x).double() - exact).abs().max() < 0.01 * exact.abs().max()
+        layer.scale *= 2
+    trained = x.clone().requires_grad_()
+    layer(trained).sum().backward()
+    assert trained.grad.abs().sum() > 0
+
+
 @given(st.integers(1, 9), st.integers(1, 130), st.sampled_from([8, 4]), st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_rounding_is_to_the_nearest_and_takes_the_bytes_that_it_says(rows, inputs, bits, seed):

@@ -82,24 +82,23 @@ class RoundedLinear(nn.Module):
         return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x: (..., in)
-        kernel = self._of_8_bits if self.bits == 8 else self._of_4_bits
-        # Kernels of the CPU are for bfloat16, and not for training or compilers.
-        usable = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-        y = (
-            kernel(x.reshape(-1, self.in_features))
-            if usable and not (torch.is_grad_enabled() and x.requires_grad)
-            else None
-        )
-        if y is not None:
-            y = y.view(*x.shape[:-1], self.out_features)
-        elif self.bits == 8:
+        y = self._by_kernel(x)
+        if y is None and self.bits == 8:
             y = F.linear(x, self.q.to(x.dtype)) * self.scale
-        else:
+        elif y is None:
             y = F.linear(x, self.weight.to(x.dtype))
         return y if self.bias is None else y + self.bias
 
+    def _by_kernel(self, x: torch.Tensor) -> torch.Tensor | None:
+        """`x W^T` by a kernel of the CPU, None where there is none: they are for bfloat16, not to train or compile."""
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() and x.requires_grad:
+            return None
+        y = (self._of_8_bits if self.bits == 8 else self._of_4_bits)(x.reshape(-1, self.in_features))
+        return y if y is None else y.view(*x.shape[:-1], self.out_features)
+
     def _of_8_bits(self, x: torch.Tensor) -> torch.Tensor | None:
-        """`x W^T` by the CPU's kernel, None where that cannot or should not compute it. x: (n, in)"""
         # It reads 16 aligned weights at once and crashes, instead of raising, where there are none.
         if len(x) > FEW or self.in_features % 16 or self.q.data_ptr() % 16:
             return None
