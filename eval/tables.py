@@ -80,6 +80,7 @@ def parity(result):
 FRONT = {  # name of the row: method and size in the results, and in which
     "parent": ("parent", 1, "bytes"),
     "ours": ("default", "45MB", "bytes"),
+    "the dense parent at 4 bits, healed alike": ("int4, trained", 1, "bytes"),
     "the dense parent at 3 bits, healed alike": ("int3, trained", 1, "bytes"),
     "best published method, SVD-LLM": ("SVD-LLM", 8, "compare"),
 }
