@@ -119,18 +119,26 @@ def allowed(model: PreTrainedModel, asked: Target, dtype: Dtype) -> float:
     return allowed
 
 
-def largest_share(model: PreTrainedModel, layers: dict[str, nn.Module], asked: Target, dtype: Dtype) -> float:
+def largest_share(
+    model: PreTrainedModel, layers: dict[str, nn.Module], asked: Target, dtype: Dtype, table: bool = False
+) -> float:
     """The largest fraction of the parameters of these dense `layers`, `{name: layer}`, that a size on disk leaves: that
     with 4 bits for each. Raises ValueError if there is none.
+
+    table: whether the token embedding will be bases, of which the same fraction stays.
     """
-    rounds = can_round(model)
-    rest = _elsewhere(model, list(layers), rounds) + (_whole_table(model) if rounds else 0)
+    rounds, whole = can_round(model), sum(stored_bytes(*m.weight.shape, 4) for m in layers.values())
+    rest = _elsewhere(model, list(layers), rounds)
+    if table:
+        whole += _whole_table(model)
+    elif rounds:
+        rest += _whole_table(model)
     room = allowed(model, asked, dtype) - rest
     if room <= 0:
         raise ValueError(
             f"{asked} leaves nothing for the targeted layers: the rest of the model alone is {rest:,} bytes"
         )
-    return min(1.0, room / sum(stored_bytes(*m.weight.shape, 4) for m in layers.values()))
+    return min(1.0, room / whole)
 
 
 def _elsewhere(model: PreTrainedModel, names: list[str], rounds: bool) -> int:

@@ -74,7 +74,7 @@ def keep_of(r: Recipe, model: torch.nn.Module, targeted: int) -> float:
     """The fraction of the `targeted` parameters of a dense model, on any device, that a row of a recipe keeps."""
     if r.prune.bits == "auto":
         require(r.asked, Rule(r.prune.budget, r.prune.score, reserve=r.extend.rank + r.learn.new), r.dtype)
-        return largest_share(model, targets(model, required=False), r.asked, r.dtype)
+        return largest_share(model, targets(model, required=False), r.asked, r.dtype, bool(shared_table(r, model)))
     away = trimmed_away(model)
     total = sum(p.numel() for p in model.parameters()) + away
     return r.asked.share(total, targeted + shared_table(r, model), r.dtype, saved_elsewhere(r, model) + away)
