@@ -84,7 +84,7 @@ def _numbers(found: Plan) -> dict:
     return {
         "examples": len(found.task.train),
         "tokens": round(found.tokens),
-        "parameters_m": round(row.total / 1e6, 1),
+        "parameters_m": round(sum(p.numel() for p in found.model.parameters()) / 1e6, 1),
         "kept_m": round(row.published / 1e6, 2),
         "megabytes": round(bytes_of(row.recipe, row.parent, row.published) / 1e6),
         "tflop": round(found.flops / 1e12, 1),
