@@ -51,7 +51,7 @@ class Form:
         if self.rank is None:
             group.to_dense(model, self.bits)
         else:
-            group.take(_best(group, self.rank))
+            group.take(group.best(self.rank))
             group.round(model, self.head)
 
 
@@ -80,14 +80,14 @@ def prune_to_bytes(
     room = allowed(model, asked, dtype) - _elsewhere(model, [name for group in found for name in group.names], rounds)
     if table is not None:
         rank = _rank(model, table, climbs, room, task, rule, keep_embedding)
-        room -= _table(table, rank)
+        room -= _form(table, rank).price(table)
     elif rounds:
         room -= _whole_table(model)
     chosen = best_for(climbs, room, "bytes")
     for group, form in zip(found, chosen, strict=True):
         form.put(group, model)
     if table is not None and rank < table.rank:
-        Form(rank, head=rank).put(table, model)
+        _form(table, rank).put(table, model)
     elif rounds:
         if table is not None:
             table.to_dense(model)
@@ -112,11 +112,7 @@ def require(asked: Target, rule: Rule, dtype: Dtype) -> None:
 
 def allowed(model: PreTrainedModel, asked: Target, dtype: Dtype) -> float:
     """Bytes that the checkpoint may have."""
-    whole = sizes(model)["parameters_dense"] * BYTES[dtype]
-    allowed = whole / asked.amount if asked.unit == "x" else asked.amount
-    if allowed > whole:
-        raise ValueError(f"{asked} is more than the model has: {whole / 1e6:.1f} MB in {dtype}")
-    return allowed
+    return asked.allowed(sizes(model)["parameters_dense"], dtype) * BYTES[dtype]
 
 
 def largest_share(
@@ -173,9 +169,9 @@ def _whole_table(model: PreTrainedModel) -> int:
     return _tensor(module_name(model, embedding), *embedding.weight.shape, TABLE)
 
 
-def _table(table: Group, rank: int) -> int:
-    """Bytes of an embedding of which `rank` bases stay, of a whole one if that is all of them."""
-    return Form(*((None, TABLE) if rank == table.rank else (rank, TABLE, rank))).price(table)
+def _form(table: Group, rank: int) -> Form:
+    """Of an embedding of which `rank` bases stay, whole if that is all of them."""
+    return Form(None, TABLE) if rank == table.rank else Form(rank, head=rank)
 
 
 def _rank(
@@ -195,8 +191,8 @@ def _rank(
     found = weighted_groups(model)
 
     def choose(rank: int) -> Chosen:
-        chosen = best_for(climbs, room - _table(table, rank), "bytes")
-        return [(g, None if f.rank is None else _best(g, f.rank)) for g, f in zip(found, chosen, strict=True)]
+        chosen = best_for(climbs, room - _form(table, rank).price(table), "bytes")
+        return [(g, None if f.rank is None else g.best(f.rank)) for g, f in zip(found, chosen, strict=True)]
 
     return best_rank(model, task, rule.multiple_of, choose)
 
@@ -204,7 +200,7 @@ def _rank(
 @torch.no_grad()
 def forms(group: Group, multiple_of: int = 16) -> list[tuple[Form, int, float]]:
     """`[(what a group of weighted bases may become, bytes, the loss in the metric that it avoids), ...]`."""
-    order = _best(group, group.rank)
+    order = group.best(group.rank)
     s = group.s[order].double().cpu()
     u = torch.cat([layer.u.weight for layer in group.layers])[:, order].float()
     v = group.leader.v.weight[order].float()
@@ -234,8 +230,3 @@ def _entry_costs(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
 def _sums(x: torch.Tensor) -> torch.Tensor:
     """Sums of the first i, i from 0 on."""
     return torch.cat([x.new_zeros(1), x.cumsum(0)]).cpu()
-
-
-def _best(group: Group, rank: int) -> torch.Tensor:
-    """Indices of the bases of largest `s`, largest first."""
-    return group.s.detach().abs().argsort(descending=True, stable=True)[:rank]

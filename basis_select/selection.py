@@ -80,7 +80,7 @@ def select(
         share = _share(model, asked, dtype)
         chosen = of_groups(found, asked, rule, share(_saved(table, rank) if table else 0))
     if table is not None:
-        chosen.append((table, _best(table, rank) if _saved(table, rank) else None))
+        chosen.append((table, table.best(rank) if _saved(table, rank) else None))
     return chosen
 
 
@@ -276,7 +276,7 @@ def best_rank(model: torch.nn.Module, task: Task, multiple_of: int, choose: Call
         except ValueError as error:  # too little is left for the layers
             why.append(error)
             return math.inf
-        return _nll_of(model, task, [*chosen, (table, _best(table, rank))])
+        return _nll_of(model, task, [*chosen, (table, table.best(rank))])
 
     def near(rank: float) -> int:
         rank = max(round(rank / step), 1) * step
@@ -296,10 +296,6 @@ def best_rank(model: torch.nn.Module, task: Task, multiple_of: int, choose: Call
 def _saved(table: Group, rank: int) -> int:
     """Parameters by which an embedding of that rank is smaller."""
     return table.shape.dense_cost - table.shape.deployed(rank)
-
-
-def _best(table: Group, rank: int) -> torch.Tensor:
-    return table.s.argsort(descending=True, stable=True)[:rank]
 
 
 def _nll_of(model: torch.nn.Module, task: Task, chosen: Chosen) -> float:

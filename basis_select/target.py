@@ -40,17 +40,21 @@ class Target:
         """
         if self.name == "keep":
             return self.amount
-        amounts = {"x": parameters / self.amount, "bytes": self.amount / BYTES[dtype], "parameters": self.amount}
-        allowed = amounts[self.unit]
-        if allowed > parameters:
-            raise ValueError(f"{self} is more than the model has: {_whole(parameters, dtype)}")
         rest = parameters - targeted - saved
-        fraction = (allowed - rest) / targeted
+        fraction = (self.allowed(parameters, dtype) - rest) / targeted
         if fraction <= 0:
             raise ValueError(
                 f"{self} leaves nothing for the targeted layers: the rest of the model alone is {_whole(rest, dtype)}"
             )
         return min(fraction, 1.0)
+
+    def allowed(self, parameters: int, dtype: Dtype) -> float:
+        """How many parameters, all stored in `dtype`, a size allows a model of so many. ValueError if it is more."""
+        amounts = {"x": parameters / self.amount, "bytes": self.amount / BYTES[dtype], "parameters": self.amount}
+        allowed = amounts[self.unit]
+        if allowed > parameters:
+            raise ValueError(f"{self} is more than the model has: {_whole(parameters, dtype)}")
+        return allowed
 
 
 def target(

@@ -46,7 +46,7 @@ from basis_select.heal import suitable_rate
 from basis_select.layers.embedding import round_table
 from basis_select.layers.group import groups, table_of
 from basis_select.layers.rounded import RoundedLinear
-from basis_select.layers.rounding import nearest, stored_bytes
+from basis_select.layers.rounding import GROUP, nearest, stored_bytes
 from basis_select.linalg.metrics import METRICS
 from basis_select.run.disk import OnDisk
 from basis_select.run.recipe import Recipe, override
@@ -56,8 +56,6 @@ from basis_select.sizes import sizes
 from basis_select.statistics.moments import TABLE, second_moments
 from basis_select.statistics.readers import same_input
 from basis_select.training.loss import log_probabilities, response_nll, response_nlls
-
-GROUP = 32  # weights that share one scale in int4
 
 
 class Teacher:

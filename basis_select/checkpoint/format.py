@@ -97,6 +97,11 @@ class BasisSelectConfig(QuantizationConfigMixin):
             self.table = table
         require_description({**self.__dict__, **kwargs})
 
+    @property
+    def rounded(self) -> dict[str, int]:
+        """`{module: bits}` of the linear layers that are rounded, of either version."""
+        return dict.fromkeys(self.int8, 8) if self.format_version == 1 else self.bits
+
 
 def require_loadable(model: PreTrainedModel) -> None:
     """Raise ValueError if AutoModelForCausalLM, which reads checkpoints, does not know this kind of model."""
@@ -252,7 +257,7 @@ def guards(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def factored_weights(config: BasisSelectConfig) -> list[str]:
     """Names that the weights of the layers written as bases would have if these were dense."""
-    names = config.ranks or ([config.embedding["name"]] if config.embedding else getattr(config, "bits", ()))
+    names = config.ranks or ([config.embedding["name"]] if config.embedding else config.rounded)
     return [f"{name}.weight" for name in sorted(names)]
 
 
@@ -285,14 +290,11 @@ def build(model: PreTrainedModel, config: BasisSelectConfig) -> None:
     if config.embedding:
         _listed(model, config.embedding["name"], nn.Embedding)
         install(model, **config.embedding, weighted=bool(config.weighted))
-    if config.format_version == 1:
-        bits, heads, table = dict.fromkeys(config.int8, 8), {}, None
-    else:
-        bits, heads, table = config.bits, config.heads, config.table
+    heads, table = getattr(config, "heads", {}), getattr(config, "table", None)  # version 1 has neither
     for group in groups(model):
         if group.name in heads:
             _split(group, heads[group.name])
-    for name, width in bits.items():
+    for name, width in config.rounded.items():
         model.set_submodule(name, RoundedLinear.like(_listed(model, name, nn.Linear), width))
     if table:
         _listed(model, table["name"], nn.Embedding)

@@ -100,12 +100,11 @@ def install(
     return table
 
 
-def install_rounded(model: PreTrainedModel, name: str, bits: int, tied: bool, scale: float = 1.0) -> RoundedLinear:
-    """Replace the embedding `name`, and the head if `tied`, by a rounded table, uninitialised; returns it."""
+def install_rounded(model: PreTrainedModel, name: str, bits: int, tied: bool, scale: float = 1.0) -> None:
+    """Replace the embedding `name`, and the head if `tied`, by a rounded table, uninitialised."""
     like = model.get_submodule(name).weight
     table = RoundedLinear(like.shape[1], like.shape[0], False, bits, like.device, like.dtype)
     _put(model, name, RoundedEmbedding(table, tied, scale))
-    return table
 
 
 def _put(model: PreTrainedModel, name: str, embedding: TableEmbedding) -> None:
@@ -126,12 +125,10 @@ def round_table(model: PreTrainedModel, bits: int) -> None:
     embedding = model.get_input_embeddings()
     scale, weight = lookup_scale(embedding), embedding.weight
     settle_ties(model)
-    table = install_rounded(model, module_name(model, embedding), bits, is_tied(model), scale)
     like = nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=weight.dtype)
     like.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    made = RoundedLinear.rounded(like, bits)
-    table.q.copy_(made.q)
-    table.scale.copy_(made.scale)
+    table = RoundedEmbedding(RoundedLinear.rounded(like, bits), is_tied(model), scale)
+    _put(model, module_name(model, embedding), table)
 
 
 def set_table(model: PreTrainedModel, table: LowRankLinear) -> None:

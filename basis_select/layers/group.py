@@ -109,6 +109,10 @@ class Group:
         """Numbers in the factors, those of new bases too, and without the weights `s`."""
         return (self.rank + self.new_rank) * self.shape.basis_cost
 
+    def best(self, rank: int) -> torch.Tensor:
+        """Indices of the `rank` bases of largest `s`, largest first."""
+        return self.s.detach().abs().argsort(descending=True, stable=True)[:rank]
+
     @torch.no_grad()
     def take(self, index: torch.Tensor) -> None:
         """Keep only the bases `index` (1-D, long), in place; parameters keep their identity."""
@@ -170,10 +174,7 @@ class Group:
         for layer, block in zip(self.layers, u.split(self.shape.outputs), strict=True):
             resize(layer.u, block)
             deployed.append(LowRankLinear.of(layer, deployed[0] if deployed else None))
-        if self._is_table(model):
-            set_table(model, deployed[0])
-        else:
-            self._replace(model, deployed)
+        self._deploy(model, deployed)
 
     @torch.no_grad()
     def round(self, model: nn.Module, head: int) -> None:
@@ -181,7 +182,7 @@ class Group:
 
         `s` is merged as `rounding.factors` says; there must be no new bases.
         """
-        leader, order = self.leader, self.s.abs().argsort(descending=True, stable=True)
+        leader, order = self.leader, self.best(self.rank)
         u = torch.cat([layer.u.weight for layer in self.layers])[:, order].float()
         u, v = rounding.factors(u, self.s[order].float(), leader.v.weight[order].float())
         own, cost = leader.v.weight.dtype, leader.input_cost
@@ -192,10 +193,7 @@ class Group:
             deployed.append(LowRankLinear.of(layer, deployed[0] if deployed else None))
             deployed[-1].u = split(layer.u, head, RoundedLinear.rounded, 1)
         deployed[0].v = split(leader.v, head, lambda part, bits: RoundedLinear.rounded(part, bits, cost), 0)
-        if self._is_table(model):
-            set_table(model, deployed[0])
-        else:
-            self._replace(model, deployed)
+        self._deploy(model, deployed)
 
     def to_dense(self, model: nn.Module, bits: int = 16) -> None:
         """Replace these layers of `model` by the equivalent nn.Linear, the token embedding's by an nn.Embedding.
@@ -210,6 +208,12 @@ class Group:
 
     def _is_table(self, model: nn.Module) -> bool:
         return any(isinstance(m, LowRankEmbedding) and m.bases is self.leader for m in model.modules())
+
+    def _deploy(self, model: nn.Module, layers: list[LowRankLinear]) -> None:
+        if self._is_table(model):
+            set_table(model, layers[0])
+        else:
+            self._replace(model, layers)
 
     def _replace(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
         for name, layer in zip(self.names, layers, strict=True):

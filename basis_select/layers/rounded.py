@@ -194,13 +194,6 @@ class _Split(nn.Module):
     weight = property(lambda self: torch.cat([self.head.weight, self.tail.weight], self.dim))
     bias = property(lambda self: self.head.bias)
 
-    def to_linear(self) -> nn.Linear:
-        """The equivalent nn.Linear."""
-        weight, bias = self.weight, self.bias
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, weight.device, weight.dtype)
-        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
-        return linear
-
 
 class SplitRows(_Split):
     """`v` in two parts: (head + tail, in)."""

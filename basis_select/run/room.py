@@ -70,13 +70,14 @@ def is_table(group: Group) -> bool:
     return isinstance(group.layers[0], torch.nn.Embedding)
 
 
-def keep_of(r: Recipe, model: torch.nn.Module, targeted: int) -> float:
-    """The fraction of the `targeted` parameters of a dense model, on any device, that a row of a recipe keeps."""
+def keep_of(r: Recipe, model: torch.nn.Module, layers: dict) -> float:
+    """The fraction of the parameters of `layers`, `{name: layer}` of a dense model on any device, that a row keeps."""
     if r.prune.bits == "auto":
         require(r.asked, Rule(r.prune.budget, r.prune.score, reserve=r.extend.rank + r.learn.new), r.dtype)
-        return largest_share(model, targets(model, required=False), r.asked, r.dtype, bool(shared_table(r, model)))
+        return largest_share(model, layers, r.asked, r.dtype, bool(shared_table(r, model)))
     away = trimmed_away(model)
     total = sum(p.numel() for p in model.parameters()) + away
+    targeted = sum(m.weight.numel() for m in layers.values())
     return r.asked.share(total, targeted + shared_table(r, model), r.dtype, saved_elsewhere(r, model) + away)
 
 
@@ -110,7 +111,7 @@ def fraction(r: Recipe, model: torch.nn.Module, groups: list[Group]) -> float:
         return 1.0
     if r.asked.name == "latency":
         return fraction_in_time(r, model, groups)
-    keep = keep_of(r, model, sum(g.shape.dense_cost for g in groups if not is_table(g)))
+    keep = keep_of(r, model, {name: layer for g in groups if not is_table(g) for name, layer in g.items()})
     ranks_for(r, groups, keep)
     return keep
 

@@ -87,7 +87,7 @@ class View:
         if r.prune.mass is not None:
             return {"mass": r.prune.mass, **how}
         rows = (r, *r.family().values())
-        return {"keep": min(room.keep_of(row, self.parent, self.linears) for row in rows), **how}
+        return {"keep": min(room.keep_of(row, self.parent, self.layers) for row in rows), **how}
 
     def bases(self, ranks: dict, cut: bool = False, **more: Any) -> dict:
         """What checkpoint/format.py needs to build the model of this row with these ranks, after pruning if `cut`."""

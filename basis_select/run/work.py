@@ -12,12 +12,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoint.checks import description
 from ..checkpoint.files import save
 from ..checkpoint.models import config_and_tokenizer, load
 from ..checkpoint.targets import targets
 from ..data.tasks import Task
 from ..data.tuned_on import remember
-from ..layers.rounded import quantized
 from ..sizes import sizes
 from ..system import processes
 from ..system.writing import replace_text
@@ -108,8 +108,9 @@ class Work:
 
     def _to_time(self, folder: Path) -> PreTrainedModel:
         """As it computes fastest: what is rounded has kernels for 16 bits, even where the device has no such units."""
-        model, _ = load_here(folder / "model")
-        return model if quantized(model) else self._load_final(folder)[0]
+        found = description(folder / "model")
+        rounded = found is not None and found.rounded
+        return (load_here(folder / "model") if rounded else self._load_final(folder))[0]
 
     def _read(self, product: str, read: Callable[[Path], Any]) -> Any:
         found = self.given[product]
