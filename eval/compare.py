@@ -1,150 +1,165 @@
-"""Methods x sizes x tasks x seeds from one YAML grid, measured alike: same parent, same training steps, same items.
+"""Methods x sizes x lengths of training x tasks x seeds from one YAML grid, measured alike.
 
-python eval/compare.py GRID.yaml FOLDER RESULTS.jsonl     continues whatever is there
+python eval/compare.py GRID.yaml FOLDER RESULTS.jsonl     continues whatever is there; start it several times for
+                                                          several processes, each of which takes rows no other is at
 python eval/compare_report.py RESULTS.jsonl               writes the table and the plot beside it
 
-FOLDER keeps what rows share: parents and decompositions. Every row done is one line of RESULTS.jsonl. A method is
-a dict of recipe keys that differ from the grid's `base`; what it spends on learning and refining is taken from its
-healing, so that all rows train for `steps` steps on batches of one size. `then: int8` adds a row for the same
-model with int8 weights. A method `{dense: 4}` (8, 4, 3 or 2) is the dense parent rounded to so many bits, its table to
-8, healed for as many steps with its rounding known, as ours is; it has one size. A size is how many times smaller the
-targeted layers are, or, as "45MB", bytes on disk, which goes with `prune.bits: auto`.
+All rows of a task and a seed have the same parent, tuned and, if the grid's `base` trims, trimmed; the parent's soft
+labels; the same order of examples. FOLDER keeps what rows share: parents, labels, decompositions, choices. Every row
+done is one line of RESULTS.jsonl, measured after it was saved and loaded again; its bytes are those of that file.
 
-A method whose keys trim (`trim.tokens: task`) starts from a trimmed parent and has as many parameters as one that does
-not; a `base` that trims trims for all, int8 and int4 of the dense parent too. "parent" is never trimmed, "trimmed" is
-what trimming alone makes of it. The likelihood of every row is per token of the untrimmed tokenizer.
+A method is a dict of recipe keys that differ from `base`. Keys of its own: `dense: BITS` is the dense parent with
+weights of so many bits (16, 8, 4, 3 or 2, its table 8), which trains with its rounding known, as ours does;
+`learned: SHARE` is the share of the training that goes to `learn`, the rest is healing; `sizes` and `trained` stand in
+place of the grid's. A size is what `prune` takes, such as "45MB"; without `prune.bits: auto` its weights have 16 bits.
+`trained` is on how many tokens each row trains, padding not counted; 0 is what it starts from.
 
-No rate is chosen on test items. A key whose value is a list names candidates; `choose` names a size, `at`, and in
-`heal` multiples of the rate that heal would take by itself. Of all combinations each method takes, on every task, the
-one with the least NLL on the validation split at that size, and keeps it at all others. Its rows hold what was chosen
-and, in `candidates`, the validation NLL of all of them, null where the loss did not stay finite.
+No rate is chosen on test items. A key whose value is a list names candidates; `choose` names the `size` and tokens
+(`trained`) at which to choose, and in `heal` multiples of the rate that heal would take by itself. Of all combinations
+each method takes, on every task and seed, the one with the least NLL on the validation split, and keeps it at all
+others. Its rows hold what was chosen and, in `candidates`, the validation NLL of all, null where the loss did not stay
+finite.
+
+The likelihood of every row is per token of the untrimmed tokenizer. `answers` is how many test items of a
+task the rows that train, or are dense, answer too.
 """
 
 import copy
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import logging
 import math
-import os
+import re
+import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
-from torchao.quantization import IntxWeightOnlyConfig, quantize_
-from torchao.quantization.granularity import PerAxis, PerGroup
+from filelock import FileLock, Timeout
 
-from basis_select.checkpoint.models import load
+from basis_select.checkpoint.files import save
 from basis_select.checkpoint.targets import targets
+from basis_select.evaluation.accuracy import generated
 from basis_select.heal import suitable_rate
 from basis_select.layers.embedding import round_table
-from basis_select.layers.group import groups, table_of
 from basis_select.layers.rounded import RoundedLinear
-from basis_select.layers.rounding import GROUP, nearest, stored_bytes
+from basis_select.layers.rounding import stored_bytes
 from basis_select.linalg.metrics import METRICS
 from basis_select.run.disk import OnDisk
 from basis_select.run.recipe import Recipe, override
 from basis_select.run.stages import walk
-from basis_select.run.work import Work, read_derivatives
+from basis_select.run.work import Work, load_here, read_derivatives
 from basis_select.sizes import sizes
 from basis_select.statistics.moments import TABLE, second_moments
 from basis_select.statistics.readers import same_input
-from basis_select.training.loss import log_probabilities, response_nll, response_nlls
+from basis_select.system.writing import replace_text
+from basis_select.training.loss import response_nll, response_nlls
+from basis_select.training.soft_labels import SoftLabels, soft_labels
+
+OWN = ("dense", "learned", "sizes", "trained")  # keys of a method that are no recipe's
+FAILURES = (ArithmeticError, OSError, RuntimeError, ValueError)  # of one row: others go on
 
 
-class Teacher:
-    """The parent's log-probabilities in half precision, computed once for every batch that rows have in common.
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What names a line of the results; size: None for the dense parent; trained: on how many tokens."""
 
-    What is kept in `folder` is found by the parent's weights, the tokens, and the positions that were asked for.
-    """
+    task: str
+    seed: int
+    method: str
+    size: str | None
+    trained: int
 
-    def __init__(self, parent, folder):
-        self.parent, self.folder = parent, folder
-        folder.mkdir(exist_ok=True)
-        self.weights = hashlib.sha256()
-        for name, tensor in sorted(parent.state_dict().items()):
-            self.weights.update(name.encode())
-            self.weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    def __str__(self) -> str:
+        return f"{self.task}, seed {self.seed}: {self.method} {self.size or ''}, trained on {self.trained:,} tokens"
 
-    def __call__(self, batch):
-        key = self.weights.copy()
-        for name in ("input_ids", "positions"):
-            key.update(f"{name} {tuple(batch[name].shape)}".encode())
-            key.update(batch[name].contiguous().numpy())
-        path = self.folder / f"{key.hexdigest()}.safetensors"
-        if not path.exists():
-            partial = path.with_suffix(f".{os.getpid()}")
-            save_file({"log_p": log_probabilities(self.parent, batch).half()}, partial)
-            partial.rename(path)
-        return load_file(path)["log_p"].float()
+
+def rows(grid):
+    """All rows, the parents and those with least training first."""
+    for seed in grid["seeds"]:
+        yield from (Row(task, seed, "parent", None, 0) for task in grid["tasks"])
+        lengths = sorted({n for own in ({}, *grid["methods"].values()) for n in own.get("trained", grid["trained"])})
+        for trained, task, (method, own) in itertools.product(lengths, grid["tasks"], grid["methods"].items()):
+            if trained in own.get("trained", grid["trained"]) and (trained or "learned" not in own):
+                of = [None] if "dense" in own else own.get("sizes", grid["sizes"])
+                yield from (Row(task, seed, method, size, trained) for size in of)
 
 
 def compare(grid, folder, results):
-    done = {(r["task"], r["seed"], r["method"], r["size"]) for r in read(results)}
-    for seed in grid["seeds"]:
-        for name in grid["tasks"]:
-            rows = [
-                (name, seed, method, size)
-                for size in grid["sizes"]
-                for method, own in grid["methods"].items()
-                for size in ([1] if "dense" in own else [size])
-                if (name, seed, method, size) not in done
-            ]
-            dense = [(name, seed, m, 1) for m in dense_rows(grid, name) if (name, seed, m, 1) not in done]
-            if not rows and not dense:
+    """Measure all rows that are in no line of `results`; returns those that could not be."""
+    benches, failed = {}, []
+    while left := [row for row in rows(grid) if row not in (*done(results), *failed)]:
+        for row in left:
+            home = folder / f"{row.task}-{row.seed}"
+            try:
+                with alone(home, f"row {row.method} {row.size} {row.trained}"):
+                    if row in done(results):
+                        break
+                    if home not in benches:
+                        benches[home] = Bench(base_of(grid, row.task, row.seed), home)
+                    logging.warning("%s", row)
+                    write(results, row, measured(grid, benches[home], row))
+                    break
+            except Timeout:  # another process is at it, or at what it needs
                 continue
-            every = setting(grid, name, seed, folder)
-            for row in dense:
-                bench = every.trimmed({"trim.tokens": "all"} if row[2] == "parent" else {})
-                write(results, row, measure(rounded(copy.deepcopy(bench.parent)), bench.task, row[2]))
-            for row in rows:
-                logging.warning("%s", " ".join(map(str, row)))
-                own = dict(grid["methods"][row[2]])
-                bench, width = every.trimmed(own), own.pop("then", None)
-                choice = chosen_before(results, row) or choose(bench, own, row[2], grid.get("choose"))
-                model, facts = made(bench, own | choice["chosen"], row[2], row[3], choice["heal"])
-                write(results, row, {**measure(model, bench.task, None), **facts, **choice})
-                if width:
-                    row = (*row[:2], f"{row[2]}, {width}", row[3])
-                    write(results, row, {**measure(model, bench.task, width), **facts, **choice})
+            except FAILURES:
+                logging.exception("%s", row)
+                failed.append(row)
+                break
+        else:
+            time.sleep(1)
+    return failed
 
 
-def dense_rows(grid, name):
-    """Names of the rows of a task that are not factored."""
-    trims = base_of(grid, name, 0).trim.tokens != "all"
-    return ("parent", *(["trimmed"] if trims else []), "int8", "int4")
+def alone(home, what):
+    """A lock on something in the folder `home`; entering it raises Timeout where another process holds it."""
+    (home / "locks").mkdir(parents=True, exist_ok=True)
+    return FileLock(home / "locks" / f"{plain(what)}.lock", timeout=0)
+
+
+def plain(name):
+    """A name as part of the name of a file."""
+    return re.sub(r"\W+", "_", name)
+
+
+def base_of(grid, name, seed):
+    """The recipe that the rows of a task differ from."""
+    changes = dict(grid["tasks"][name])
+    base = Recipe(model=grid["model"], task=changes.pop("task"), seed=seed)
+    return override(override(base, grid["base"], "base"), changes, name)
 
 
 class Bench:
-    """What all rows of one task and seed have in common that trim alike; `steps` of training for each.
+    """What all rows of one task and seed have in common.
 
-    Parent and decompositions are stages on disk in the folder `home`; all later ones run in memory, because rows are
+    Parents and decompositions are stages on disk in the folder `home`; all later ones run in memory, because rows are
     many and each is done in minutes.
     """
 
-    def __init__(self, base: Recipe, home: Path, steps: int):
-        (home / "stages").mkdir(parents=True, exist_ok=True)
-        self.base, self.home, self.steps, self.others = base, home, steps, {}
+    def __init__(self, base: Recipe, home: Path):
+        self.base, self.home = base, home
         self.disk = OnDisk(base, home, moments=self.moments_for)
-        self.state = self.disk.row(until="trim")
-        self.task = self.disk.view(base, self.state).task
-        self.parent = load(self.state["parent"] / "model")[0]
-        self.teacher = Teacher(self.parent, home / "teacher")
+        with alone(home, "stages"):
+            (home / "stages").mkdir(parents=True, exist_ok=True)
+            self.tuned, self.state = self.disk.row(until="tune"), self.disk.row(until="trim")
+            view = self.disk.view(base, self.state)
+            self.tokenizer, self.task = view.tokenizer, view.task
+            self.parent = load_here(self.state["parent"] / "model")[0]
+            self.labels = self._labels(home / f"labels-{self.state['parent'].name}")
 
-    def trimmed(self, own: dict) -> "Bench":
-        """The Bench of rows with these keys of their own: this one, unless they trim otherwise."""
-        r = override(self.base, {key: own[key] for key in own if key.startswith("trim.")}, "trim")
-        if r.trim == self.base.trim:
-            return self
-        if r.trim not in self.others:
-            self.others[r.trim] = Bench(r, self.home, self.steps)
-        return self.others[r.trim]
+    def _labels(self, folder: Path) -> SoftLabels:
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=self.home) as place:
+                soft_labels(self.parent, self.task).save(place)
+                Path(place).rename(folder)
+                Path(place).mkdir()
+        return SoftLabels.load(folder)
 
     @functools.cached_property
     def moments(self):
@@ -155,16 +170,22 @@ class Bench:
         uses = METRICS[r.decompose.metric]
         return None if uses.squares or uses == METRICS["plain"] else self.moments[r.decompose.share]
 
+    def steps(self, tokens: int) -> int:
+        """Of healing, on batches of the base's size, that see so many tokens."""
+        mean = statistics.fmean(len(e.input_ids) for e in self.task.train)
+        return math.ceil(tokens / (mean * self.base.heal.batch_size))
+
     def row(self, r, clock, model=None, until="heal"):
         """The model of row `r` behind the stage `until`, from `model`, which is where healing starts, or from disk."""
         state, after = {"model": model}, "refine"
         if model is None:
             after = "decompose" if r.learn.steps else "derivatives"
-            folders = self.disk.row(r, until=after)
-            state = {"model": load(folders["model"] / "model")[0]}
+            with alone(self.home, "stages"):
+                folders = self.disk.row(r, until=after)
+            state = {"model": load_here(folders["model"] / "model")[0]}
             if "derivatives" in folders:
                 state["derivatives"] = read_derivatives(folders["derivatives"])
-        state |= {"parent": self.parent, "teacher": self.teacher}
+        state |= {"parent": self.parent, "teacher": self.labels}
         runner = InMemory(lambda row, *_: self.disk.view(row, self.state), clock)
         return walk(r, runner, state, after=after, until=until, given=("teacher",))["model"]
 
@@ -183,27 +204,43 @@ class InMemory:
         return work.model if made is None else made
 
 
-def chosen_before(results, row):
-    """What an earlier row of the same task, seed and method has chosen, if there is one."""
-    for r in read(results):
-        if (r["task"], r["seed"], r["method"]) == row[:3]:
-            return {key: r[key] for key in ("chosen", "heal", "candidates")}
-    return None
+def measured(grid, bench, row):
+    """What a line of the results says of a row beside its name."""
+    answers = grid.get("answers", {}).get(row.task, 0)
+    if row.method == "parent":
+        view = bench.disk.view(bench.base, bench.tuned)
+        return measure(load_here(bench.tuned["parent"] / "model")[0], view.tokenizer, view.task, answers)
+    own = grid["methods"][row.method]
+    choice = choice_of(grid, bench, row.method, own) if row.trained else {"chosen": {}, "heal": 1, "candidates": []}
+    start = started(bench, own | choice["chosen"], row.method, row.size, bench.steps(row.trained))
+    model, facts = healed(bench, start, choice["heal"])
+    answers *= row.trained > 0 or row.size is None
+    return {**measure(model, bench.tokenizer, bench.task, answers), **facts, **choice}
+
+
+def choice_of(grid, bench, method, own):
+    """What `choose` has found for a method, once for all its rows."""
+    path = bench.home / f"choice-{plain(method)}.json"
+    if not path.exists():
+        with alone(bench.home, f"choice {method}"):
+            replace_text(path, json.dumps(choose(bench, own, method, grid.get("choose"))))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def choose(bench, own, method, ladder):
     """`{chosen: {recipe key: value}, heal: times its rate, candidates: [...]}` by NLL on the validation split."""
-    lists = {key: value for key, value in own.items() if isinstance(value, list)}
+    lists = {key: value for key, value in own.items() if isinstance(value, list) and key not in OWN}
     if lists and not ladder:
         raise ValueError(
-            f"{method} lists candidates of {', '.join(lists)}: name in `choose` the size to choose them at"
+            f"{method} lists candidates of {', '.join(lists)}: name in `choose` the size and tokens to choose them at"
         )
     options = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     factors, found = ladder["heal"] if ladder else [1], []
     if len(options) * len(factors) == 1:
         return {"chosen": options[0], "heal": factors[0], "candidates": []}
+    size, steps = ladder["size"], bench.steps(ladder["trained"])
     for chosen in options:
-        start = finite(started, bench, own | chosen, method, ladder["at"])
+        start = finite(started, bench, own | chosen, method, None if "dense" in own else size, steps)
         for factor in factors:
             end = start and finite(healed, bench, start, factor)
             nll = end[1]["validation_nll"]["healed"] if end else math.nan
@@ -225,75 +262,45 @@ def finite(verb, *args):
         return None
 
 
-def base_of(grid, name, seed):
-    """The recipe that the rows of a task differ from."""
-    changes = dict(grid["tasks"][name])
-    base = Recipe(model=grid["model"], task=changes.pop("task"), seed=seed)
-    return override(override(base, grid["base"], "base"), changes, name)
-
-
-def setting(grid, name, seed, folder):
-    """The Bench of a task: the recipe that its rows differ from, its parent and teacher."""
-    return Bench(base_of(grid, name, seed), folder / f"{name}-{seed}", grid["steps"])
-
-
-def at_size(recipe, parent, times):
-    """`recipe` at the size of the whole model that it has when its targeted layers alone are `times` smaller, or at one
-    that is said in bytes.
-    """
-    if isinstance(times, str):
-        return recipe.at(times)
-    now = sizes(parent)
-    return recipe.at(f"{(now['parameters_dense'] - now['targeted_dense'] * (1 - 1 / times)) / 1e6:f}M")
-
-
-def cut(grid, name, method, size, folder):
-    """`(recipe, task, teacher, model)` of one row of a grid after `prune`, without learning: where healing starts."""
-    bench = setting(grid, name, 0, folder).trimmed(grid["methods"][method])
-    own = {k: v for k, v in grid["methods"][method].items() if k != "then" and not isinstance(v, list)}
-    r = at_size(override(bench.base, own | {"learn.steps": 0}, method), bench.parent, size)
-    return r, bench.task, bench.teacher, bench.row(r, {}, until="prune")
-
-
-def made(bench, own, method, size, factor):
-    """`(model, facts)` of one row, healed at `factor` times the rate that heal would take."""
-    return healed(bench, started(bench, own, method, size), factor)
-
-
-def started(bench, own, method, size):
-    """`(recipe, model, seconds, heal's rate)` before healing."""
-    own, clock = dict(own), {}
-    if bits := own.pop("dense", None):
-        r, model = override(bench.base, own, method), dense(copy.deepcopy(bench.parent), bits)
+def started(bench, own, method, size, steps):
+    """`(recipe, model, seconds, heal's rate)` before healing, which takes what learning has left of the `steps`."""
+    clock, learned = {}, round(own.get("learned", 0) * steps)
+    r = override(bench.base, {k: v for k, v in own.items() if k not in OWN}, method)
+    r = override(r, {"learn.steps": learned, "heal.steps": steps - learned - r.refine.steps * (steps > 0)}, method)
+    if bits := own.get("dense"):
+        model = dense(copy.deepcopy(bench.parent), bits)
     else:
-        r = at_size(override(bench.base, own, method), bench.parent, size)
-        model = bench.row(r, clock, until="refine")
-    rate = r.heal.lr or suitable_rate(model, bench.task, bench.teacher, r.seed)
+        model = bench.row(r.at(size), clock, until="refine" if steps else "prune")
+        r = r.at(size)
+    rate = r.heal.lr or suitable_rate(model, bench.task, bench.labels, r.seed)
     if not math.isfinite(rate):
         raise FloatingPointError(f"{method}: what healing would start from is not finite")
     return r, model, clock, rate
 
 
 def dense(model, bits):
-    """The layers of a dense model rounded to so many bits, the table to 8, in place."""
-    for name, linear in targets(model).items():
-        model.set_submodule(name, RoundedLinear.rounded(linear, bits))
-    round_table(model, 8)
+    """The layers of a dense model rounded to so many bits, the table to 8, in place; 16: none of them."""
+    if bits < 16:
+        for name, linear in targets(model).items():
+            model.set_submodule(name, RoundedLinear.rounded(linear, bits))
+        round_table(model, 8)
     return model
 
 
 def healed(bench, start, factor):
     """`(model, facts)` of what `started` has made, which stays as it is."""
     r, model, clock, rate = start
-    model, clock, task = copy.deepcopy(model), dict(clock), bench.task
-    before, lr = response_nll(model, task.validation, task.pad_id), factor * rate
-    left = bench.steps - r.learn.steps - r.refine.steps
-    model = bench.row(override(r, {"heal.steps": left, "heal.lr": lr}, "heal"), clock, model)
-    return rounded(model), {
-        "validation_nll": {"unhealed": before, "healed": response_nll(model, task.validation, task.pad_id)},
+    model, clock, task, lr = copy.deepcopy(model), dict(clock), bench.task, factor * rate
+    before = after = response_nll(model, task.validation, task.pad_id)
+    if r.heal.steps:
+        model = bench.row(override(r, {"heal.lr": lr}, "heal"), clock, model)
+        after = response_nll(model, task.validation, task.pad_id)
+    return model, {
+        "validation_nll": {"unhealed": before, "healed": after},
         "lr": lr,
-        "steps": {"learn": r.learn.steps, "refine": r.refine.steps, "heal": left},
+        "steps": {stage: getattr(r, stage).steps for stage in ("learn", "refine", "heal")},
         "seconds": clock,
+        "device": str(model.device),
     }
 
 
@@ -317,72 +324,64 @@ def all_moments(parent, task, r):
     return {True: (inputs, outputs, seen), False: alone}
 
 
-def quantized(model, width):
-    """Round the weights of `model` in place; returns `(its bytes, what was rounded)`.
-
-    width: "int8", one scale a row; "int4", one scale for GROUP weights; any other is bfloat16. In both the token
-    embedding, with a head tied to it, is int8, whole or as bases: few bits hurt it most. Scales, and all that is no
-    linear layer or table, are bfloat16. A table is stored as the values that stand for its int8, since it looks up rows
-    as well.
-    """
-    if width not in ("int8", "int4"):
-        own = [m for m in model.modules() if isinstance(m, RoundedLinear)]
-        taken = sum(stored_bytes(m.out_features, m.in_features, m.bits) for m in own)
-        return 2 * sum(p.numel() for p in model.parameters() if p.is_floating_point()) + taken, {}
-    layers = list(targets(model, required=False).values())
-    layers += [m for g in groups(model) for layer in g.layers for m in layer.children()]
-    table = table_of(model)
-    table = [model.get_input_embeddings()] if table is None else list(table.leader.children())
-    inner, outer = (sum(m.weight.numel() for m in part) for part in (layers, table))
-    rest = sum(p.numel() for p in model.parameters()) - inner - outer
-    if width == "int8":
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-        taken = inner + 2 * sum(len(m.weight) for m in layers)
-    else:
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
-        taken = inner // 2 + 2 * inner // GROUP
-    taken += outer + 2 * sum(len(m.weight) for m in table)
-    quantize_(model, config, lambda m, _: m in layers)
-    for m in table:
-        q, scale = nearest(m.weight.data, 8)
-        m.weight.data = q * scale.float()[:, None]
-    return 2 * rest + taken, {"layers": width, "embedding and tied head": "int8"}
-
-
-def rounded(model):
-    """`model` with the values its parameters have in a bfloat16 checkpoint, computed with in fp32."""
-    for p in model.parameters():
-        if p.is_floating_point():
-            p.data = p.data.bfloat16().float()
-    return model
-
-
-def measure(model, task, width):
-    """Test NLL item by item and the sizes of `model`, after its weights are `quantized` to `width`, in place."""
-    facts = sizes(model)
-    facts["bytes"], what = quantized(model, width)
+def measure(model, tokenizer, task, answers):
+    """Test NLL and answers item by item, and the sizes of `model`."""
+    with tempfile.TemporaryDirectory() as place:
+        model, facts = stored(model, tokenizer, Path(place) / "model")
     nll, tokens = response_nlls(model, task.test, task.pad_id)
     if not torch.isfinite(nll).all():
         raise FloatingPointError("a test item has a likelihood that is not finite")
-    return {"sizes": facts, "rounded": what, "nll": [round(x, 4) for x in nll.tolist()], "tokens": tokens.tolist()}
+    found = {"sizes": facts, "nll": [round(x, 4) for x in nll.tolist()], "tokens": tokens.tolist()}
+    if answers and task.score:
+        texts = generated(model, tokenizer, task, task.test[:answers], rows=answers)
+        pairs = zip(texts, task.test, strict=False)
+        found["correct"] = [int(task.score(text, example.answer)) for text, example in pairs]
+    return found
+
+
+def stored(model, tokenizer, folder):
+    """`(model, sizes)` as saved in bfloat16 and loaded. Of 3 and 2 bits there is no file: those it would have."""
+    few = [m for m in model.modules() if isinstance(m, RoundedLinear) and m.bits < 4]
+    if few:
+        facts, rest = sizes(model), sum(p.numel() for p in model.parameters() if p.is_floating_point())
+        layers = [m for m in model.modules() if isinstance(m, RoundedLinear)]
+        facts["bytes"] = 2 * rest + sum(stored_bytes(m.out_features, m.in_features, m.bits) for m in layers)
+        for p in model.parameters():
+            if p.is_floating_point():
+                p.data = p.data.bfloat16().float()
+        return model, facts
+    save(model, tokenizer, folder, "bfloat16")
+    model = load_here(folder, "float32")[0]
+    return model, sizes(model, folder)
 
 
 def write(results, row, values):
-    names = ("task", "seed", "method", "size")
-    with results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**dict(zip(names, row, strict=True)), **values}) + "\n")
+    with FileLock(results.with_name(f".{results.name}.lock")), results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**dataclasses.asdict(row), **values}) + "\n")
+
+
+def done(results):
+    return {Row(**{f.name: r[f.name] for f in dataclasses.fields(Row)}) for r in read(results)}
 
 
 def read(results):
-    """The rows of a results file; a last line cut short by a kill does not count."""
-    lines = results.read_text(encoding="utf-8").splitlines(keepends=True) if results.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        results.write_text("".join(lines[:-1]), encoding="utf-8")
-        lines.pop()
+    """The rows of a results file; a last line cut short by a kill does not count, and is dropped."""
+    if not results.exists():
+        return []
+    with FileLock(results.with_name(f".{results.name}.lock")):
+        lines = results.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            results.write_text("".join(lines[:-1]), encoding="utf-8")
+            lines.pop()
     return [json.loads(line) for line in lines]
 
 
-if __name__ == "__main__":
+def main():
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     path, folder, results = map(Path, sys.argv[1:])
-    compare(yaml.safe_load(path.read_text(encoding="utf-8")), folder, results)
+    failed = compare(yaml.safe_load(path.read_text(encoding="utf-8")), folder, results)
+    sys.exit("\n".join(["not measured:", *map(str, failed)]) if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

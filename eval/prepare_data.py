@@ -1,4 +1,4 @@
-"""Writes tasks as folders of {prompt, response} rows: word problems, code, math and code together, and plain text.
+"""Writes tasks as folders of {prompt, response} rows: word problems, code, both together, and plain text.
 
 python eval/prepare_data.py DATA OUT
 
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from basis_select.data import tuned_on
-from basis_select.data.sources import HUB, fill
+from basis_select.data.sources import HUB, fill, read_generated
 from basis_select.data.tasks import generated
 
 SIZES = {"train": 4000, "test": 400}  # of math_code
@@ -77,6 +77,14 @@ def code(data):
     return mbpp
 
 
+def gsm_symbolic(data):
+    """Problems in grade-school templates, with rationales, as reasoning_gym makes them: no file of `data` is read."""
+    rows, _ = read_generated("gsm_symbolic", {}, None, {"train": 4000, "validation": 100, "test": 250}, seed=0)
+    return {
+        split: [{key: row[key] for key in ("prompt", "response", "answer")} for row in rows[split]] for split in rows
+    }
+
+
 def math_code(data):
     """Equal parts of SVAMP, GSM8K, gsm_symbolic and code, in the forms that `basis-select eval` tests.
 
@@ -129,7 +137,7 @@ def _jsonl(path):
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    for make in (svamp, code, math_code, text):
+    for make in (svamp, code, gsm_symbolic, math_code, text):
         folder = target / make.__name__
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in make(source).items():

@@ -63,8 +63,7 @@ def evaluate(
             for (e, body), (log_p, _) in zip(pairs, found, strict=True)
         ]
         if task.score:
-            most = max(len(e.input_ids) - e.start for e in examples) + MORE
-            texts = _generated(model, tokenizer, task, examples, most, batch_size or ROWS)
+            texts = generated(model, tokenizer, task, examples, batch_size or ROWS)
             for item, text in zip(items, texts, strict=True):
                 item |= {"generated": text, "correct": task.score(text, item["answer"])}
     return {
@@ -89,15 +88,18 @@ def _body(example: Example, end: int | None) -> list[int]:
     return body[:-1] if body[-1] == end and len(body) > 1 else body
 
 
-def _generated(
+def generated(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     examples: Sequence[Example],
-    most: int,
-    rows: int,
+    rows: int = ROWS,
 ) -> list[str]:
-    """The greedy response to each prompt, as text: without what ends it, and without what of the prompt is in it."""
+    """The greedy response to each prompt, as text: without what ends it, and without what of the prompt is in it.
+
+    rows: of a batch. A response has at most MORE tokens more than the longest that an example has.
+    """
+    most = max(len(e.input_ids) - e.start for e in examples) + MORE
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -107,15 +109,16 @@ def _generated(
         batch = [examples[i] for i in order[at : at + rows]]
         ids, real = padded([e.input_ids[: e.start] for e in batch], task.pad_id)
         width = ids.shape[1]
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=real.to(model.device),
-            max_new_tokens=min(most, max(1, (positions or width + most) - width)),
-            do_sample=False,
-            eos_token_id=sorted(ends),
-            pad_token_id=task.pad_id,
-            stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, task.stops, width)] if task.stops else []),
-        )
+        with products(model):
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=real.to(model.device),
+                max_new_tokens=min(most, max(1, (positions or width + most) - width)),
+                do_sample=False,
+                eos_token_id=sorted(ends),
+                pad_token_id=task.pad_id,
+                stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, task.stops, width)] if task.stops else []),
+            )
         for i, example, tokens in zip(order[at : at + rows], batch, out[:, width:].tolist(), strict=True):
             text = _until(tokens, tokenizer, ends, task.stops)
             whole = tokenizer.decode(_body(example, tokenizer.eos_token_id), skip_special_tokens=True)

@@ -5,6 +5,7 @@ What the bits stand for says layers/rounding.py.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,12 +142,43 @@ class RoundedLinear(nn.Module):
         return f"in={self.in_features}, out={self.out_features}, {self.bits} bits"
 
 
-class RoundingLinear(nn.Linear):
-    """An nn.Linear that computes with its weight rounded, while weight and `scale` train.
+class _Rounding(torch.autograd.Function):
+    """A weight (out, in) rounded to whole numbers of so many bits times a scale that is rounded to bfloat16.
 
     Gradients pass through the rounding as if it were none (straight-through, arXiv 1308.3432), and what is outside of
-    the range of the whole numbers gets none; those of the scales are LSQ's (arXiv 1902.08153).
+    the range of the whole numbers gets none; those of the scales are LSQ's (arXiv 1902.08153). One function, since the
+    operations it is made of, each with a pass over the weights, would take most of a step.
     """
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+        ctx.bits, ctx.scales, ctx.inputs = bits, scale.shape, weight.shape[1]
+        by_row = _by_row(scale.bfloat16().to(scale.dtype))
+        x = by_group(weight, bits) / by_row
+        ctx.save_for_backward(x)
+        return _whole(x, bits).mul_(by_row).flatten(1)[:, : weight.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        grad = by_group(grad, ctx.bits)
+        straight = grad * (x.abs() <= LARGEST[ctx.bits])
+        of_scale = (grad * _whole(x, ctx.bits) - straight * x).sum(-1)
+        return straight.flatten(1)[:, : ctx.inputs], of_scale.view(ctx.scales), None
+
+
+def _by_row(scale: torch.Tensor) -> torch.Tensor:
+    """(out, groups, 1), as `by_group` has weights."""
+    return scale.view(len(scale), -1, 1)
+
+
+def _whole(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """The whole numbers that stand for x."""
+    return x.round().clamp_(-LARGEST[bits], LARGEST[bits])
+
+
+class RoundingLinear(nn.Linear):
+    """An nn.Linear that computes with its weight rounded, while weight and `scale` train."""
 
     @classmethod
     @torch.no_grad()
@@ -159,21 +191,14 @@ class RoundingLinear(nn.Linear):
 
     @torch.no_grad()
     def deployed(self) -> RoundedLinear:
-        q, scale = self._whole()
+        scale = self.scale.bfloat16().to(self.scale.dtype)
+        q = _whole(by_group(self.weight, self.bits) / _by_row(scale), self.bits)
         q = q.flatten(1)[:, : self.in_features].to(torch.int8)
-        return RoundedLinear.of(self, q, scale.view_as(self.scale), self.bits)
-
-    def _whole(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(q: (out, groups, inputs of a group), scale: (out, groups, 1))`, whole numbers in the weight's dtype."""
-        scale = self.scale.view(self.out_features, -1, 1)
-        scale = scale + (scale.detach().bfloat16().to(scale.dtype) - scale.detach())
-        q = (by_group(self.weight, self.bits) / scale).clamp(-LARGEST[self.bits], LARGEST[self.bits])
-        return q + (q.detach().round() - q.detach()), scale
+        return RoundedLinear.of(self, q, scale, self.bits)
 
     def rounded_weight(self) -> torch.Tensor:
         """(out, in), what the deployed layer's weight will be."""
-        q, scale = self._whole()
-        return (q * scale).flatten(1)[:, : self.in_features]
+        return _Rounding.apply(self.weight, self.scale, self.bits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.rounded_weight(), self.bias)
