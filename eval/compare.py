@@ -96,15 +96,15 @@ def compare(grid, folder, results):
     benches, failed = {}, []
     while left := [row for row in rows(grid) if row not in (*done(results), *failed)]:
         for row in left:
-            home = folder / f"{row.task}-{row.seed}"
+            home = home_of(folder, row.task, row.seed)
             try:
                 with alone(home, f"row {row.method} {row.size} {row.trained}"):
                     if row in done(results):
                         break
                     if home not in benches:
-                        benches[home] = Bench(base_of(grid, row.task, row.seed), home)
+                        benches[home] = bench_of(grid, row.task, row.seed, folder)
                     logging.warning("%s", row)
-                    write(results, row, measured(grid, benches[home], row))
+                    write(results, row, measured(grid, benches[home], row), FileLock(folder / ".results.lock"))
                     break
             except Timeout:  # another process is at it, or at what it needs
                 continue
@@ -133,6 +133,15 @@ def base_of(grid, name, seed):
     changes = dict(grid["tasks"][name])
     base = Recipe(model=grid["model"], task=changes.pop("task"), seed=seed)
     return override(override(base, grid["base"], "base"), changes, name)
+
+
+def home_of(folder, name, seed):
+    return folder / f"{name}-{seed}"
+
+
+def bench_of(grid, name, seed, folder):
+    """The Bench of a task, as in `compare`."""
+    return Bench(base_of(grid, name, seed), home_of(folder, name, seed))
 
 
 class Bench:
@@ -355,9 +364,12 @@ def stored(model, tokenizer, folder):
     return model, sizes(model, folder)
 
 
-def write(results, row, values):
-    with FileLock(results.with_name(f".{results.name}.lock")), results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**dataclasses.asdict(row), **values}) + "\n")
+def write(results, row, values, lock):
+    """Append a line to the results, in place of one that a kill has cut short."""
+    with lock, results.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json.dumps({**dataclasses.asdict(row), **values}) + "\n").encode())
 
 
 def done(results):
@@ -365,15 +377,9 @@ def done(results):
 
 
 def read(results):
-    """The rows of a results file; a last line cut short by a kill does not count, and is dropped."""
-    if not results.exists():
-        return []
-    with FileLock(results.with_name(f".{results.name}.lock")):
-        lines = results.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            results.write_text("".join(lines[:-1]), encoding="utf-8")
-            lines.pop()
-    return [json.loads(line) for line in lines]
+    """The rows of a results file; a last line cut short by a kill does not count."""
+    lines = results.read_text(encoding="utf-8").splitlines(keepends=True) if results.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def main():

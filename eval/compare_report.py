@@ -14,24 +14,38 @@ from compare import read
 from matplotlib.figure import Figure
 
 from basis_select.evaluation import html
-from basis_select.evaluation.accuracy import pooled
+from basis_select.evaluation.accuracy import pooled, wilson
 from basis_select.evaluation.figures import legend, quality, svg
 from basis_select.evaluation.report import markdown
 
-DENSE = ("parent", "trimmed", "int8", "int4")
 DEFAULT = "default"
 LABEL = "test NLL per response token"
 CAPTIONS = (
-    "NLL with its 95 % interval, methods by how many times fewer parameters the linear layers have",
+    "NLL with its 95 % interval, methods by size",
+    "Test items answered rightly, with 95 % intervals",
     "The dense parent and its quantized weights",
     "How many bytes the default needs for the NLL of the best other row of a size",
 )
 EXPLANATION = (
-    "All rows of a task start from the same parent and train for the same steps, at rates that each method has chosen "
+    "All rows of a task start from the same parent and train on as many tokens, at rates that each method has chosen "
     "on the validation split. An interval is a bootstrap over test items; a row is worse or better where the 95 % "
-    "interval of its paired difference from the default excludes zero. Rows that also cut the embedding have fewer "
-    "bytes at the same reduction. An empty cell was not run. The command writes this page from the file of results."
+    "interval of its paired difference from the default excludes zero. An empty cell was not run. The command writes "
+    "this page from the file of results."
 )
+
+
+def comparisons(results):
+    """`{title: rows}`: rows of one task that train on as many tokens, and the dense ones that do not train."""
+    found = {}
+    for task in dict.fromkeys(r["task"] for r in results):
+        own = [r for r in results if r["task"] == task]
+        for trained in sorted({r["trained"] for r in own if r["size"] or r["trained"]} or {0}):
+            rows = [r for r in own if r["trained"] == trained]
+            there = {r["method"] for r in rows}
+            still = [r for r in own if not r["trained"] and not r["size"] and r["method"] not in there]
+            how = f"trained on {trained:,} tokens" if trained else "not trained after the cut"
+            found[f"{task}, {how}"] = still + rows
+    return found
 
 
 def interval(rows, against=None):
@@ -56,91 +70,86 @@ def _mean(rows, key):
 
 
 def tables(results):
-    """`{task: (note, [(head, rows, align), ...])}`: methods by sizes, what is not factored, and bytes for a quality.
+    """`{title: (note, [(caption, head, rows, align), ...])}` of every comparison.
 
     *better*, *worse*: surely not the default.
     """
-    cells, found = _cells(results), {}
-    for task in dict.fromkeys(r["task"] for r in results):
-        rows = {m: v for (t, m, s), v in cells.items() if t == task and s == 1}
-        base = rows.get("parent")
-        seeds = ", ".join(map(str, sorted({r["seed"] for r in results if r["task"] == task})))
-        sizes = sorted({s for t, _, s in cells if t == task and s != 1})
-        weights = {
-            size: statistics.mode(
-                round(v[0]["sizes"]["bytes"] / 1e6) for (t, _, s), v in cells.items() if (t, s) == (task, size)
-            )
-            for size in sizes
-        }
+    return {title: (_note(rows), _blocks(rows)) for title, rows in comparisons(results).items()}
+
+
+def _note(rows):
+    seeds = ", ".join(map(str, sorted({r["seed"] for r in rows})))
+    return f"{len(rows[0]['nll'])} test items, seeds {seeds}."
+
+
+def _blocks(rows):
+    cells = _cells(rows)
+    sizes = sorted({s for _, s in cells if s}, key=lambda size: -_megabytes(cells, size))
+    found = []
+    for caption, cell in zip(CAPTIONS, (_cell, answered), strict=False):
         lines = []
-        for method in dict.fromkeys(m for t, m, s in cells if t == task and s != 1):
+        for method in dict.fromkeys(m for m, s in cells if s):
             line = [method]
             for size in sizes:
-                now, default = cells.get((task, method, size)), cells.get((task, DEFAULT, size))
-                own = round(now[0]["sizes"]["bytes"] / 1e6) if now else weights[size]
-                text = _cell(now, default if method != DEFAULT else None) if now else ""
-                line.append(text if own == weights[size] else f"{text} at {own} MB")
+                now, default = cells.get((method, size)), cells.get((DEFAULT, size))
+                text, own = (cell(now, default if method != DEFAULT else None), _bytes(now)) if now else ("", None)
+                line.append(f"{text} at {own} MB" if text and own != _megabytes(cells, size) else text)
             lines.append(line)
-        dense = [
-            [_dense(rows[method]), f"{rows[method][0]['sizes']['bytes'] / 1e6:.0f} MB", _cell(rows[method], None)]
-            for method in DENSE
-            if method in rows
-        ]
-        found[task] = (
-            f"{len(base[0]['nll'])} test items, seeds {seeds}." if base else f"Seeds {seeds}.",
-            [
-                (["method", *(f"{s:g}x ({weights[s]} MB)" for s in sizes)], lines, "l" * (1 + len(sizes))),
-                (["not factored", "bytes", "NLL"], dense, "lrl"),
-                (
-                    ["best other row", "NLL", "bytes", "the default needs", "so many times fewer"],
-                    [line for size in sizes for line in _smaller(cells, task, size)],
-                    "lrrrr",
-                ),
-            ],
-        )
+        if any(any(line[1:]) for line in lines):
+            head = [f"{s} ({_megabytes(cells, s)} MB)" if s.endswith("x") else s for s in sizes]
+            found.append((caption, ["method", *head], lines, "l" * (1 + len(sizes))))
+    dense = [
+        [method, f"{_bytes(own)} MB", f"{own[0]['trained']:,}", _cell(own, None), answered(own)]
+        for (method, size), own in sorted(cells.items(), key=lambda cell: -cell[1][0]["sizes"]["bytes"])
+        if not size
+    ]
+    if dense:
+        found.append((CAPTIONS[2], ["not factored", "size", "tokens of training", "NLL", "right"], dense, "lrrll"))
+    smaller = [line for size in sizes for line in _smaller(cells, size)]
+    if smaller:
+        head = ["best other row", "NLL", "size", "the default needs", "so many times fewer"]
+        found.append((CAPTIONS[3], head, smaller, "lrrrr"))
     return found
 
 
+def _bytes(rows):
+    return round(rows[0]["sizes"]["bytes"] / 1e6)
+
+
+def _megabytes(cells, size):
+    """That most methods have at a size."""
+    return statistics.mode(_bytes(rows) for (_, s), rows in cells.items() if s == size)
+
+
 def table(results):
-    """The tables as Markdown, one block per task."""
+    """The tables as Markdown, one block per comparison."""
     lines = []
-    for task, (note, blocks) in tables(results).items():
-        lines += [f"### {task}", "", note, *(f"\n{markdown(*block)[:-1]}" for block in blocks), ""]
+    for title, (note, blocks) in tables(results).items():
+        lines += [f"### {title}", "", note]
+        for _, head, rows, align in blocks:
+            lines.append(f"\n{markdown(head, rows, align)[:-1]}")
+        lines.append("")
     return "\n".join(lines)
 
 
-def summary(results, sizes=(4, 8)):
-    """The NLL alone, as one Markdown table of all tasks at some sizes; models that are not factored have their own."""
-    cells = _cells(results)
-    columns = [(task, size) for task in dict.fromkeys(r["task"] for r in results) for size in sizes]
-    columns = [(task, size) for task, size in columns if any((t, s) == (task, size) for t, _, s in cells)]
+def summary(results, sizes=("4x", "8x")):
+    """The NLL alone, as one Markdown table of all comparisons at some sizes; those not factored have their own."""
+    cells = {title: _cells(rows) for title, rows in comparisons(results).items()}
+    columns = [(title, size) for title in cells for size in sizes if any(s == size for _, s in cells[title])]
     lines = []
-    for method in dict.fromkeys(r["method"] for r in results):
-        found = [cells.get((task, method, 1 if method in DENSE else size)) for task, size in columns]
+    for method, dense in dict.fromkeys((r["method"], not r["size"]) for r in results):
+        found = [cells[title].get((method, None if dense else size)) for title, size in columns]
         if any(found):
-            own = next(filter(None, found))
-            name = f"{_dense(own)}, {own[0]['sizes']['bytes'] / 1e6:.0f} MB" if method in DENSE else method
+            name = f"{method}, {_bytes(next(filter(None, found)))} MB" if dense else method
             lines.append([name, *(f"{_nll(rows):.3f}" if rows else "" for rows in found)])
-    return markdown(["", *(f"{task} {size}x" for task, size in columns)], lines, "l" + "r" * len(columns))
+    return markdown(["", *(f"{size}, {title}" for title, size in columns)], lines, "l" + "r" * len(columns))
 
 
-def _dense(rows):
-    """The name of a row that is not factored, with what is rounded to other than its name says."""
-    method, others = rows[0]["method"], defaultdict(list)
-    for what, width in rows[0].get("rounded", {}).items():
-        if width != method:
-            others[width].append(what)
-    return ", ".join([method, *(f"{' and '.join(what)} {width}" for width, what in others.items())])
-
-
-def _smaller(cells, task, size):
+def _smaller(cells, size):
     """The bytes at which the default, interpolated between its sizes, has the NLL of the best other row of `size`."""
-    points = {
-        m: (v[0]["sizes"]["bytes"] / 1e6, _nll(v))
-        for (t, m, s), v in cells.items()
-        if (t, s) == (task, size) and not m.startswith(DEFAULT)
-    }
-    own = sorted((_nll(v), v[0]["sizes"]["bytes"] / 1e6) for (t, m, s), v in cells.items() if (t, m) == (task, DEFAULT))
+    others = {m: v for (m, s), v in cells.items() if s == size and not m.startswith(DEFAULT)}
+    points = {m: (v[0]["sizes"]["bytes"] / 1e6, _nll(v)) for m, v in others.items()}
+    own = sorted((_nll(v), v[0]["sizes"]["bytes"] / 1e6) for (m, s), v in cells.items() if s and m == DEFAULT)
     if not points or not own:
         return []
     method, (weight, nll) = min(points.items(), key=lambda item: item[1][1])
@@ -152,13 +161,13 @@ def _smaller(cells, task, size):
     else:
         needed = np.exp(np.interp(nll, quality, np.log(bytes_)))
         needs = f"{needed:.0f} MB", f"{weight / needed:.2f}"
-    return [[f"{method} at {size:g}x", f"{nll:.3f}", f"{weight:.0f} MB", *needs]]
+    return [[f"{method} at {size}", f"{nll:.3f}", f"{weight:.0f} MB", *needs]]
 
 
-def _cells(results):
+def _cells(rows):
     cells = defaultdict(list)
-    for row in results:
-        cells[row["task"], row["method"], row["size"]].append(row)
+    for row in rows:
+        cells[row["method"], row["size"]].append(row)
     return cells
 
 
@@ -171,21 +180,26 @@ def _cell(rows, default):
     return text
 
 
-def series(results, task):
-    """`{method: [(bytes, NLL, low, high), ...]}` of a task, for figures.quality."""
+def answered(rows, default=None):
+    """The share of items that were answered rightly, those of all seeds together; nothing where none were asked."""
+    correct = [c for row in rows for c in row.get("correct", [])]
+    return "{value:.1%} ({low:.1%} to {high:.1%})".format(**wilson(correct)) if correct else ""
+
+
+def series(rows):
+    """`{method: [(bytes, NLL, low, high), ...]}` of a comparison, for figures.quality."""
     found = defaultdict(list)
-    for (t, method, _), rows in _cells(results).items():
-        if t == task:
-            found[method].append((rows[0]["sizes"]["bytes"], *interval(rows)))
+    for (method, _), own in _cells(rows).items():
+        found[method].append((own[0]["sizes"]["bytes"], *interval(own)))
     return found
 
 
 def plot(results, path):
-    tasks = list(dict.fromkeys(r["task"] for r in results))
-    figure = Figure(figsize=(5.2 * len(tasks), 5.2), layout="constrained")
-    for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        quality(ax, series(results, task), LABEL, strong=DEFAULT)
-        ax.set_title(task)
+    found = comparisons(results)
+    figure = Figure(figsize=(5.2 * len(found), 5.2), layout="constrained")
+    for ax, (title, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        quality(ax, series(rows), LABEL, strong=DEFAULT)
+        ax.set_title(title)
         ax.grid(alpha=0.3, which="both")
     legend(figure)
     figure.savefig(path, dpi=130)
@@ -193,27 +207,26 @@ def plot(results, path):
 
 def report(results, name):
     """The tables and plots as one HTML document."""
-    sections = []
-    for task, (note, blocks) in tables(results).items():
-        title = f"{task}: {LABEL} against bytes of the weights"
-        drawn = svg(title, functools.partial(quality, strong=DEFAULT), series(results, task), LABEL, size=(6.4, 5))
-        body = [html.figures((drawn, f"{title}; left and down is better, bars are 95 % intervals."))]
-        for (head, rows, align), caption in zip(blocks, CAPTIONS, strict=True):
-            body.append(html.table(head, rows, align, caption))
-        sections.append((task, note, body))
+    sections, rows = [], comparisons(results)
+    for title, (note, blocks) in tables(results).items():
+        label = f"{title}: {LABEL} against bytes of the weights"
+        drawn = svg(label, functools.partial(quality, strong=DEFAULT), series(rows[title]), LABEL, size=(6.4, 5))
+        body = [html.figures((drawn, f"{label}; left and down is better, bars are 95 % intervals."))]
+        body += [html.table(head, lines, align, caption) for caption, head, lines, align in blocks]
+        sections.append((title, note, body))
     sections.append(("How to read it", EXPLANATION, [html.code(f"python eval/compare_report.py {name}.jsonl")]))
     return html.page(f"basis_select: {name}", verdict(results), "", sections, [])
 
 
 def verdict(results):
-    """One sentence: of how many rows of other methods the default is surely better or worse at the same reduction."""
+    """One sentence: of how many rows of other methods the default is surely better or worse at the same size."""
     found = []
-    for task, (_, blocks) in tables(results).items():
-        others = [c for method, *line in blocks[0][1] if not method.startswith(DEFAULT) for c in line if c]
+    for title, (_, blocks) in tables(results).items():
+        lines = next((lines for caption, _, lines, _ in blocks if caption == CAPTIONS[0]), [])
+        others = [c for method, *line in lines if not method.startswith(DEFAULT) for c in line if c]
         worse, better = (sum(f"*{word}*" in cell for cell in others) for word in ("worse", "better"))
-        found.append(f"on {task} {worse} of {len(others)} rows of other methods are surely worse and {better} better")
-    text = "; ".join(found)
-    return f"Against the default at the same reduction of the linear layers, {text}."
+        found.append(f"{title}: {worse} of {len(others)} rows of other methods are surely worse and {better} better")
+    return f"Against the default at the same size. {'; '.join(found)}."
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python eval/healing_rate.py GRID.yaml FOLDER RESULTS.jsonl TASK:METHOD:SIZE:LR,LR,... ...
 
 GRID and FOLDER as in compare.py, whose parents and decompositions are used. A row of RESULTS.jsonl: the KL to the
-parent before healing, the rate, and the NLL per response token of the
-validation split after it: the rule is a choice, and the test split is for what was chosen.
+parent before healing, the rate, and the NLL per response token of the validation split after it: the rule is a choice,
+and the test split is for what was chosen.
 """
 
 import copy
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import yaml
-from compare import cut
+from compare import bench_of, started
 
 from basis_select.heal import distance, heal
 from basis_select.training.loss import response_nll
@@ -27,14 +27,16 @@ def main():
     grid = yaml.safe_load(path.read_text(encoding="utf-8"))
     for spec in sys.argv[4:]:
         name, method, size, rates = spec.split(":")
-        r, task, teacher, start = cut(grid, name, method, float(size), folder)
+        bench = bench_of(grid, name, 0, folder)
+        task, teacher = bench.task, bench.labels
+        r, start, _, _ = started(bench, grid["methods"][method], method, size, 0)
         kl = distance(start, task, teacher)
         for lr in map(float, rates.split(",")):
             model = copy.deepcopy(start)
             began = time.monotonic()
             heal(model, task, teacher, steps=STEPS, batch_size=r.heal.batch_size, lr=lr)
             seconds = round(time.monotonic() - began, 1)
-            row = {"task": name, "method": method, "size": float(size), "kl": round(kl, 4), "lr": lr, "steps": STEPS}
+            row = {"task": name, "method": method, "size": size, "kl": round(kl, 4), "lr": lr, "steps": STEPS}
             row |= {"validation_nll": round(response_nll(model, task.validation, task.pad_id), 4), "seconds": seconds}
             print(row, flush=True)
             with results.open("a", encoding="utf-8") as file:

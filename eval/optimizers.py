@@ -1,4 +1,4 @@
-"""The same healing in fp32, by every bfloat16 optimizer, by adapters and from soft labels: quality over seeds, memory.
+"""The same healing in fp32, by every bfloat16 optimizer and by adapters: quality over seeds, memory.
 
 python eval/optimizers.py GRID.yaml FOLDER RESULTS.jsonl TASK SIZE [--seeds N] [--shorten N]
 
@@ -20,20 +20,19 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import yaml
-from compare import cut, read, setting
+from compare import bench_of, home_of, read, started
 
 from basis_select.checkpoint.files import save
-from basis_select.checkpoint.models import config_and_tokenizer, load
+from basis_select.checkpoint.models import load
 from basis_select.heal import LORA_RATE, heal, suitable_rate
 from basis_select.system.machine import forget_peak_memory, peak_memory
 from basis_select.training.collage import VARIANTS
 from basis_select.training.loss import response_nll
-from basis_select.training.soft_labels import soft_labels
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-KINDS = ("fp32", *VARIANTS, "labels 64", "lora 16")
+KINDS = ("fp32", *VARIANTS, "lora 16")
 STEPS = 60
 
 
@@ -51,24 +50,22 @@ def measure(a):
 
 def start(a):
     """The folder of the model that is healed, made if it is not there."""
-    folder = a.folder / f"{a.task}-0" / f"cut-{a.size:g}"
+    folder = home_of(a.folder, a.task, 0) / f"cut-{a.size}"
     if not folder.exists():
         grid = yaml.safe_load(a.grid.read_text(encoding="utf-8"))
-        tokenizer = config_and_tokenizer(setting(grid, a.task, 0, a.folder).state["tokenizer"] / "model")[1]
-        save(cut(grid, a.task, "default", a.size, a.folder)[3], tokenizer, folder)
+        bench = bench_of(grid, a.task, 0, a.folder)
+        save(started(bench, grid["methods"]["default"], "default", a.size, 0)[1], bench.tokenizer, folder)
     return folder
 
 
 def child(a, seed, kind):
     """Heal once and append the row to the results."""
-    bench = setting(yaml.safe_load(a.grid.read_text(encoding="utf-8")), a.task, 0, a.folder)
-    task, teacher, model = bench.task, bench.teacher, load(start(a))[0]
+    bench = bench_of(yaml.safe_load(a.grid.read_text(encoding="utf-8")), a.task, 0, a.folder)
+    task, teacher, model = bench.task, bench.labels, load(start(a))[0]
     steps, lr = max(1, STEPS // a.shorten), suitable_rate(model, task, teacher)
     options = {"steps": steps, "batch_size": bench.base.heal.batch_size, "lr": lr}
     if kind.startswith("lora"):
         options |= {"lora": int(kind.split()[1]), "lr": lr * LORA_RATE}
-    elif kind.startswith("labels"):
-        teacher = soft_labels(bench.parent, task, int(kind.split()[1]))
     else:
         options["precision"] = kind
     before = next((r["nll_before"] for r in read(a.results)), None) or response_nll(model, task.test, task.pad_id)
@@ -99,7 +96,7 @@ def table(rows):
     r = rows[0]
     rate = next(x["lr"] for x in rows if "lora" not in x)
     lines = [
-        f"{r['task']} at {r['size']:g}x, {r['steps']} steps of {r['batch_size']} at {rate:.2g}, "
+        f"{r['task']} at {r['size']}, {r['steps']} steps of {r['batch_size']} at {rate:.2g}, "
         f"test NLL {r['nll_before']:.4f} before",
         "",
         "| healed by | mean test NLL | lowest to highest | descent quality | updates lost | peak memory | s/step |",
@@ -135,7 +132,7 @@ def plot(rows, path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name, kind in (("grid", Path), ("folder", Path), ("results", Path), ("task", str), ("size", float)):
+    for name, kind in (("grid", Path), ("folder", Path), ("results", Path), ("task", str), ("size", str)):
         parser.add_argument(name, type=kind)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shorten", type=int, default=1)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from compare import read, setting
+from compare import bench_of, read
 
 from basis_select import decompose
 from basis_select.evaluation.report import markdown
@@ -57,7 +57,7 @@ def main(grid, folder, results, names):
         missing = {rule: metric for rule, metric in rules().items() if (name, rule) not in done}
         if not missing:
             continue
-        bench = setting(grid, name, 0, folder)
+        bench = bench_of(grid, name, 0, folder)
         parent, task, moments = bench.parent, bench.task, bench.moments[True]
         dense = {s: round(response_nll(parent, getattr(task, s), task.pad_id), 4) for s in ("validation", "test")}
         for rule, metric in missing.items():

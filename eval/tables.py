@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from compare import read
-from compare_report import interval, summary
+from compare_report import answered, interval, summary
 
 from basis_select.evaluation.report import markdown, table
 
@@ -78,24 +78,28 @@ def parity(result):
 
 
 FRONT = {  # name of the row: method and size in the results, and in which
-    "parent": ("parent", 1, "bytes"),
+    "parent": ("parent", None, "bytes"),
     "ours": ("default", "45MB", "bytes"),
-    "the dense parent at 4 bits, healed alike": ("int4, trained", 1, "bytes"),
-    "the dense parent at 3 bits, healed alike": ("int3, trained", 1, "bytes"),
-    "best published method, SVD-LLM": ("SVD-LLM", 8, "compare"),
+    "the dense parent at 4 bits, healed alike": ("int4", None, "bytes"),
+    "the dense parent at 3 bits, healed alike": ("int3", None, "bytes"),
+    "best published method, SVD-LLM": ("SVD-LLM", "8x", "compare"),
 }
 
 
 def front(results):
+    """The rows that trained longest of those of one name."""
     tasks, lines = dict.fromkeys(r["task"] for r in results), []
     found = {"bytes": results, "compare": read(REPO / "eval" / "results" / "compare.jsonl")}
     for name, (method, size, source) in FRONT.items():
-        rows = [
-            [r for r in found[source] if (r["task"], r["method"], r["size"]) == (task, method, size)] for task in tasks
-        ]
-        cells = [_nll(of_task) for of_task in rows]
-        lines.append([name, f"{rows[0][0]['sizes']['bytes'] / 1e6:.0f} MB", *cells])
-    return markdown(["model", "size", *tasks], lines, "lr" + "r" * len(tasks))
+        rows = [r for r in found[source] if (r["method"], r["size"]) == (method, size)]
+        rows = [[r for r in rows if r["task"] == task and r["trained"] == _longest(rows)] for task in tasks]
+        megabytes = f"{rows[0][0]['sizes']['bytes'] / 1e6:.0f} MB"
+        lines.append([name, megabytes, f"{_longest(rows[0]):,}", *map(_nll, rows)])
+    return markdown(["model", "size", "tokens of healing", *tasks], lines, "lrr" + "r" * len(tasks))
+
+
+def _longest(rows):
+    return max(r["trained"] for r in rows)
 
 
 def _nll(rows):
@@ -103,15 +107,21 @@ def _nll(rows):
 
 
 def on_disk(results):
-    """Rows of sizes on disk, largest first: what healing changed on the validation split, and the test NLL."""
+    """Rows of sizes on disk, largest first: what healing changed on the validation split, and the test split's NLL."""
     cells, lines = {}, []
     for r in results:
-        cells.setdefault((r["task"], r["method"], r["size"]), []).append(r)
-    for (task, method, _), rows in sorted(cells.items(), key=lambda x: (x[0][0], -x[1][0]["sizes"]["bytes"])):
+        cells.setdefault((r["task"], r["method"], r["size"], r["trained"]), []).append(r)
+    for (task, method, _, trained), rows in sorted(cells.items(), key=lambda x: (x[0][0], -_size(x[1]), x[0][3])):
         healing = rows[0].get("validation_nll")
-        change = f"{healing['unhealed']:.3f} to {healing['healed']:.3f}" if healing else ""
-        lines.append([task, method, f"{rows[0]['sizes']['bytes'] / 1e6:.1f}", change, _nll(rows)])
-    return markdown(["task", "model", "MB", "validation NLL, healing", "test NLL"], lines, "llrrr")
+        change = f"{healing['unhealed']:.3f} to {healing['healed']:.3f}" if healing and trained else ""
+        right = answered(rows)
+        lines.append([task, method, f"{_size(rows) / 1e6:.1f}", f"{trained:,}", change, _nll(rows), right])
+    head = ["task", "model", "MB", "tokens of healing", "validation NLL, healing", "test NLL", "answered rightly"]
+    return markdown(head, lines, "llrrrrr")
+
+
+def _size(rows):
+    return rows[0]["sizes"]["bytes"]
 
 
 def forms(rows):
@@ -142,7 +152,7 @@ def fill(text):
         kind, source = match[1], REPO / match[2]
         if source.suffix == ".jsonl":
             rows = read(source)
-            lines = front(rows) if kind == "front" else on_disk(rows) if source.stem == "bytes" else summary(rows)
+            lines = front(rows) if kind == "front" else summary(rows) if source.stem == "compare" else on_disk(rows)
         else:
             lines = TABLES[source.stem](json.loads(source.read_text()))
         return f"<!-- {kind}: {match[2]} -->\n{lines}<!-- end -->"

@@ -1,56 +1,80 @@
 """The comparison script on a tiny model: rows, resuming, the table and the plot."""
 
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
-from compare import Teacher, compare, quantized, read
+from compare import alone, compare, dense, read, rows, stored
 from compare_report import interval, plot, summary, table
 from conftest import tiny
 from test_trim import TEXT, byte_level, wrapped
 
 import basis_select as bs
 from basis_select.checkpoint.targets import targets
-from basis_select.training.data import Batches
-from basis_select.training.loss import log_probabilities
+
+
+def grid_of(folder, tokenizer, rows, **more):
+    bs.save(tiny(vocab_size=len(tokenizer), tied=True), tokenizer, folder / "model")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    base = {"decompose.examples": 16, "heal.batch_size": 4, "learn.batch_size": 4, "prune.multiple_of": 1}
+    task = {"task": str(folder / "data.jsonl"), "data.test": 20, "data.validation": 10}
+    return {
+        "model": str(folder / "model"),
+        "seeds": [0],
+        "sizes": ["2x"],
+        "base": base,
+        "tasks": {"sums": task},
+        **more,
+    }
+
+
+def sums():
+    return [{"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b)} for a in range(12) for b in range(12)]
+
+
+def mean(row):
+    return sum(row["nll"]) / sum(row["tokens"])
 
 
 @pytest.mark.slow
-def test_a_grid_is_measured_once_and_reported(tokenizer, tmp_path):
-    bs.save(tiny(tied=True), tokenizer, tmp_path / "model")
-    rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(12) for b in range(12)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    grid = {
-        "model": str(tmp_path / "model"),
-        "seeds": [0],
-        "sizes": [2],
-        "steps": 4,
-        "choose": {"at": 2, "heal": [0.5, 2]},
-        "base": {"decompose.examples": 16, "heal.batch_size": 4, "learn.batch_size": 4, "prune.multiple_of": 1},
-        "tasks": {"sums": {"task": str(tmp_path / "data.jsonl"), "data.test": 20, "data.validation": 10}},
-        "methods": {
-            "default": {"decompose.embedding": True, "then": "int8"},
-            "learned": {"learn.steps": 2, "learn.rounds": 2, "learn.lr": [1e-3, 1e30]},
+def test_a_grid_is_measured_once_and_reported(tmp_path):
+    grid = grid_of(
+        tmp_path,
+        wrapped(byte_level()),
+        sums(),
+        trained=[0, 100],
+        choose={"size": "2x", "trained": 100, "heal": [0.5, 2]},
+        answers={"sums": 6},
+        methods={
+            "default": {"prune.bits": "auto", "sizes": ["2x", "3x"]},
+            "trimmed": {"dense": 16, "trained": [0]},
+            "int4": {"dense": 4},
+            "int3": {"dense": 3, "trained": [0]},
+            "learned": {"learned": 0.5, "learn.rounds": 1, "learn.lr": [1e-3, 1e30]},
             "FWSVD": {"decompose.metric": "fisher", "decompose.share": False},
             "Taylor": {"decompose.metric": "plain", "prune.score": "taylor"},
         },
-    }
+    )
     results = tmp_path / "results.jsonl"
-    compare(grid, tmp_path / "runs", results)
+    assert compare(grid, tmp_path / "runs", results) == []
     found = read(results)
-    assert len(found) == 3 + 5
-    by_name = {(r["method"], r["size"]): r for r in found}
-    assert len({len(r["nll"]) for r in found}) == 1
-    dense = by_name["parent", 1]["sizes"]
-    allowed = dense["parameters"] - dense["targeted"] / 2
-    for name in ("default", "learned", "FWSVD", "Taylor"):
-        assert by_name[name, 2]["sizes"]["parameters"] <= allowed
-        assert sum(by_name[name, 2]["steps"].values()) == 4
-    assert by_name["default, int8", 2]["sizes"]["bytes"] < by_name["default", 2]["sizes"]["bytes"]
-    assert by_name["int4", 1]["sizes"]["bytes"] < by_name["int8", 1]["sizes"]["bytes"]
+    assert len(found) == len(list(rows(grid))) == 1 + (2 + 1 + 1 + 1 + 2) + (2 + 1 + 1 + 2)
+    by_name = {(r["method"], r["size"], r["trained"]): r for r in found}
+    assert len({tuple(r["tokens"]) for r in found}) == 1
+    parent = by_name["parent", None, 0]["sizes"]["bytes"]
+    for (_, size, trained), row in by_name.items():
+        assert size is None or row["sizes"]["bytes"] <= parent / float(size[:-1]) + 4000  # the file's header
+        assert ("correct" in row) == (trained > 0 or size is None)
+    steps = {(row["trained"], sum(row["steps"].values())) for row in found if "steps" in row}
+    assert steps == {(0, 0), (100, max(steps)[1])}
+    assert max(steps)[1] > 1
+    sizes = [by_name[method, None, 0]["sizes"]["bytes"] for method in ("trimmed", "int4", "int3")]
+    assert sizes == sorted(sizes, reverse=True)
     for name, count in (("FWSVD", 2), ("learned", 4)):
-        row = by_name[name, 2]
+        row = by_name[name, "2x", 100]
         tried = {tuple(c.items())[:-1]: c["validation_nll"] for c in row["candidates"]}
         assert len(tried) == count
         best = min(nll for nll in tried.values() if nll is not None)
@@ -61,83 +85,75 @@ def test_a_grid_is_measured_once_and_reported(tokenizer, tmp_path):
 
     with results.open("a") as file:
         file.write('{"task": "sums", "seed": 0, "meth')  # killed while writing
-    text = results.read_text().rpartition("\n")[0] + "\n"
     compare(grid, tmp_path / "runs", results)
-    assert results.read_text() == text  # everything was there
+    assert read(results) == found  # everything was there
+    grid["methods"]["int8"] = {"dense": 8, "trained": [0]}
+    compare(grid, tmp_path / "runs", results)
+    assert read(results)[:-1] == found
+    assert read(results)[-1]["method"] == "int8"
 
     lines = table(found).splitlines()
-    assert sum(line.startswith("| learned |") for line in lines) == 1
-    value = sum(by_name["Taylor", 2]["nll"]) / sum(by_name["Taylor", 2]["tokens"])
+    assert sum(line.startswith("| learned |") for line in lines) == 2  # its likelihood, its answers
+    value = mean(by_name["Taylor", "2x", 100])
     assert any(line.startswith("| Taylor |") and f"{value:.3f} (" in line for line in lines)
     assert any("best other row" in line for line in lines)
-    assert f"| Taylor | {value:.3f} |" in summary(found, sizes=(2,)).splitlines()
+    assert any(
+        line.startswith("| Taylor |") and f" {value:.3f} |" in line for line in summary(found, ["2x"]).splitlines()
+    )
     plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("own", [{}, pytest.param({"every token": {"trim.tokens": "all"}}, marks=pytest.mark.slow)])
-def test_a_base_that_trims_trims_for_all_but_the_parent_and_counts_tokens_as_it_does(own, tmp_path):
-    tokenizer = wrapped(byte_level())
-    bs.save(tiny(vocab_size=len(tokenizer), tied=True), tokenizer, tmp_path / "model")
-    rows = [{"prompt": line[:-9], "response": line[-9:]} for line in TEXT[:40]]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    grid = {
-        "model": str(tmp_path / "model"),
-        "seeds": [0],
-        "sizes": [4],
-        "steps": 1,
-        "base": {
-            "trim.tokens": "task",
-            "decompose.examples": 8,
-            "decompose.embedding": True,
-            "heal.batch_size": 4,
-            "prune.multiple_of": 1,
-        },
-        "tasks": {"words": {"task": str(tmp_path / "data.jsonl"), "data.test": 12, "data.validation": 4}},
-        "methods": {"default": {"then": "int8"}, **own},
-    }
+def test_a_row_that_fails_or_is_at_work_elsewhere_stops_no_other(tmp_path):
+    methods = {"too small": {"sizes": ["1KB"], "prune.bits": "auto"}, "int8": {"dense": 8}}
+    grid = grid_of(tmp_path, wrapped(byte_level()), sums(), trained=[0], methods=methods)
+    results, taken = tmp_path / "results.jsonl", threading.Event()
+    with alone(tmp_path / "runs" / "sums-0", "row parent None 0"):
+        other = threading.Thread(target=lambda: taken.set() or compare(grid, tmp_path / "runs", results))
+        other.start()
+        while len(read(results)) < 1:
+            assert other.is_alive()
+            time.sleep(0.05)
+        assert [r["method"] for r in read(results)] == ["int8"]
+    other.join()
+    assert [r["method"] for r in read(results)] == ["int8", "parent"]
+    assert [row.method for row in compare(grid, tmp_path / "runs", results)] == ["too small"]
+
+
+@pytest.mark.parametrize("trims", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_base_that_trims_trims_for_all_but_the_parent_and_counts_tokens_as_it_does(trims, tmp_path):
+    lines = [{"prompt": line[:-9], "response": line[-9:]} for line in TEXT[:40]]
+    methods = {"trimmed": {"dense": 16, "trained": [0]}, "int4": {"dense": 4}, "default": {"prune.bits": "auto"}}
+    grid = grid_of(tmp_path, wrapped(byte_level()), lines, trained=[0], methods=methods)
+    grid["base"]["trim.tokens"] = "task" if trims else "all"
+    grid["tasks"]["sums"] |= {"data.test": 12, "data.validation": 4}
     compare(grid, tmp_path / "runs", tmp_path / "results.jsonl")
     found = {r["method"]: r for r in read(tmp_path / "results.jsonl")}
-    assert [*found] == ["parent", "trimmed", "int8", "int4", "default", "default, int8", *own]
+    assert [*found] == ["parent", "trimmed", "int4", "default"]
     assert len({tuple(r["tokens"]) for r in found.values()}) == 1
     counts = {name: r["sizes"]["parameters"] for name, r in found.items()}
-    assert counts["trimmed"] == counts["int4"] < counts["parent"]
+    assert counts["trimmed"] == counts["int4"]
+    assert (counts["trimmed"] < counts["parent"]) == trims
     assert len({r["sizes"]["parameters_dense"] for r in found.values()}) == 1
-    assert all(counts[name] == pytest.approx(counts["default"], rel=0.02) for name in own)
     assert sum(found["trimmed"]["nll"]) == pytest.approx(sum(found["parent"]["nll"]), rel=0.2)
     assert "| trimmed |" in table([*found.values()])
 
 
-def test_a_teacher_answers_for_its_own_weights_and_positions(task, tmp_path):
-    batches = Batches(task.train, 8, 1, seed=0)
-    batch = batches[0]
-    others = {**batch, "positions": batch["positions"].flip(0)}
-    for parent in (tiny(seed=0), tiny(seed=1)):
-        teacher = Teacher(parent, tmp_path)
-        for _ in range(2):  # computed, then read
-            for b in (batch, others):
-                assert torch.allclose(teacher(b), log_probabilities(parent, b), atol=1e-2)
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-def by_rows(weight):
-    scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16().float()
-    return torch.where(scale > 0, (weight / scale).round() * scale, 0)
-
-
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("width", "bits"), [("int8", 8), ("int4", 4)])
-def test_a_dense_table_is_rounded_as_ours_is(width, bits, tied):
-    model, before = tiny(tied=tied), tiny(tied=tied)
-    table, inner = before.get_input_embeddings().weight, [m.weight for m in targets(before).values()]
-    bytes_, what = quantized(model, width)
-    assert torch.allclose(model.get_input_embeddings().weight, by_rows(table), atol=1e-6)
-    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_a_dense_competitor_is_as_large_as_its_bits_and_its_table_has_8(bits, tied, tokenizer, tmp_path):
+    before = tiny(tied=tied)
+    weight, inner = before.get_input_embeddings().weight, [m.weight for m in targets(before).values()]
+    model, facts = stored(dense(tiny(tied=tied), bits), tokenizer, tmp_path / "model")
+    table = model.get_input_embeddings()
+    scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16().float()
+    expected = torch.where(scale > 0, (weight / scale).round() * scale, 0)
+    assert torch.allclose(table(torch.arange(len(weight))), expected, atol=1e-6)
     count = sum(w.numel() for w in inner)
-    scales = sum(len(w) for w in inner) if width == "int8" else count // 32
-    norms = sum(p.numel() for p in before.parameters()) - count - table.numel()
-    assert bytes_ == count * bits // 8 + table.numel() + 2 * (scales + len(table) + norms)
-    assert what == {"layers": width, "embedding and tied head": "int8"}
+    scales = sum(len(w) for w in inner) if bits == 8 else count // 32
+    norms = sum(p.numel() for p in before.parameters()) - count - weight.numel() * (1 if tied else 2)
+    tables = (weight.numel() + 2 * len(weight)) if tied else weight.numel() + 2 * len(weight) + 2 * weight.numel()
+    assert facts["bytes"] == pytest.approx(count * bits // 8 + 2 * (scales + norms) + tables, abs=40_000)
 
 
 def test_intervals_pair_items():

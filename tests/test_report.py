@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from compare import read
+from compare_report import comparisons
 from compare_report import report as compared
 from conftest import make_tokenizer, start_no_process, tiny
 from typer.testing import CliRunner
@@ -320,13 +321,13 @@ def test_letters_and_lines_stand_out_from_what_is_behind_them():
 def test_a_comparison_gets_a_page_of_the_same_kind():
     results = read(REPO / "eval" / "results" / "compare.jsonl")
     page = checked(compared(results, "compare"))
-    tasks = list(dict.fromkeys(r["task"] for r in results))
-    assert page.headings() == [*tasks, "how-to-read-it"]
+    titles = [re.sub(r"\W+", "-", title) for title in comparisons(results)]
+    assert page.headings() == [*titles, "how-to-read-it"]
     markdown = (REPO / "eval" / "results" / "compare.md").read_text(encoding="utf-8")
     lines = [re.sub(r"\*(\w+)\*", r"\1", line) for line in markdown.splitlines() if line.startswith("| ")]
     shown = [" ".join(f"| {' | '.join(line)} |".split()) for table in page.tables for line in table]
     assert shown == [" ".join(line.split()) for line in lines]
-    assert sum(tag == "svg" for tag, _ in page.tags) == len(tasks)
+    assert sum(tag == "svg" for tag, _ in page.tags) == len(titles)
 
 
 def opened(page, folder, *options, size="1280,2000"):
