@@ -46,7 +46,9 @@ def loading(view: View, machine: Machine) -> Estimate:
 
 
 def tuning(view: View, machine: Machine) -> Estimate:
-    return _training(view, machine, "tune", view.recipe.seed, trainable, sharded=True)
+    found = _training(view, machine, "tune", view.recipe.seed, trainable, sharded=True)
+    best = 4 * view.linears if view.recipe.tune.patience else 0
+    return dataclasses.replace(found, memory=found.memory + best)
 
 
 def trimming(view: View, machine: Machine) -> Estimate:

@@ -42,8 +42,8 @@ MEASURE_EVERY = 10  # steps between measurements of what bfloat16 has lost
 class Beside(Protocol):
     """What goes along with a training, and may change shapes of parameters in place."""
 
-    def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Called before every step, from 0 on."""
+    def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> bool | None:
+        """Called before every step, from 0 on; whether training ends here."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint has to hold of it."""
@@ -77,7 +77,7 @@ def train(
     with which the model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype:
     parameters that trained with all that was carried for them, other parameters rounded, buffers as they were.
     `checkpointing` keeps only the inputs of the decoder layers and computes the rest anew in the backward pass.
-    `beside` is asked before every step; what it keeps is part of the checkpoints.
+    `beside` is asked before every step, and may end the training; what it keeps is part of the checkpoints.
     `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
     same arguments continues. Several processes all call this and each trains on its rows of every batch; gradients and
     metrics are those of the whole batch, a model or teacher may be sharded (`load(..., sharded=True)`), and checkpoints
@@ -145,8 +145,8 @@ def _run(
 
     for i in progress(range(done, steps), name, "step", total=steps, done=done, quiet=processes.index() > 0):
         batch = batches[i]
-        if beside:
-            beside.before_step(i, optimizer)
+        if beside and beside.before_step(i, optimizer):
+            break
         began = time.monotonic()
         values = _step(model, optimizer, batch, i, rates[i], loss)
         rows.append({"step": i + 1, **values, "seconds": round(time.monotonic() - began, 4)})
@@ -238,12 +238,17 @@ def _widen(
     buffers: list[tuple[nn.Module, str, str, torch.Tensor]],
 ) -> None:
     """Back to `dtype`, with what the optimizer carries beside the parameters where that dtype can hold it."""
-    wide = {p: optimizer.value(p) for p in model.parameters() if p.requires_grad}
+    wide = {p: trained_value(p, optimizer) for p in model.parameters() if p.requires_grad}
     model.to(dtype)
     for p, value in wide.items():
         p.copy_(value)
     for m, _, key, buffer in buffers:
         m._buffers[key] = buffer
+
+
+def trained_value(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """A parameter with what the optimizer carries beside it; itself where nothing is carried."""
+    return optimizer.value(p) if isinstance(optimizer, CollageAdamW) else p.detach()
 
 
 def _save(
