@@ -33,6 +33,7 @@ def main() -> None:
 def _set_up() -> None:
     """What has to be set before torch and transformers are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of loading and saving; stages keep theirs
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow each other beside other processes
     for name, words in SILENT.items():
         logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
 

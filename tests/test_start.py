@@ -42,6 +42,14 @@ print(sorted({{"torch", "transformers", "datasets", "numpy"}} & sys.modules.keys
     assert fresh(code) == ("[]\n", "")
 
 
+def test_threads_sleep_while_they_wait_unless_the_user_wants_it_otherwise(monkeypatch):
+    code = "import os, sys; from basis_select.cli import main; sys.argv = ['', '--help']\ntry: main()\n"
+    code += "finally: print(os.environ['OMP_WAIT_POLICY'])"
+    for given, found in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", given) if given else monkeypatch.delenv("OMP_WAIT_POLICY", False)
+        assert fresh(code)[0].endswith(f"\n{found}\n")
+
+
 @pytest.mark.parametrize("name", bs.__all__)
 def test_a_public_name_is_a_function_or_a_class(name):
     assert name in dir(bs)
