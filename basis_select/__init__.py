@@ -10,60 +10,44 @@
     bs.heal(model, task, teacher=parent)
     bs.save(model, tokenizer, "smol-gsm8k", dtype="bfloat16")
 
-Importing it registers the checkpoint format, so `AutoModelForCausalLM.from_pretrained` reads such a folder too.
+After the import `AutoModelForCausalLM.from_pretrained` reads such a folder too: the format is registered as soon as
+transformers imports what loads models. What is public stands in `__init__.pyi`, for type checkers and for what follows
+here; each is imported when it is first used, because torch and transformers take seconds.
 """
 
-from .checkpoint.files import save
-from .checkpoint.models import load
-from .checkpoint.verify import verify
-from .data.tasks import Task, load_task
-from .decompose import decompose
-from .evaluation.accuracy import compare, evaluate
-from .evaluation.bench import bench
-from .evaluation.profile import profile
-from .evaluation.record import measure
-from .evaluation.standard import evaluate_on
-from .export import export
-from .extend import extend
-from .heal import heal
-from .layers.low_rank import LowRankLinear
-from .learn import learn
-from .prune import prune
-from .publish.push import push
-from .refine import refine
-from .sizes import sizes
-from .statistics.derivatives import derivatives
-from .stream import decompose_checkpoint
-from .training.soft_labels import soft_labels
-from .trim import trim
-from .tune import tune
+import ast
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .system.importing import after_import
+
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_PLACES = {
+    name.name: f".{line.module}" for line in _STUB.body if isinstance(line, ast.ImportFrom) for name in line.names
+}
 
 __version__ = "0.1.0"
-__all__ = [
-    "LowRankLinear",
-    "Task",
-    "bench",
-    "compare",
-    "decompose",
-    "decompose_checkpoint",
-    "derivatives",
-    "evaluate",
-    "evaluate_on",
-    "export",
-    "extend",
-    "heal",
-    "learn",
-    "load",
-    "load_task",
-    "measure",
-    "profile",
-    "prune",
-    "push",
-    "refine",
-    "save",
-    "sizes",
-    "soft_labels",
-    "trim",
-    "tune",
-    "verify",
-]
+__all__ = sorted(_PLACES)
+
+
+class _Package(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        setattr(self, name, getattr(importlib.import_module(_PLACES[name], __name__), name))
+        return self.__dict__[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _PLACES.get(name) == f".{name}":
+            value = getattr(value, name)  # `tune` is the verb, once its module is imported too, whoever imported it
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*self.__dict__, *_PLACES})
+
+
+sys.modules[__name__].__class__ = _Package
+after_import("transformers.modeling_utils", lambda: importlib.import_module(".checkpoint.format", __name__))

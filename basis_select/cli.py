@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -17,10 +18,24 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pret
 Changes = Annotated[list[str] | None, typer.Argument(help="section.key=value, changes the recipe")]
 MANY = 2**31 - 1
 RecipeFile = Annotated[Path, typer.Argument(help="a YAML recipe", show_default=False)]
+SILENT = {  # what is said whenever transformers imports its list of quantizers: the logger, and words of the line
+    "torchao": "Failed to load ",  # kernels for other GPUs and Pythons
+    "torchao.kernel.intmm": "Detected no triton",
+    "torch.utils._pytree": " is an Enum subclass and is now natively supported",
+}
 
 
 def main() -> None:
+    _set_up()
     app()
+
+
+def _set_up() -> None:
+    """What has to be set before torch and transformers are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of loading and saving; stages keep theirs
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow each other beside other processes
+    for name, words in SILENT.items():
+        logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
 
 
 def _fail(sentence: str) -> NoReturn:
@@ -35,13 +50,11 @@ def _command(function: Callable) -> Callable:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         from safetensors import SafetensorError
-        from transformers.utils.logging import disable_progress_bar
 
         from .checkpoint.cleaning import masked
 
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning)
-        disable_progress_bar()  # of loading and saving; stages keep theirs
         try:
             function(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError, SafetensorError, ImportError) as error:
@@ -90,10 +103,11 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, max=4096, help="how many share the work, a machine each")] = 1,
 ) -> None:
     """Say what a recipe will do and cost, without doing it."""
+    read = _recipe(recipe, changes)
     from .run.plan import plan as make
     from .run.plan import text
 
-    typer.echo(text(make(_recipe(recipe, changes), processes)))
+    typer.echo(text(make(read, processes)))
 
 
 @_command
@@ -118,11 +132,10 @@ def keys(
 @_command
 def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
     """Ranks per layer and the four sizes of a checkpoint."""
+    _require_folder(folder)
     from .checkpoint.models import load
     from .sizes import layer_table, sizes
 
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint folder at {folder}")
     model, _ = load(folder)
     for row in layer_table(model):
         rank = "dense" if row["rank"] is None else f"rank {row['rank']}"
@@ -139,10 +152,9 @@ def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")])
 @_command
 def verify(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
     """Check a checkpoint's hashes, if it has any, and compare logits of a fresh process with a load in this one."""
+    _require_folder(folder)
     from .checkpoint.verify import verify as check
 
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint folder at {folder}")
     found = check(folder)
     if not found["bit_equal"]:
         raise ValueError(f"{folder}: logits differ by {found['max_difference']:g} between two processes")
@@ -235,11 +247,11 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="a JSON file for the result")] = None,
 ) -> None:
     """Time to the first token, time per token, memory and where the time goes, of models that take turns."""
+    lengths = _counts("--prompts", prompts, "32,128,512")
+    _require_result(out, device)
     from .evaluation.bench import bench as measure
     from .evaluation.bench import table
 
-    lengths = _counts("--prompts", prompts, "32,128,512")
-    _require_result(out, device)
     loaded = {_name(m, models): _load_to(m, device) for m in dict.fromkeys(models)}
     facts = measure(loaded, prompts=lengths, tokens=tokens, rounds=rounds, compiled=compile, pause=pause)
     _write(out, {"command": _command_line(), **facts})
@@ -254,10 +266,10 @@ def profile(
     out: Annotated[Path, typer.Option(help="the table of costs")] = Path("costs.json"),
 ) -> None:
     """Measure what each rank of each layer shape costs on this device, for prune.costs."""
-    from .evaluation.profile import profile as measure
-
     counts = _counts("--tokens", tokens, "1,128")
     _require_result(out, device)
+    from .evaluation.profile import profile as measure
+
     facts = measure(_load_to(model, device), tokens=counts)
     _write(out, {"command": _command_line(), **facts})
     typer.echo(f"costs of {len(facts['layers'])} layer shapes on {facts['device']}: {out}")
@@ -270,18 +282,26 @@ def export(
     to: Annotated[str, typer.Option(help="dense, onnx, openvino or int8")],
 ) -> None:
     """Write a model in a form that other runtimes read."""
-    from .export import export as write
-
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty: choose another folder or remove it first")
+    from .export import export as write
+
     write(source, to, out)
     typer.echo(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
 
 
 def _recipe(path: Path, changes: Sequence[str] | None):
+    from .system.reading import read_yaml
+
+    read_yaml(path)  # what is wrong with the file itself is said at once
     from .run import recipe
 
     return recipe.read(path, changes or ())
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint folder at {folder}")
 
 
 def _counts(option: str, text: str, example: str) -> list[int]:
@@ -294,18 +314,19 @@ def _counts(option: str, text: str, example: str) -> list[int]:
 
 def _require_result(out: Path | None, device: str) -> None:
     """Raise ValueError, before a model is loaded, for a device that is not there or a file that cannot be written."""
-    import torch
-
     from .system.writing import require_file
 
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device)
     if not match:
         raise ValueError(f"--device {device[:80]!r} should be cpu, cuda or cuda:NUMBER")
-    if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"--device {device}: torch sees {f'{count} GPUs' if count else 'no GPU'} here")
     if out:
         require_file(out)
+    if device == "cpu":
+        return
+    import torch
+
+    if int(match[1] or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"--device {device}: torch sees {f'{count} GPUs' if count else 'no GPU'} here")
 
 
 def _load_to(source: str, device: str):
