@@ -372,6 +372,7 @@ class BasisSelectQuantizer(HfQuantizer):
                 type(model).initialize_weights(model)
 
         model.initialize_weights = initialize_weights  # of this load alone
+        self.shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def update_weight_conversions(self, weight_conversions: list, *model: PreTrainedModel) -> list:
         # Newer versions of transformers hand over the model.
@@ -379,6 +380,10 @@ class BasisSelectQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         del model.initialize_weights
+        for name, tensor in sorted(model.state_dict().items()):  # transformers before 5.24 takes those of any shape
+            if tensor.numel() and list(tensor.shape) != self.shapes[name]:
+                shapes = f"{list(tensor.shape)} in the file, {self.shapes[name]} in the model"
+                raise ValueError(f"the weights do not fit config.json: mismatched keys, first {name} ({shapes})")
         # They are no part of what transformers would revert: `in_files` does it for models that were never loaded too.
         model._weight_conversions = [c for c in model._weight_conversions if c not in self.renamings]
         # Tensors read from a file start where the file has them; matmul kernels round differently off the 64-byte
