@@ -2,7 +2,7 @@
 
     FOLDER/bin/python eval/vllm_check.py [--only llama] [--out FILE]        (FOLDER: from eval/vllm_env.sh)
 
-Every case is a random model of two layers, written as bases, saved and served on the CPU by the same process, one after
+Every case is a random model of two layers, written as bases, saved and served on the CPU by one process, each after
 the other. Writes results/vllm.json beside this file: `{"versions": ..., "cases": [...]}`, differences in nats. Other keys
 that the file has stay (`speed`, of vllm_speed.py).
 """
