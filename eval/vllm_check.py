@@ -3,8 +3,8 @@
     FOLDER/bin/python eval/vllm_check.py [--only llama] [--out FILE]        (FOLDER: from eval/vllm_env.sh)
 
 Every case is a random model of two layers, written as bases, saved and served on the CPU by one process, each after
-the other. Writes results/vllm.json beside this file: `{"versions": ..., "cases": [...]}`, differences in nats. Other keys
-that the file has stay (`speed`, of vllm_speed.py).
+the other. Writes results/vllm.json beside this file: `{"versions": ..., "cases": [...]}`, differences in nats. Other
+keys that the file has stay (`speed`, of vllm_speed.py).
 """
 
 import argparse

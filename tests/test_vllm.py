@@ -197,7 +197,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """`(address, process, folder)` of `vllm serve FOLDER`, of a model with bases of 8 and 4 bits and a rounded table."""
+    """`(address, process, folder)` of `vllm serve FOLDER`: bases of 8 and 4 bits, and a rounded table."""
     folder = tmp_path_factory.mktemp("served") / "model"
     model = bs.decompose(tiny(tied=True, hidden_size=128, intermediate_size=160), make_task(), examples=16)
     bs.prune(model, make_task(), size="2.6x", bits="auto", multiple_of=4)
