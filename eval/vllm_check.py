@@ -1,6 +1,6 @@
 """What vLLM computes from our checkpoints, against `basis_select.load`: log-probabilities of prompts.
 
-    FOLDER/bin/python eval/vllm_check.py [--only llama] [--out FILE]        (FOLDER: from eval/vllm_env.sh)
+    FOLDER/bin/python eval/vllm_check.py [--only llama] [--devices 2] [--out FILE]     (FOLDER: from eval/vllm_env.sh)
 
 Every case is a random model of two layers, written as bases, saved and served on the CPU by one process, each after
 the other. Writes results/vllm.json beside this file: `{"versions": ..., "cases": [...]}`, differences in nats. Other
@@ -18,6 +18,7 @@ from pathlib import Path
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else two processes want two NUMA nodes
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
@@ -68,12 +69,12 @@ def int8(model, task):
 
 FORMS = {  # form: (what makes it, architectures)
     "bases": (bases, KINDS),
-    "bases, each layer its own v": (own_v, ("llama", "qwen2")),
+    "own v": (own_v, ("llama", "qwen2")),
     "embedding as bases": (table, ("llama", "qwen2", "gemma3_text")),
     "8 and 4 bits": (bits, KINDS),
     "4 bits": (few_bits, ("llama", "qwen2")),
-    "embedding as bases, of 8 bits": (table_of_bits, ("llama", "qwen2")),
-    "8 bits, of export": (int8, ("llama", "phi3")),
+    "embedding as bases of 8 bits": (table_of_bits, ("llama", "qwen2")),
+    "8 bits of export": (int8, ("llama", "phi3")),
     "new bases of extend": (extended, ("llama",)),
 }
 
@@ -88,7 +89,7 @@ def make(kind, form, folder):
 
 @torch.no_grad()
 def ours(folder, dtype):
-    model, _ = bs.load(folder, dtype=dtype)
+    model = bs.load(folder)[0].to(getattr(torch, dtype))
     found = []
     for ids in PROMPTS:
         logits = model(torch.tensor([ids])).logits[0, :-1].float()
@@ -122,23 +123,29 @@ def apart(one, other):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="architectures, with commas between them")
+    parser.add_argument("--forms", help="forms, with commas between them: " + ", ".join(FORMS))
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    only = args.only.split(",") if args.only else KINDS
-    cases = [(kind, form) for form, (_, kinds) in FORMS.items() for kind in kinds if kind in only]
+    only, forms = args.only and args.only.split(","), args.forms and args.forms.split(",")
+    cases = [(kind, form) for form, (_, kinds) in FORMS.items() for kind in kinds if not only or kind in only]
+    cases = [(kind, form) for kind, form in cases if not forms or form in forms]
+    dtypes, more = DTYPES, {}
+    if args.devices > 1:
+        dtypes, more = DTYPES[:1], {"tensor_parallel_size": args.devices, "distributed_executor_backend": "mp"}
     with tempfile.TemporaryDirectory() as scratch:
         made, rows = {}, []
         for kind, form in cases:  # all of ours first: vLLM changes classes of transformers in its process
             folder = Path(scratch) / f"{kind} {form}"
             make(kind, form, folder)
-            made[folder] = (kind, form, {dtype: ours(folder, dtype) for dtype in DTYPES})
+            made[folder] = (kind, form, {dtype: ours(folder, dtype) for dtype in dtypes})
         for folder, (kind, form, expected) in made.items():
-            found = {dtype: apart(theirs(folder, dtype=dtype), expected[dtype]) for dtype in DTYPES}
+            found = {dtype: apart(theirs(folder, dtype=dtype, **more), expected[dtype]) for dtype in dtypes}
             rows.append({"architecture": kind, "form": form, "max_difference": found})
             print(json.dumps(rows[-1]), flush=True)
     kept = json.loads(args.out.read_text()) if args.out.exists() else {}
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    args.out.write_text(json.dumps({**kept, "versions": versions, "cases": rows}, indent=1) + "\n")
+    key, versions = "cases" if args.devices == 1 else "parallel", {n: importlib.metadata.version(n) for n in PACKAGES}
+    args.out.write_text(json.dumps({**kept, "versions": versions, key: rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

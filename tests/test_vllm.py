@@ -302,6 +302,40 @@ def test_damage_is_found_before_weights_are_read(served, tmp_path):
     assert "model.safetensors is not the file that was saved: its sha256 differs" in done.stderr + done.stdout
 
 
+REFUSED = """
+from basis_select.serving import vllm
+
+def said(function, *arguments, **more):
+    try:
+        function(*arguments, **more)
+    except ValueError as error:
+        print(error)
+
+made = vllm.ServedConfig.from_config
+said(made, {"quant_method": "basis_select", "format_version": 2, "ranks": {"a": 4}, "weighted": 1})
+said(made, {"quant_method": "basis_select", "format_version": 3})
+served = made({"quant_method": "basis_select", "format_version": 2, "ranks": {"a.b": 4}})
+said(served.maybe_update_config, "some/model", revision="abc")
+vllm.get_pp_group = lambda: type("Group", (), {"world_size": 1})
+said(served.require_all_built)
+said(served.read, "a.b", ["u.weight"])
+"""
+
+
+@pytest.mark.slow
+@with_vllm
+def test_what_cannot_be_served_is_refused_in_a_sentence():
+    done = subprocess.run([PYTHON, "-c", REFUSED], capture_output=True, text=True, timeout=300)
+    said = [line for line in done.stdout.splitlines() if line]
+    assert [line.split(":")[0] for line in said[-5:]] == [
+        "these bases are still weighted, as decompose and learn leave them",
+        "this checkpoint has format version 3; this basis_select reads versions 1 to 2",
+        "some/model is served as it is on its main branch",
+        "vLLM's model of this architecture has no place for bases or bits in a.b",
+        "None holds no a.b.u.weight",
+    ], done.stderr[-2000:]
+
+
 @pytest.mark.slow
 @with_vllm
 def test_log_probabilities_are_those_of_load(tmp_path):

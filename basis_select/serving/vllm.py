@@ -7,7 +7,7 @@ vLLM says itself (`packed_modules_mapping`), and its own loaders say which rows 
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class ServedConfig(QuantizationConfig):
         return [torch.bfloat16, torch.float16, torch.float32]
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        if revision and not Path(model_name).is_dir():
+            raise ValueError(
+                f"{model_name} is served as it is on its main branch: for the revision {revision}, download it and serve "
+                "the folder"
+            )
         self.folder = Path(snapshot(model_name) or model_name)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -110,7 +115,8 @@ class ServedConfig(QuantizationConfig):
     def v(self, leader: str, inputs: int) -> nn.Module:
         """The `v` that a layer owns: one module for all that read it."""
         if leader not in self.vs:
-            self.vs[leader] = _by_vllm(latent(self.names, leader, self.tensors[leader], inputs))
+            names = [name for name in self.names.of(leader) if name.startswith("v")]
+            self.vs[leader] = _by_vllm(latent(self.names, leader, self.read(leader, names), inputs))
         return self.vs[leader]
 
     def take(
@@ -134,10 +140,12 @@ class ServedConfig(QuantizationConfig):
         except ValueError as error:
             raise ValueError(f"{layer}.{name}: {error}") from None
 
-    def require_whole(self, layer: str, stored: Mapping[str, Stored]) -> None:
-        """Raise ValueError unless all tensors of a layer were in the file."""
-        if missing := sorted(stored.keys() - self.tensors.get(layer, {}).keys()):
+    def read(self, layer: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Hand over what was kept of a layer. Raises ValueError for a tensor that the file did not have."""
+        found = self.tensors.get(layer, {})
+        if missing := [name for name in names if name not in found]:
             raise ValueError(f"{self.folder} holds no {layer}.{missing[0]}")
+        return {name: found.pop(name) for name in names}
 
 
 class Reader:
@@ -190,6 +198,10 @@ class PartsMethod(LinearMethodBase):
 
     def take(self, layer: nn.Module, name: str, param: nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
         """What vLLM calls with every tensor of `layer` in the file. shard: which of `layers` it is of."""
+        if isinstance(shard, tuple):
+            raise ValueError(
+                f"vLLM reads {' and '.join(self.layers)} as one tensor, and config.json describes them apart"
+            )
         owner, served = self.layers[SHARDS.get(shard, shard)], self.served
         if name.endswith("bias"):
             self.biased.add(owner)
@@ -200,13 +212,12 @@ class PartsMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         served, names, inputs = self.served, self.served.names, self.reader.inputs
         served.require_unchanged()
-        for each in {*self.layers, *filter(None, map(names.leader, self.layers))}:
-            served.require_whole(each, names.of(each))
         factored = [each for each in self.layers if each in names.ranks]
         if layer.bias is not None and (without := set(factored) - self.biased):
             raise ValueError(f"{min(without)} has no bias in the file, vLLM's layer has one")
         vs = {names.leader(each): served.v(names.leader(each), inputs) for each in factored}
-        _displace(layer, _by_vllm(fuse(names, self.layers, served.tensors, vs, inputs)))
+        own = {each: served.read(each, [n for n in names.of(each) if not n.startswith("v")]) for each in self.layers}
+        _displace(layer, _by_vllm(fuse(names, self.layers, own, vs, inputs)))
         if isinstance(layer, RowParallelLinear) and layer.tp_size > 1 and layer.reduce_results and factored:
             self.reduces, layer.reduce_results = True, False
 
@@ -255,9 +266,8 @@ class TableMethod(LinearMethodBase):
         served = self.served
         served.require_unchanged()
         if served.embedding is None:
-            stored = served.names.of_table(served.table)
-            served.require_whole(served.table, stored)
-            served.embedding = table(served.names, served.table, served.tensors.pop(served.table), layer.embedding_dim)
+            tensors = served.read(served.table, served.names.of_table(served.table))
+            served.embedding = table(served.names, served.table, tensors, layer.embedding_dim)
         _displace(layer, served.embedding)
 
     def embedding(self, layer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
