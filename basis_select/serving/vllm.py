@@ -68,7 +68,7 @@ class ServedConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         if revision and not Path(model_name).is_dir():
             raise ValueError(
-                f"{model_name} is served as it is on its main branch: for the revision {revision}, download it and serve "
+                f"{model_name} is served as it is on its main branch: download the revision {revision} and serve "
                 "the folder"
             )
         self.folder = Path(snapshot(model_name) or model_name)
