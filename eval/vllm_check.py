@@ -3,8 +3,8 @@
     FOLDER/bin/python eval/vllm_check.py [--only llama] [--devices 2] [--out FILE]     (FOLDER: from eval/vllm_env.sh)
 
 Every case is a random model of two layers, written as bases, saved and served on the CPU by one process, each after
-the other. Writes results/vllm.json beside this file: `{"versions": ..., "cases": [...]}`, differences in nats. Other
-keys that the file has stay (`speed`, of vllm_speed.py).
+the other. Writes results/vllm.json beside this file: `{"versions": ..., "cases": [...]}`, differences in nats. With
+--devices 2 two processes share each model (tensor parallelism), and the key is `parallel`. Other cases and keys stay.
 """
 
 import argparse
@@ -89,7 +89,8 @@ def make(kind, form, folder):
 
 @torch.no_grad()
 def ours(folder, dtype):
-    model = bs.load(folder)[0].to(getattr(torch, dtype))
+    # transformers before 5.24 leaves a tensor that it renames (gpt_neox's head) in the dtype of the file.
+    model = bs.load(folder, dtype=dtype)[0].to(getattr(torch, dtype))
     found = []
     for ids in PROMPTS:
         logits = model(torch.tensor([ids])).logits[0, :-1].float()
@@ -145,6 +146,8 @@ def main():
             print(json.dumps(rows[-1]), flush=True)
     kept = json.loads(args.out.read_text()) if args.out.exists() else {}
     key, versions = "cases" if args.devices == 1 else "parallel", {n: importlib.metadata.version(n) for n in PACKAGES}
+    done = {(row["architecture"], row["form"]) for row in rows}
+    rows = [row for row in kept.get(key, []) if (row["architecture"], row["form"]) not in done] + rows
     args.out.write_text(json.dumps({**kept, "versions": versions, key: rows}, indent=1) + "\n")
 
 
