@@ -135,7 +135,19 @@ def forms(rows):
     return markdown(["", *sizes], lines, "l" + "r" * len(sizes))
 
 
+def vllm(result):
+    """What vLLM computes against `load`, an architecture a row, and how fast it decodes."""
+    cases = [row for row in result["cases"] if row["architecture"] in ("llama", "qwen2")]
+    others = [row for row in result["cases"] if row not in cases]
+    lines = [
+        [row["architecture"], row["form"], *(f"{row['max_difference'][t]:.0e}" for t in ("float32", "bfloat16"))]
+        for row in cases + others
+    ]
+    return markdown(["architecture", "what is stored", "float32", "bfloat16"], lines, "llrr")
+
+
 TABLES = {
+    "vllm": vllm,
     "parity": parity,
     "quickstart": table,
     "healing_speed": healing_speed,

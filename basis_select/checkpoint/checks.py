@@ -56,9 +56,7 @@ def checked(folder: str | Path, graphs: bool = False) -> Iterator[None]:
     """
     states = check(folder, graphs)
     yield
-    for path, found in states.items():
-        if not path.exists() or state(path.stat()) != found:
-            raise ValueError(f"{path} was replaced or changed while it was loaded: nothing of it is used")
+    require_unchanged(states)
 
 
 def check(folder: str | Path, graphs: bool = False) -> dict[Path, tuple[int, ...]]:
@@ -80,6 +78,13 @@ def check(folder: str | Path, graphs: bool = False) -> dict[Path, tuple[int, ...
         _check_index(folder, {name: place.file.name for name, place in places.items()})
         _check_choice(folder)
     return states
+
+
+def require_unchanged(states: dict[Path, tuple[int, ...]]) -> None:
+    """Raise ValueError unless every file is still the one that `check` hashed."""
+    for path, found in states.items():
+        if not path.exists() or state(path.stat()) != found:
+            raise ValueError(f"{path} was replaced or changed while it was loaded: nothing of it is used")
 
 
 def is_saved(folder: str | Path) -> bool:

@@ -357,9 +357,13 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
 @register_quantizer(METHOD)
 class BasisSelectQuantizer(HfQuantizer):
     requires_calibration = True  # it only ever reads what decompose and prune have written
+    renamings = ()  # of the tensors of this load alone
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         build(model, self.quantization_config)
+        layers = "|".join(map(re.escape, _weighted(model)))
+        names = WEIGHTS.items() if layers else ()
+        self.renamings = [WeightRenaming(rf"^({layers})\.{there}$", rf"\1.{here}") for here, there in names]
         known = {rf"^(.+\.)?{re.escape(name)}$" for name in _guard_names(model, self.quantization_config)}
         model._keys_to_ignore_on_load_unexpected = known | set(model._keys_to_ignore_on_load_unexpected or ())
 
@@ -368,15 +372,18 @@ class BasisSelectQuantizer(HfQuantizer):
                 type(model).initialize_weights(model)
 
         model.initialize_weights = initialize_weights  # of this load alone
+        self.shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
-    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
-        layers = "|".join(map(re.escape, _weighted(model)))
-        names = WEIGHTS.items() if layers else ()
-        self.renamings = [WeightRenaming(rf"^({layers})\.{there}$", rf"\1.{here}") for here, there in names]
-        return [*super().update_weight_conversions(weight_conversions, model), *self.renamings]
+    def update_weight_conversions(self, weight_conversions: list, *model: PreTrainedModel) -> list:
+        # Newer versions of transformers hand over the model.
+        return [*super().update_weight_conversions(weight_conversions, *model), *self.renamings]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         del model.initialize_weights
+        for name, tensor in sorted(model.state_dict().items()):  # transformers before 5.24 takes those of any shape
+            if tensor.numel() and list(tensor.shape) != self.shapes[name]:
+                shapes = f"{list(tensor.shape)} in the file, {self.shapes[name]} in the model"
+                raise ValueError(f"the weights do not fit config.json: mismatched keys, first {name} ({shapes})")
         # They are no part of what transformers would revert: `in_files` does it for models that were never loaded too.
         model._weight_conversions = [c for c in model._weight_conversions if c not in self.renamings]
         # Tensors read from a file start where the file has them; matmul kernels round differently off the 64-byte

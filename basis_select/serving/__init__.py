@@ -1,0 +1,1 @@
+"""Where checkpoints are served from other programs than this one."""
