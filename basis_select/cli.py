@@ -1,4 +1,4 @@
-"""basis-select: run | plan | keys | inspect | verify | eval | bench | profile | report | export | push."""
+"""basis-select: run | plan | keys | inspect | verify | eval | bench | try | profile | report | export | push."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -251,8 +251,9 @@ def bench(
     _require_result(out, device)
     from .evaluation.bench import bench as measure
     from .evaluation.bench import table
+    from .evaluation.speed import load_fastest
 
-    loaded = {_name(m, models): _load_to(m, device) for m in dict.fromkeys(models)}
+    loaded = {_name(m, models): load_fastest(m, device)[0] for m in dict.fromkeys(models)}
     facts = measure(loaded, prompts=lengths, tokens=tokens, rounds=rounds, compiled=compile, pause=pause)
     _write(out, {"command": _command_line(), **facts})
     typer.echo(table(facts))
@@ -269,10 +270,34 @@ def profile(
     counts = _counts("--tokens", tokens, "1,128")
     _require_result(out, device)
     from .evaluation.profile import profile as measure
+    from .evaluation.speed import load_fastest
 
-    facts = measure(_load_to(model, device), tokens=counts)
+    facts = measure(load_fastest(model, device)[0], tokens=counts)
     _write(out, {"command": _command_line(), **facts})
     typer.echo(f"costs of {len(facts['layers'])} layer shapes on {facts['device']}: {out}")
+
+
+@_command
+def try_(
+    model: Annotated[str, typer.Argument(help="a checkpoint folder, or any model that a recipe takes")],
+    against: Annotated[str | None, typer.Option(help="another model, its parent say, that answers too")] = None,
+    template: Annotated[
+        str, typer.Option(help=r"what a prompt is, with {} for the line that is typed and \n for a new line")
+    ] = "{}",
+    chat: Annotated[bool, typer.Option("--chat", help="put it into the tokenizer's chat template")] = False,
+    tokens: Annotated[int, typer.Option(min=1, max=MANY, help="of an answer, at most")] = 256,
+    device: Device = "cpu",
+) -> None:
+    """Answer what is typed, line by line, until an end of file (Ctrl-D)."""
+    if "{}" not in template:
+        raise ValueError(f"--template {template[:80]!r} should have {{}} where the line goes")
+    _require_result(None, device)
+    from .evaluation.speed import load_fastest
+    from .evaluation.trying import converse
+
+    sources = list(dict.fromkeys([model, against] if against else [model]))
+    models = {_name(source, sources): load_fastest(source, device) for source in sources}
+    converse(models, _typed(), _say, template.replace(r"\n", "\n"), tokens, chat)
 
 
 @_command
@@ -304,6 +329,21 @@ def _require_folder(folder: Path) -> None:
         raise FileNotFoundError(f"there is no checkpoint folder at {folder}")
 
 
+def _typed() -> Iterator[str]:
+    """Lines of the standard input, asked for where somebody sits there."""
+    while True:
+        if sys.stdin.isatty():
+            _say("> ")
+        if not (line := sys.stdin.readline()):
+            return
+        yield line
+
+
+def _say(text: str) -> None:
+    typer.echo(text, nl=False)
+    sys.stdout.flush()
+
+
 def _counts(option: str, text: str, example: str) -> list[int]:
     """The numbers of a text like 1,128, each at least 1 and named once."""
     found = [int(n) for n in text.split(",")] if re.fullmatch(r"\d{1,7}(,\d{1,7})*", text) else [0]
@@ -327,17 +367,6 @@ def _require_result(out: Path | None, device: str) -> None:
 
     if int(match[1] or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"--device {device}: torch sees {f'{count} GPUs' if count else 'no GPU'} here")
-
-
-def _load_to(source: str, device: str):
-    """A model on a device, in bf16 where that is native there, else in fp32."""
-    import torch
-
-    from .checkpoint.models import load
-    from .training.precision import fast_bf16
-
-    device = torch.device(device)
-    return load(source, "bfloat16" if fast_bf16(device) else "float32")[0].to(device)
 
 
 def _name(source: str, among: Sequence[str]) -> str:

@@ -100,8 +100,7 @@ def generated(
     rows: of a batch. A response has at most MORE tokens more than the longest that an example has.
     """
     most = max(len(e.input_ids) - e.start for e in examples) + MORE
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+    ends = end_tokens(model, tokenizer)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     order = sorted(range(len(examples)), key=lambda i: -examples[i].start)
     texts = {}
@@ -126,6 +125,12 @@ def generated(
                 text = text.removeprefix(whole.removesuffix(example.response))
             texts[i] = text
     return [texts[i] for i in range(len(examples))]
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens after which a response has ended: the tokenizer's, and those of the model's generation config."""
+    ends = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
 
 
 def _until(tokens: list[int], tokenizer: PreTrainedTokenizerBase, ends: set[int], stops: Sequence[str]) -> str:

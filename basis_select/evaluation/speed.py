@@ -10,7 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+
+from ..checkpoint.checks import description
+from ..checkpoint.models import load
+from ..training.precision import fast_bf16
+
+
+def load_fastest(source: str, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`(model, tokenizer)` on a device, in bfloat16 where that is native there, else in fp32.
+
+    What is rounded is loaded as it is stored: its kernels are for bfloat16, even where the device has no such units.
+    """
+    device = torch.device(device)
+    found = description(Path(source)) if Path(source).is_dir() else None
+    wide = "bfloat16" if fast_bf16(device) else "float32"
+    model, tokenizer = load(source, None if found is not None and found.rounded else wide)
+    return model.to(device), tokenizer
 
 
 def take_turns(
