@@ -28,6 +28,7 @@ from basis_select.run.recipe import read
 from basis_select.target import target
 from basis_select.training.loss import response_nll
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 KINDS = [("llama", True, False), ("llama", False, False), ("llama", True, True), ("gemma3_text", True, False)]
 KINDS += [("gemma3_text", True, True), ("gpt_neox", False, False), ("qwen2", True, False), ("phi3", False, False)]
 
@@ -115,10 +116,11 @@ def test_what_trains_computes_what_will_be_deployed(bits):
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (48, 64), (70, 32), (64, 40)])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_four_bits_by_the_kernel_are_what_their_weight_computes(inputs, outputs, tokens):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_four_bits_by_the_kernel_are_what_their_weight_computes(device, inputs, outputs, tokens):
     torch.manual_seed(0)
-    layer = RoundedLinear.rounded(torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16), 4)
-    x = torch.randn(2, tokens, inputs, dtype=torch.bfloat16)
+    layer = RoundedLinear.rounded(torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16, device=device), 4)
+    x = torch.randn(2, tokens, inputs, dtype=torch.bfloat16, device=device)
     for _ in range(2):  # once more after the weights have changed
         exact = x.double() @ layer.weight.double().T + layer.bias.double()
         assert (layer(x).double() - exact).abs().max() < 0.01 * exact.abs().max()

@@ -24,6 +24,17 @@ from .rounding import (
 )
 
 FEW = 4  # tokens up to which the CPU's int8 kernel beats a product with weights that are cast first
+FEW_ON_CUDA = 64  # and a GPU's int4 kernel; its int8 kernel never does, see eval/results/NOTES.md
+
+
+def _arranged_for_cpu(whole: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
+
+
+def _arranged_for_cuda(whole: torch.Tensor) -> torch.Tensor:
+    pairs = (whole[:, ::2] << 4 | whole[:, 1::2]).to(torch.uint8)
+    tiles = next(tiles for tiles in (8, 4, 2) if whole.shape[1] % (16 * tiles) == 0)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)
 
 
 class RoundedLinear(nn.Module):
@@ -50,7 +61,7 @@ class RoundedLinear(nn.Module):
         self.register_buffer("scale", torch.empty(shape, device=device, dtype=dtype))
         like = torch.empty(out_features, device=device, dtype=dtype)
         self.bias = nn.Parameter(like, requires_grad=False) if bias else None
-        self._arranged = None  # of 4 bits, as the CPU's kernel reads them: (of what, q, scales)
+        self._arranged = None  # of 4 bits, as the device's kernel reads them: (of what, q, scales)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -91,12 +102,12 @@ class RoundedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _by_kernel(self, x: torch.Tensor) -> torch.Tensor | None:
-        """`x W^T` by a kernel of the CPU, None where there is none: they are for bfloat16, not to train or compile."""
-        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        """`x W^T` by a kernel of the device, None where there is none: they are for bfloat16, not to train with."""
+        if x.dtype != torch.bfloat16 or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return None
-        if torch.is_grad_enabled() and x.requires_grad:
-            return None
-        y = (self._of_8_bits if self.bits == 8 else self._of_4_bits)(x.reshape(-1, self.in_features))
+        kernel = {("cpu", 8): self._of_8_bits, ("cpu", 4): self._of_4_bits, ("cuda", 4): self._of_4_bits_on_cuda}
+        kernel = kernel.get((x.device.type, self.bits))
+        y = kernel(x.reshape(-1, self.in_features)) if kernel else None
         return y if y is None else y.view(*x.shape[:-1], self.out_features)
 
     def _of_8_bits(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -106,8 +117,23 @@ class RoundedLinear(nn.Module):
         return torch._weight_int8pack_mm(x, self.q, self.scale)
 
     def _of_4_bits(self, x: torch.Tensor) -> torch.Tensor | None:
-        if self.out_features % 16:
+        if self.out_features % 16 or (held := self._in_order(_arranged_for_cpu)) is None:
             return None
+        x = F.pad(x, (0, -self.in_features % GROUP)).contiguous()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, held[0], GROUP, held[1])
+
+    def _of_4_bits_on_cuda(self, x: torch.Tensor) -> torch.Tensor | None:
+        if len(x) > FEW_ON_CUDA or self.out_features % 8 or torch.cuda.get_device_capability(x.device) < (8, 0):
+            return None
+        if (held := self._in_order(_arranged_for_cuda)) is None:
+            return None
+        x = F.pad(x, (0, -self.in_features % GROUP)).contiguous()
+        return torch.ops.aten._weight_int4pack_mm(x, held[0], GROUP, held[1])
+
+    def _in_order(self, arrange: Callable) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`(q, scales)` of 4 bits as a kernel reads them, made once for a state of the weights, None where that is not
+        known.
+        """
         try:
             made_of = (self.q.data_ptr(), self.q._version, self.scale.data_ptr(), self.scale._version)
         except RuntimeError:  # torch does not count how often tensors of inference mode are overwritten
@@ -117,10 +143,8 @@ class RoundedLinear(nn.Module):
             whole = F.pad(unpacked(self.q, self.in_features), more).int() + 8
             scales = self.scale.T.to(torch.bfloat16)
             scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
-            self._arranged = made_of, torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), scales
-        _, q, scales = self._arranged
-        x = F.pad(x, (0, -self.in_features % GROUP)).contiguous()
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, q, GROUP, scales)
+            self._arranged = made_of, arrange(whole), scales
+        return self._arranged[1:]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, for a table of embeddings: ids (...) -> (..., in)."""
