@@ -110,7 +110,7 @@ def train(
     if precision != "fp32":
         _widen(model, optimizer, own, buffers)
     if checkpointing:
-        model.activation_checkpointing_disable()
+        _checkpointing(model, "disable")()
     model.eval()
     return rows
 
@@ -203,7 +203,12 @@ def share_of_rate(i: int, steps: int, warmup: int) -> float:
 def checkpoint_layers(model: PreTrainedModel) -> None:
     """Keep only the inputs of decoder layers while training, and compute the rest anew, in the same precision."""
     anew = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), products(model))}
-    model.train().activation_checkpointing_enable(anew)
+    _checkpointing(model.train(), "enable")(anew)
+
+
+def _checkpointing(model: PreTrainedModel, what: str) -> Callable:
+    """The method that enables or disables it, by its name in this version of transformers."""
+    return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
 
 
 def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, str, torch.Tensor]]:
