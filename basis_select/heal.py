@@ -20,6 +20,7 @@ from .training.collage import Precision
 from .training.data import Batches, require_fit
 from .training.engine import train
 from .training.loss import task_loss
+from .training.precision import CastOnce
 from .training.soft_labels import Teacher
 from .tune import trainable
 
@@ -81,7 +82,7 @@ def heal(
         if precision != "fp32" and processes.is_sharded(model):
             raise ValueError("FSDP cannot measure a model in fp32 and then train it in another precision: pass lr")
         lr = suitable_rate(model, task, teacher, seed) * (LORA_RATE if lora else 1)
-    with training(model):
+    with training(model), CastOnce(teacher):
         if lora:
             add_adapters(model, lora)
         else:
@@ -149,7 +150,7 @@ def distance(model: PreTrainedModel, task: Task, teacher: Teacher, seed: int = 0
     """KL(teacher || model) in nats per response token of PROBES training examples."""
     examples = [task.train[i] for i in probes(task, seed)]
     batches = Batches(examples, 16, -(-len(examples) // 16), seed, task.pad_id)
-    kl, tokens = torch.tensor(
-        [(float(task_loss(model, b, teacher)[2]), int((b["targets"] >= 0).sum())) for b in batches]
-    ).T
+    with CastOnce(model), CastOnce(teacher):
+        found = [(float(task_loss(model, b, teacher)[2]), int((b["targets"] >= 0).sum())) for b in batches]
+    kl, tokens = torch.tensor(found).T
     return float((kl * tokens).sum() / tokens.sum())

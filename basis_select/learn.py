@@ -17,6 +17,7 @@ from .statistics.derivatives import derivatives
 from .target import Target, target
 from .training.collage import Precision
 from .training.engine import train
+from .training.precision import CastOnce
 from .training.soft_labels import Teacher
 
 
@@ -83,21 +84,22 @@ def learn(
     weights(model, rest)
     rule = Rule(budget, score, multiple_of, reserve)
     prunings = _Prunings(model, task, seed, steps, rounds, unpruned, asked, rule) if asked else None
-    train(
-        model,
-        task,
-        name="learn",
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed,
-        folder=folder,
-        teacher=teacher,
-        kl=kl,
-        precision=precision,
-        checkpointing=checkpointing,
-        beside=prunings,
-    )
+    with CastOnce(teacher):
+        train(
+            model,
+            task,
+            name="learn",
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            folder=folder,
+            teacher=teacher,
+            kl=kl,
+            precision=precision,
+            checkpointing=checkpointing,
+            beside=prunings,
+        )
     if prunings:
         prunings.restore()
     model.requires_grad_(False)

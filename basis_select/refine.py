@@ -17,7 +17,7 @@ from .layers.rounded import RoundedLinear, training
 from .options import BatchSize, Natural, Positive, checked
 from .system.progress import progress
 from .training.data import Batches, require_fit
-from .training.precision import autocast
+from .training.precision import CastOnce, autocast
 
 
 @checked
@@ -55,15 +55,17 @@ def refine(
     found, dense = list(blocks(model)), list(blocks(parent))
     model.requires_grad_(False)
     seen = {}
-    inputs, given = zip(*[_calls(model, found, batch, seen) for batch in batches], strict=True)
-    targets, given_there = zip(*[_calls(parent, dense, batch, seen) for batch in batches], strict=True)
+    with CastOnce(model):
+        inputs, given = zip(*[_calls(model, found, batch, seen) for batch in batches], strict=True)
+    with CastOnce(parent):
+        targets, given_there = zip(*[_calls(parent, dense, batch, seen) for batch in batches], strict=True)
     for i, (block, original) in enumerate(progress(list(zip(found, dense, strict=True)), "refine", "block")):
         more, more_there = [calls[i] for calls in given], [calls[i] for calls in given_there]
-        with torch.no_grad(), autocast(model):
+        with torch.no_grad(), CastOnce(original), autocast(model):
             targets = [_run(original, x, call) for x, call in zip(targets, more_there, strict=True)]
         with training(block):
             _fit(model, block, inputs, more, targets, [b["real"].to(model.device) for b in batches], lr)
-        with torch.no_grad(), autocast(model):
+        with torch.no_grad(), CastOnce(block), autocast(model):
             inputs = [_run(block, x, call) for x, call in zip(inputs, more, strict=True)]
     return model
 

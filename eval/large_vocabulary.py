@@ -1,15 +1,19 @@
 """A random model of Gemma 3's 270 M shape, with 262,144 tokens, tied and scaled, from trimming to exports.
 
-python eval/large_vocabulary.py SCRATCH OUT.json [--layers N]
+python eval/large_vocabulary.py SCRATCH OUT.json [--layers N] [--width N] [--rows NAME ...]
 
 Two rows, each in a process of its own: one is trimmed, the other keeps every token. Both are decomposed with their
 tables as bases, pruned (to a sixth and to half of the parent), saved, loaded and exported. `moments` compares second
 moments of the whole model with one forward and backward pass over the same tokens, in CPU seconds, since other work may
-share the machine. Peaks are of resident memory since the step began, the model itself included. Rows that OUT.json has
-already stay.
+share the machine. `healing` labels 32 examples, and heals a result of half the size for two steps of 16 from the labels
+and two from the parent. `--width` is the hidden size, to which other sizes follow: smaller than Gemma's 640 it shows
+what a large vocabulary takes by itself. Peaks are of resident memory since the step began, the model itself included.
+Rows that OUT.json has already stay.
 """
 
 import argparse
+import copy
+import dataclasses
 import json
 import multiprocessing
 import random
@@ -45,6 +49,7 @@ SHAPE = {
 }
 TOGETHER, BATCHES = 8, 3  # examples of a batch, and batches, that moments are timed on
 FORMATS = ("dense", "int8", "onnx")
+HEALED = 32  # examples
 
 
 def tokenizer():
@@ -61,10 +66,12 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
-def generate(folder, layers):
+def generate(folder, layers, width):
     """The parent, and rows of about 60 tokens, half of them the response."""
     torch.manual_seed(0)
-    config = Gemma3TextConfig(**{**SHAPE, "num_hidden_layers": layers}, vocab_size=VOCABULARY, eos_token_id=2)
+    less = {key: SHAPE[key] * width // SHAPE["hidden_size"] // 2 * 2 for key in ("intermediate_size", "head_dim")}
+    sizes = {**SHAPE, **less, "hidden_size": width, "num_hidden_layers": layers}
+    config = Gemma3TextConfig(**sizes, vocab_size=VOCABULARY, eos_token_id=2)
     bs.save(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), tokenizer(), folder / "parent")
     draw = random.Random(0)
     words = ["".join(draw.choices(ascii_lowercase[:14], k=4)) for _ in range(4000)]
@@ -133,10 +140,27 @@ def moments(folder, _):
     return facts | {"times one pass": round(facts["moments"]["cpu_seconds"] / facts["pass"]["cpu_seconds"], 2)}
 
 
+def healing(folder, _):
+    """The facts of labels and of healing."""
+    facts = {}
+    parent, tokens = bs.load(folder / "parent", "float32")
+    task = bs.load_task(str(folder / "rows.jsonl"), tokens)
+    task = dataclasses.replace(task, train=task.train[:HEALED])
+    facts["tokens"] = sum(len(e.input_ids) for e in task.train)
+    model = bs.prune(bs.decompose(copy.deepcopy(parent), metric="plain"), keep=0.5)
+    labels = step(facts, "soft labels", bs.soft_labels, parent, task)
+    for name, teacher in (("labels", labels), ("the parent", parent)):
+        step(facts, f"heal from {name}", bs.heal, model, task, teacher, steps=HEALED // 16, batch_size=16, lr=1e-4)
+    return facts
+
+
 def apart(work, *args):
     """What `work` returns, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, args)
+
+
+ROWS = {"moments": (moments, None), "healing": (healing, None), "trimmed": (through, True), "whole": (through, False)}
 
 
 def main():
@@ -144,11 +168,15 @@ def main():
     parser.add_argument("scratch", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--width", type=int, default=SHAPE["hidden_size"])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     a = parser.parse_args()
     if not (a.scratch / "rows.jsonl").exists():
-        generate(a.scratch, a.layers)
-    result = json.loads(a.out.read_text()) if a.out.exists() else {**environment(), "layers": a.layers}
-    for name, work, of in (("moments", moments, None), ("trimmed", through, True), ("whole", through, False)):
+        generate(a.scratch, a.layers, a.width)
+    shape = {"layers": a.layers, "width": a.width}
+    result = json.loads(a.out.read_text()) if a.out.exists() else {**environment(), **shape}
+    for name in a.rows:
+        work, of = ROWS[name]
         if name not in result:
             shutil.rmtree(a.scratch / name, ignore_errors=True)
             result[name] = apart(work, a.scratch, of)

@@ -1,15 +1,18 @@
 """What is imported when: a command's help costs no torch, a name of the package its module, transformers the format."""
 
+import ast
 import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from conftest import make_tokenizer, tiny
 
 import basis_select as bs
+from basis_select.checkpoint import format
 from basis_select.cli import app
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
@@ -66,6 +69,17 @@ def test_a_verb_stays_a_function_when_its_module_is_imported():
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'basis_select' has no attribute 'compress'"):
         _ = bs.compress
+
+
+def test_what_the_format_is_made_of_imports_no_transformers():
+    """Else it would be half imported when transformers' import asks for the format."""
+    source = Path(format.__file__).read_text()
+    parts = [line.module for line in ast.parse(source).body if isinstance(line, ast.ImportFrom) and line.level]
+    code = "import sys\n" + "\n".join(
+        f"import basis_select.{'' if name.startswith('layers') else 'checkpoint.'}{name}" for name in parts
+    )
+    assert "layers.embedding" in parts
+    assert fresh(code + "\nprint('transformers.modeling_utils' in sys.modules)") == ("False\n", "")
 
 
 @pytest.mark.slow

@@ -4,14 +4,20 @@ The table is one LowRankLinear, d -> r -> vocabulary, or one RoundedLinear, d ->
 the embedding looks up its rows, so both stay one set of weights.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 
 from .learning import LearningLinear
 from .low_rank import LowRankLinear
 from .rounded import RoundedLinear, RoundingLinear
+
+if TYPE_CHECKING:  # importing transformers imports the format, and with it this module
+    from transformers import PreTrainedModel
 
 
 class TableEmbedding(nn.Module):
@@ -73,6 +79,8 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 def settle_ties(model: PreTrainedModel) -> None:
     """Let the config, and transformers' list of tied tensors, say of heads and embeddings what their tensors do."""
+    from transformers import PreTrainedModel
+
     for part in model.modules():
         has_head = isinstance(part, PreTrainedModel) and part._tied_weights_keys and part.get_output_embeddings()
         if has_head and getattr(part.config, "tie_word_embeddings", False) != is_tied(part):

@@ -9,7 +9,7 @@ from torch import nn
 from ..data.tasks import Task
 from ..system.progress import progress
 from ..training.data import Batches, drawn
-from ..training.loss import frozen, response_logits
+from ..training.loss import by_rows, frozen, response_logits
 from ..training.precision import autocast
 
 
@@ -36,10 +36,7 @@ def squared_gradients(
         with frozen(model, weights.values()):
             for example in progress(rows[rank::world], "squared gradients", "example", quiet=rank > 0):
                 batch = next(iter(Batches([example], 1, 1, 0, task.pad_id)))
-                with torch.enable_grad(), autocast(model):
-                    logits = response_logits(model, batch).float()
-                    loss = nn.functional.cross_entropy(logits, batch["targets"].to(model.device), reduction="sum")
-                gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                gradients = torch.autograd.grad(_loss(model, batch), list(weights.values()), allow_unused=True)
                 gradients = dict(zip(weights, gradients, strict=True))
                 for names in members:
                     for g in (gradients.pop(name) for name in names):
@@ -51,3 +48,12 @@ def squared_gradients(
         for total in found.values():
             dist.all_reduce(total, group=group)
     return {name: total for name, total in found.items() if total.any()}
+
+
+@torch.enable_grad()
+def _loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The summed negative log-likelihood of the responses."""
+    targets = batch["targets"].to(model.device)
+    with autocast(model):
+        logits = response_logits(model, batch)
+    return by_rows(logits, lambda part, rows: [nn.functional.cross_entropy(part, targets[rows], reduction="sum")])[0]

@@ -14,8 +14,8 @@ from ..layers.shape import Shape
 from ..linalg import metrics
 from ..system.progress import progress
 from ..training.data import Batches, drawn
-from ..training.loss import activation_gradients, response_logits
-from ..training.precision import autocast
+from ..training.loss import activation_gradients, overwritable, pieces, response_logits
+from ..training.precision import CastOnce, autocast
 from .fisher import squared_gradients
 from .readers import layer_input
 from .sums import Sums, TableSums
@@ -61,7 +61,7 @@ def second_moments(
     watched = [layer for g in groups for layer in g.layers] if uses.outputs else []
     watched += [table.embedding] if table else []
     try:
-        with activation_gradients(model, watched), torch.enable_grad():
+        with activation_gradients(model, watched), torch.enable_grad(), CastOnce(model):
             for i in progress(range(rank, len(batches), world), "second moments", "batch", quiet=rank > 0):
                 _add_batch(model, _without_padding(batches[i]) if routed else batches[i], i, sums, table)
     finally:
@@ -89,21 +89,38 @@ def _add_batch(model: nn.Module, batch: dict, seed: int, sums: Sums, table: Tabl
         logits = response_logits(model, batch)
     if not sums.uses.outputs:
         return
-    p = logits.detach().float().softmax(-1)  # (n, vocabulary): the largest tensor here, so that no other is made of it
-    other = torch.multinomial(p, 1, generator=torch.Generator(model.device).manual_seed(seed))[:, 0]
-    p.masked_fill_(~real[:, None], 0)
-    if table:
-        table.add_head(p, targets, real)
-    for labels, y in (("own", targets), ("drawn", other)):
+    # (n, vocabulary) is the largest tensor here: the probabilities p take the place of the logits.
+    p, (own, drawn) = _probabilities(logits, targets, torch.Generator(model.device).manual_seed(seed), table)
+    for labels, (y, likelihood) in (("own", own), ("drawn", drawn)):
         sums.labels = labels
         at = real.nonzero()[:, 0], y[real]
-        likelihood = p[at]
-        p[at] -= 1  # the gradient of the summed cross entropy is p - y
-        logits.backward(p.to(logits.dtype), retain_graph=labels == "own")
-        p[at] = likelihood
+        p[at] = (likelihood[real] - 1).to(p.dtype)  # the gradient of the summed cross entropy is p - y
+        logits.backward(p, retain_graph=labels == "own")
+        p[at] = likelihood[real].to(p.dtype)
         sums.complete()
         if table:
             table.add_gradient(labels, sums.real["body"])
+
+
+@torch.no_grad()
+def _probabilities(
+    logits: torch.Tensor, targets: torch.Tensor, generator: torch.Generator, table: TableSums | None
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Probabilities (n, vocabulary) in dtype and place of `logits`, zero where there is no target, and of the task's
+    labels and of some that are drawn `(labels, their probabilities in fp32)`, (n,) each.
+    """
+    made, own = overwritable(logits), targets.clamp(min=0)
+    found = [(y, torch.zeros_like(y, dtype=torch.float32)) for y in (own, torch.empty_like(own))]
+    for rows in pieces(logits):
+        p, real = logits[rows].float().softmax(-1), targets[rows] >= 0
+        found[1][0][rows] = torch.multinomial(p, 1, generator=generator)[:, 0]
+        p.masked_fill_(~real[:, None], 0)
+        if table:
+            table.add_head(p, own[rows], real, rows)
+        made[rows] = p
+        for y, likelihood in found:
+            likelihood[rows] = p.gather(1, y[rows, None])[:, 0]
+    return made, found
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from ..layers.embedding import lookup_scale
 from ..layers.group import Group
 from ..layers.shape import moment_shape
 from ..linalg import metrics
+from ..training.loss import pieces
 from .readers import layer_input
 
 BLOCK = 256  # rows and columns of a moment that are mirrored at once
@@ -92,9 +93,9 @@ class Sums:
         self.real = {"body": body, "head": head}
         self.count = {which: n + int(self.real[which].sum()) for which, n in self.count.items()}
 
-    def _seen(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        x, of_head = x.detach().flatten(0, -2), module is self.head
-        return (x[self.real["head" if of_head else "body"]] if of_head or not self.routed else x).float()
+    def _seen(self, module: nn.Module, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        x, of_head = x.detach().flatten(0, -2)[rows], module is self.head
+        return (x[self.real["head" if of_head else "body"][rows]] if of_head or not self.routed else x).float()
 
     def _on_forward(
         self, group: Group, name: str, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor
@@ -108,6 +109,10 @@ class Sums:
             output.register_hook(partial(self._on_gradient, group, name, module, call))
 
     def _on_gradient(self, group: Group, name: str, module: nn.Module, call: int, g: torch.Tensor) -> None:
+        if len(group.names) == 1 and not moment_shape(g.shape[-1]):  # a head's is as large as the logits: never copied
+            for rows in pieces(g.flatten(0, -2)):
+                self._add_outputs(group, {name: self._seen(module, g, rows)})
+            return
         parts = self._pending.setdefault((group.name, call), {})
         parts[name] = self._seen(module, g)
         if len(parts) == len(group.names):
@@ -181,14 +186,14 @@ class TableSums:
         g, self.gradient = self.gradient.flatten(0, -2)[real].float() * self.scale, None
         self.columns[labels].addmm_(g.T, g)
 
-    def add_head(self, p: torch.Tensor, y: torch.Tensor, real: torch.Tensor) -> None:
-        """p: (n, vocabulary) probabilities and y: (n,) labels at the hidden states that the head has just read.
+    def add_head(self, p: torch.Tensor, y: torch.Tensor, real: torch.Tensor, rows: slice) -> None:
+        """p: (n, vocabulary) probabilities and y: (n,) labels at n `rows` of the hidden states that the head just read.
 
         Both count where `real: (n,)`; elsewhere p is zero.
         """
         if not self.tied:
             return
-        h = self.states[real].float()
+        h = self.states[rows][real].float()
         self.hidden.addmm_(h.T, h)
         square = sum(part.square().sum(0) for part in p.split(ROWS))
         self.rows["drawn"] += p.sum(0) - square

@@ -18,7 +18,8 @@ from ..checkpoint.targets import targets
 from ..layers.learning import Weights
 from .collage import CollageAdamW
 from .engine import checkpoint_layers
-from .loss import activation_gradients, task_loss
+from .loss import activation_gradients, overwritable, response_logits, task_loss
+from .precision import CastOnce, autocast
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only the GPU's
 _FORMULAS = FlopCounterMode(
@@ -106,7 +107,7 @@ def training_step(
         states = _states(parameters, precision)  # those of the first step; the second is the one that counts
         watch = _Watch(model, [*model.parameters(), *(parent.parameters() if whole else ()), *states])
         held = watch.now
-        with watch:
+        with watch, CastOnce(parent):
             task_loss(model, batch, parent)[0].backward()
             gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
         cost = watch.cost(held, gradients, sum(x.nbytes for x in states))
@@ -145,10 +146,12 @@ def moments_step(config: PreTrainedConfig, shape: tuple[int, int, int]) -> Cost:
         model = _model(config)
         watch = _Watch(model, model.parameters())
         held = watch.now
-        with watch, activation_gradients(model):
-            loss = task_loss(model, _batch(*shape))[0]
-            loss.backward(retain_graph=True)
-            loss.backward()
+        with watch, activation_gradients(model), CastOnce(model):
+            with autocast(model):
+                logits = response_logits(model, _batch(*shape))
+            p = overwritable(logits)
+            logits.backward(p, retain_graph=True)
+            logits.backward(p)
     return watch.cost(held)
 
 

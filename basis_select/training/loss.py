@@ -7,11 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from ..data.tasks import Example
 from .data import Batches
-from .precision import autocast
+from .precision import CastOnce, autocast
+
+AT_ONCE = 2**22  # elements of (tokens, vocabulary) that are computed with in fp32 at once
+Losses = Callable[[torch.Tensor, slice], Sequence[torch.Tensor]]
 
 
 @contextmanager
@@ -87,11 +91,81 @@ def response_logits(model: PreTrainedModel, batch: dict) -> torch.Tensor:
         return model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
 
 
+def pieces(logits: torch.Tensor) -> Iterator[slice]:
+    """Slices of the rows of `logits: (n, vocabulary)`, each of at most AT_ONCE elements or of one row."""
+    rows = max(1, AT_ONCE // logits.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))
+
+
+def overwritable(logits: torch.Tensor) -> torch.Tensor:
+    """Memory of the size of `logits`, with the same values: its own, unless its graph needs what stands there."""
+    kept = logits._is_view() or getattr(logits.grad_fn, "_saved_result", None) is not None
+    return logits.detach().clone() if kept else logits.detach()
+
+
+def by_rows(logits: torch.Tensor, losses: Losses) -> Sequence[torch.Tensor]:
+    """The sums of `losses(rows of logits in fp32, their slice)`, scalars, some rows at a time.
+
+    The first of them has a gradient, which is found with it and takes the place of the logits where it can: of size
+    (n, vocabulary) there is one tensor, and the logits are not to be read afterwards.
+    """
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _ByRows.apply(logits, losses)
+    return _sums(losses(logits[rows].float(), rows) for rows in pieces(logits))
+
+
+def _sums(found: Iterable[Sequence[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    """Sums of scalars. No more is kept: with a number behind every piece the heap could not reuse what pieces took."""
+    total = 0
+    for values in found:
+        total += torch.stack([x.detach() for x in values])
+    return tuple(x.clone() for x in total)
+
+
+class _ByRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, losses: Losses) -> tuple[torch.Tensor, ...]:
+        gradient = overwritable(logits)
+
+        @torch.enable_grad()
+        def both(rows: slice) -> Sequence[torch.Tensor]:
+            part = logits[rows].detach().float().requires_grad_()
+            values = losses(part, rows)
+            (gradient[rows],) = torch.autograd.grad(values[0], part)
+            return values
+
+        sums = _sums(map(both, pieces(logits)))
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(*sums[1:])
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(scale), None
+
+
 @torch.no_grad()
 def log_probabilities(teacher: PreTrainedModel, batch: dict) -> torch.Tensor:
     """What `task_loss` compares with: log-probabilities (n, vocabulary) at `batch["positions"]`, fp32."""
     with autocast(teacher):
-        return response_logits(teacher, batch).float().log_softmax(-1)
+        logits = response_logits(teacher, batch)
+    said = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+    for rows in pieces(logits):
+        said[rows] = logits[rows].float().log_softmax(-1)
+    return said
+
+
+@torch.no_grad()
+def likeliest(teacher: PreTrainedModel, batch: dict, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `top` largest of `log_probabilities` and their tokens, (n, top) each."""
+    with autocast(teacher):
+        logits = response_logits(teacher, batch)
+    log_p, tokens = logits.new_empty(len(logits), top, dtype=torch.float32), logits.new_empty(len(logits), top).long()
+    for rows in pieces(logits):
+        log_p[rows], tokens[rows] = logits[rows].float().log_softmax(-1).topk(top)
+    return log_p, tokens
 
 
 def task_loss(
@@ -108,20 +182,39 @@ def task_loss(
     give its share of the mean over the batch.
     """
     targets = batch["targets"].to(model.device)
-    real = targets >= 0  # masked, not indexed: shapes then do not depend on data
     with autocast(model) if mixed else nullcontext():
         logits = response_logits(model, batch)
-    log_q = logits.float().log_softmax(-1)
-    ce = F.nll_loss(log_q, targets, reduction="sum") / batch["responses"]
-    if teacher is None or kl == 0:
-        return ce, ce, torch.zeros_like(ce)
-    said = log_probabilities(teacher, batch) if isinstance(teacher, nn.Module) else teacher(batch)
-    if isinstance(said, tuple):
-        each = _divergence_of_some(log_q, *(x.to(log_q.device) for x in said))
-    else:
-        each = F.kl_div(log_q, said, log_target=True, reduction="none").sum(-1)
-    divergence = (each * real).sum() / batch["responses"]
-    return ce + kl * divergence, ce, divergence
+    says = None if teacher is None or kl == 0 else _sayings(teacher, batch)
+
+    def losses(part: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+        log_q = part.log_softmax(-1)
+        ce = F.nll_loss(log_q, targets[rows], reduction="sum") / batch["responses"]
+        if says is None:
+            return ce, ce, torch.zeros_like(ce)
+        each = _divergence(log_q, *(x.to(log_q.device) for x in says(rows)))
+        real = targets[rows] >= 0  # masked, not indexed: shapes then do not depend on data
+        divergence = (each * real).sum() / batch["responses"]
+        return ce + kl * divergence, ce, divergence
+
+    return by_rows(logits, losses)
+
+
+def _sayings(teacher: PreTrainedModel | Callable, batch: dict) -> Callable[[slice], tuple[torch.Tensor, ...]]:
+    """What a teacher says of the rows in a slice: their `(log_p,)`, or `(log_p, tokens)` of some tokens."""
+    if isinstance(teacher, nn.Module):
+        with torch.no_grad(), autocast(teacher):
+            logits = response_logits(teacher, batch)
+        return lambda rows: (logits[rows].float().log_softmax(-1),)
+    said = teacher(batch)
+    said = said if isinstance(said, tuple) else (said,)
+    return lambda rows: tuple(x[rows] for x in said)
+
+
+def _divergence(log_q: torch.Tensor, log_p: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """KL(p || q) (n,) of the whole vocabulary, or of `tokens` and all others."""
+    if tokens is None:
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    return _divergence_of_some(log_q, log_p, tokens)
 
 
 def _divergence_of_some(log_q: torch.Tensor, log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -141,14 +234,17 @@ def response_nlls(
     """
     nll, tokens = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.long)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    batches = Batches(examples, batch_size, 1, 0, pad_id)
+    batches, cast = Batches(examples, batch_size, 1, 0, pad_id), CastOnce(model)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = batches.collate([examples[i] for i in rows])
         real = batch["targets"] >= 0
-        with autocast(model):
+        targets = batch["targets"].to(model.device)
+        with cast, autocast(model):
             logits = response_logits(model, batch)
-        losses = F.cross_entropy(logits.float(), batch["targets"].to(model.device), reduction="none").cpu().double()
+        losses = torch.empty(len(targets), dtype=torch.float64)
+        for i in pieces(logits):
+            losses[i] = F.cross_entropy(logits[i].float(), targets[i], reduction="none").cpu().double()
         owner = torch.tensor(rows)[batch["positions"] // batch["input_ids"].shape[1]]
         nll.index_add_(0, owner[real], losses[real])
         tokens.index_add_(0, owner[real], torch.ones(int(real.sum()), dtype=torch.long))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -23,6 +24,35 @@ def autocast(model: PreTrainedModel) -> Iterator[None]:
     mixed = model.dtype == torch.float32 and fast_bf16(model.device)
     with products(model), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
         yield
+
+
+class CastOnce(TorchFunctionMode):
+    """Within it, or within several such blocks of one, weights of a model that are frozen are cast for products once.
+
+    `torch.autocast` keeps the casts of weights that need a gradient, for one of its own blocks, and makes all others
+    anew at every use. These go with this object.
+    """
+
+    def __init__(self, model: object):
+        super().__init__()
+        parameters = model.parameters() if isinstance(model, nn.Module) else ()  # other teachers have none
+        self.weights = {p for p in parameters if p.dtype == torch.float32}
+        self.casts = {}  # and which version of the weight each is of
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.linear and len(args) > 1 and args[1] in self.weights:
+            args = (args[0], self._cast(args[1]), *args[2:])
+        return function(*args, **(kwargs or {}))
+
+    def _cast(self, weight: nn.Parameter) -> torch.Tensor:
+        device = weight.device.type
+        if not torch.is_autocast_enabled(device) or (torch.is_grad_enabled() and weight.requires_grad):
+            return weight
+        version, cast = self.casts.get(weight, (None, None))
+        if version != weight._version:
+            cast = weight.detach().to(torch.get_autocast_dtype(device))
+            self.casts[weight] = weight._version, cast
+        return cast
 
 
 def products(model: PreTrainedModel) -> AbstractContextManager:

@@ -12,7 +12,8 @@ from ..data.tasks import Task
 from ..system import processes
 from ..system.progress import progress
 from .data import Batches, require_fit
-from .loss import log_probabilities
+from .loss import likeliest
+from .precision import CastOnce
 
 EXAMPLES_TOGETHER = 16  # a batch of the parent's forward pass
 
@@ -104,13 +105,15 @@ def soft_labels(teacher: PreTrainedModel, task: Task, top: int = 64) -> SoftLabe
     order += order[:1] * (-len(order) % processes.count())  # a sharded teacher needs all processes for every pass
     own = order[processes.index() :: processes.count()]
     collate = Batches(own, size, 1, 0, task.pad_id).collate
-    log_p, tokens, first, rows = [], [], {}, 0
+    log_p, tokens, first, rows, cast = [], [], {}, 0, CastOnce(teacher)
     for i in progress(range(0, len(own), size), "soft labels", "batch", quiet=processes.index() > 0):
         examples = own[i : i + size]
         batch = collate(examples)
-        values, indices = log_probabilities(teacher, batch)[batch["targets"] >= 0].topk(top)
-        log_p.append(values.cpu())
-        tokens.append(indices.int().cpu())
+        with cast:
+            values, indices = likeliest(teacher, batch, top)
+        real = batch["targets"] >= 0
+        log_p.append(values.cpu()[real])
+        tokens.append(indices.int().cpu()[real])
         for e in examples:
             first[_name(list(e.input_ids), e.start)] = rows
             rows += len(e.input_ids) - e.start
