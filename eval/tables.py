@@ -136,13 +136,13 @@ def forms(rows):
 
 
 def vllm(result):
-    """What vLLM computes against `load`, an architecture a row, and how fast it decodes."""
-    cases = [row for row in result["cases"] if row["architecture"] in ("llama", "qwen2")]
-    others = [row for row in result["cases"] if row not in cases]
-    lines = [
-        [row["architecture"], row["form"], *(f"{row['max_difference'][t]:.0e}" for t in ("float32", "bfloat16"))]
-        for row in cases + others
-    ]
+    """How far what vLLM computes is from what `load` does: the largest difference in nats."""
+    rows = [(row, row["form"]) for row in result["cases"]]
+    rows += [(row, f"{row['form']}, two devices") for row in result["parallel"]]
+    lines = []
+    for row, form in sorted(rows, key=lambda found: (found[0]["architecture"], found[1])):
+        found = [row["max_difference"].get(dtype) for dtype in ("float32", "bfloat16")]
+        lines.append([row["architecture"], form, *("" if value is None else f"{value:.0e}" for value in found)])
     return markdown(["architecture", "what is stored", "float32", "bfloat16"], lines, "llrr")
 
 

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from basis_select.checkpoint.files import save
 from basis_select.data.answers import exact
 from basis_select.data.tasks import Example, Task
+from basis_select.training.loss import response_logits
+from basis_select.training.precision import autocast
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # two threads beside other work spin
@@ -115,6 +117,13 @@ def make_task():
 
     examples = [example(i) for i in range(60)]
     return Task("random", examples[:40], examples[40:50], examples[50:], exact, 0)
+
+
+@torch.no_grad()
+def log_probabilities(teacher, batch):
+    """(n, vocabulary) at `batch["positions"]`, as a teacher that is a function returns them."""
+    with autocast(teacher):
+        return response_logits(teacher, batch).float().log_softmax(-1)
 
 
 @pytest.fixture

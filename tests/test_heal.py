@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import KINDS, make_task, make_tokenizer, sampled, tiny
+from conftest import KINDS, log_probabilities, make_task, make_tokenizer, sampled, tiny
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from basis_select import decompose, heal, learn, load, prune, refine, save, tune
@@ -18,7 +18,6 @@ from basis_select.system import processes
 from basis_select.training import precision
 from basis_select.training.collage import VARIANTS
 from basis_select.training.data import Batches
-from basis_select.training.loss import log_probabilities
 
 
 @pytest.fixture(scope="module")

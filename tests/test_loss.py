@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCABULARY, tiny
+from conftest import VOCABULARY, log_probabilities, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from basis_select import decompose, heal, prune, soft_labels
@@ -16,7 +16,7 @@ from basis_select.statistics.moments import TABLE, second_moments
 from basis_select.statistics.readers import same_input
 from basis_select.training import loss, precision
 from basis_select.training.data import Batches
-from basis_select.training.loss import by_rows, log_probabilities, response_logits, response_nlls, task_loss
+from basis_select.training.loss import by_rows, response_logits, response_nlls, task_loss
 from basis_select.training.precision import CastOnce, autocast
 
 

@@ -4,13 +4,13 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCABULARY, tiny
+from conftest import VOCABULARY, log_probabilities, tiny
 
 from basis_select import decompose, heal, prune, soft_labels
 from basis_select.heal import distance
 from basis_select.system import processes
 from basis_select.training.data import Batches
-from basis_select.training.loss import log_probabilities, response_logits, task_loss
+from basis_select.training.loss import response_logits, task_loss
 from basis_select.training.soft_labels import SoftLabels, seen
 
 

@@ -196,14 +196,18 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """`(address, process, folder)` of `vllm serve FOLDER`: bases of 8 and 4 bits, and a rounded table."""
-    folder = tmp_path_factory.mktemp("served") / "model"
+def folder(tmp_path_factory):
+    """A checkpoint with bases of 8 and 4 bits and a rounded table, of sizes that vLLM's attention on the CPU has."""
     model = bs.decompose(tiny(tied=True, hidden_size=128, intermediate_size=160), make_task(), examples=16)
     bs.prune(model, make_task(), size="2.6x", bits="auto", multiple_of=4)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
-    bs.save(model, tokenizer, folder, dtype="bfloat16")
+    return bs.save(model, tokenizer, tmp_path_factory.mktemp("served") / "model", dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    """`(address, process)` of `vllm serve FOLDER`."""
     port = free_port()
     command = [str(Path(PYTHON).parent / "vllm"), "serve", str(folder), "--port", str(port), "--served-model-name", "m"]
     command += ["--max-model-len", "128", "--max-num-seqs", "32", "--enforce-eager"]
@@ -217,7 +221,7 @@ def served(tmp_path_factory):
             if answers(f"{address}/health"):
                 break
             time.sleep(1)
-        yield f"{address}/v1", process, folder
+        yield f"{address}/v1", process
     finally:
         process.terminate()
         process.wait(60)
@@ -251,8 +255,8 @@ print(json.dumps({"whole": whole, "streamed": "".join(pieces), "pieces": len(pie
 
 @pytest.mark.slow
 @with_vllm
-def test_the_openai_client_chats_streams_and_asks_32_times_at_once(served):
-    address, _, folder = served
+def test_the_openai_client_chats_streams_and_asks_32_times_at_once(served, folder):
+    address, _ = served
     done = subprocess.run([PYTHON, "-c", CLIENT, address], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -269,7 +273,7 @@ def test_the_openai_client_chats_streams_and_asks_32_times_at_once(served):
 @pytest.mark.slow
 @with_vllm
 def test_a_thousand_requests_leave_no_memory_behind(served):
-    address, process, _ = served
+    address, process = served
     body = json.dumps({"model": "m", "prompt": "12+34=", "max_tokens": 2, "temperature": 0}).encode()
 
     def ask(_):
@@ -290,9 +294,9 @@ def test_a_thousand_requests_leave_no_memory_behind(served):
 
 @pytest.mark.slow
 @with_vllm
-def test_damage_is_found_before_weights_are_read(served, tmp_path):
+def test_damage_is_found_before_weights_are_read(folder, tmp_path):
     damaged = tmp_path / "damaged"
-    shutil.copytree(served[2], damaged)
+    shutil.copytree(folder, damaged)
     content = bytearray((damaged / "model.safetensors").read_bytes())
     content[-5] ^= 1
     (damaged / "model.safetensors").write_bytes(content)

@@ -40,6 +40,12 @@ class Stored(NamedTuple):
             return None if self.bits == 8 else GROUP
         return 2 if self.bits == 4 else 1
 
+    def dtype(self, of_model: torch.dtype) -> torch.dtype:
+        """What it holds: that of whole numbers, or else the model's."""
+        if self.kind != "q":
+            return of_model
+        return torch.int8 if self.bits == 8 else torch.uint8
+
     def shape(self, rows: int, inputs: int) -> tuple[int, ...]:
         """That of a tensor of a layer of so many outputs and inputs."""
         rows, inputs = self.rows or rows, self.inputs or inputs

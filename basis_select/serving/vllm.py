@@ -158,13 +158,13 @@ class Reader:
     def part(self, stored: Stored, loaded: torch.Tensor, shard: Any) -> torch.Tensor:
         """This device's part of a tensor of the file. Raises ValueError for one of another shape or kind."""
         shape = stored.shape(loaded.shape[0], self.all_inputs)
-        whole = stored.kind == "q"
-        if loaded.shape != shape or loaded.is_floating_point() == whole:
-            raise ValueError(f"it is {loaded.dtype} of shape {[*loaded.shape]}, config.json says {[*shape]}")
+        dtype = stored.dtype(loaded.dtype if loaded.is_floating_point() else self.dtype)
+        if loaded.shape != shape or loaded.dtype != dtype:
+            raise ValueError(f"it is {loaded.dtype} of shape {[*loaded.shape]}, config.json says {dtype} of {[*shape]}")
         rows = torch.arange(loaded.shape[0]) if stored.rows else self._indices(loaded.shape[0], self.outputs, 0, shard)
         columns = self._indices(self.all_inputs, self.inputs, 1, None)
         part = stored.part(loaded, rows, range(int(columns[0]), int(columns[-1]) + 1))
-        return part.to(self.device, None if whole else self.dtype)
+        return part.to(self.device, stored.dtype(self.dtype))
 
     def _indices(self, count: int, places: int, dim: int, shard: Any) -> torch.Tensor:
         """Which of so many rows (dim 0) or columns (1) vLLM puts into the `places` of this device: their numbers."""
@@ -192,9 +192,10 @@ class PartsMethod(LinearMethodBase):
         **attributes: Any,
     ) -> None:
         self.reader = Reader(layer, input_size_per_partition, sum(output_partition_sizes), input_size, params_dtype)
-        names = {name for each in self.layers for name in self.served.names.of(each)}
-        for name in ("weight", *sorted(names - {"weight"}), "u.bias", "u.head.bias"):
-            _place(layer, name, params_dtype, functools.partial(self.take, layer, name))
+        stored = {name: about for each in self.layers for name, about in self.served.names.of(each).items()}
+        for name in dict.fromkeys(("weight", *stored, "u.bias", "u.head.bias")):
+            dtype = stored[name].dtype(params_dtype) if name in stored else params_dtype
+            _place(layer, name, dtype, functools.partial(self.take, layer, name))
 
     def take(self, layer: nn.Module, name: str, param: nn.Parameter, loaded: torch.Tensor, shard: Any = None) -> None:
         """What vLLM calls with every tensor of `layer` in the file. shard: which of `layers` it is of."""
@@ -204,6 +205,8 @@ class PartsMethod(LinearMethodBase):
             )
         owner, served = self.layers[SHARDS.get(shard, shard)], self.served
         if name.endswith("bias"):
+            if layer.bias is None:
+                raise ValueError(f"the file holds {owner}.{name}, vLLM's layer has no bias")
             self.biased.add(owner)
             layer.bias.weight_loader(layer.bias, loaded, *([] if shard is None else [shard]))
             return
@@ -250,11 +253,11 @@ class TableMethod(LinearMethodBase):
         **attributes: Any,
     ) -> None:
         reader = Reader(layer, input_size_per_partition, sum(output_partition_sizes), input_size, params_dtype)
-        names = self.served.names.of_table(self.served.table) if self.owns else ()
+        stored = self.served.names.of_table(self.served.table) if self.owns else {}
         above = "" if isinstance(layer, ParallelLMHead) else "table."
         _place(layer, "weight", params_dtype, functools.partial(self.take, "weight", False, reader))
-        for name in names:
-            _place(layer, f"{above}{name}", params_dtype, functools.partial(self.take, name, True, reader))
+        for name, about in stored.items():
+            _place(layer, f"{above}{name}", about.dtype(params_dtype), functools.partial(self.take, name, True, reader))
 
     def take(self, name: str, listed: bool, reader: Reader, param: nn.Parameter, loaded: torch.Tensor) -> None:
         """What vLLM calls with every tensor of the layer in the file."""
@@ -308,9 +311,7 @@ def _place(layer: nn.Module, name: str, dtype: torch.dtype, take: Callable[..., 
         if not hasattr(layer, part):
             layer.add_module(part, nn.Module())
         layer = getattr(layer, part)
-    # vLLM warns of tensors whose dtype is not that of the parameter; the file has these.
-    kind = {"q": torch.uint8}.get(leaf, dtype)
-    param = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
+    param = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
     param.weight_loader = take
     layer.register_parameter(leaf, param)
 

@@ -147,19 +147,8 @@ class _ByRows(torch.autograd.Function):
 
 
 @torch.no_grad()
-def log_probabilities(teacher: PreTrainedModel, batch: dict) -> torch.Tensor:
-    """What `task_loss` compares with: log-probabilities (n, vocabulary) at `batch["positions"]`, fp32."""
-    with autocast(teacher):
-        logits = response_logits(teacher, batch)
-    said = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
-    for rows in pieces(logits):
-        said[rows] = logits[rows].float().log_softmax(-1)
-    return said
-
-
-@torch.no_grad()
 def likeliest(teacher: PreTrainedModel, batch: dict, top: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `top` largest of `log_probabilities` and their tokens, (n, top) each."""
+    """The `top` largest log-probabilities at `batch["positions"]`, in fp32, and their tokens: (n, top) each."""
     with autocast(teacher):
         logits = response_logits(teacher, batch)
     log_p, tokens = logits.new_empty(len(logits), top, dtype=torch.float32), logits.new_empty(len(logits), top).long()
@@ -177,8 +166,8 @@ def task_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean over response tokens of `CE(y) + kl * KL(teacher || model)`, and both parts: three scalars, in nats.
 
-    `teacher` is a model or a function of a batch that returns `log_probabilities` or, as SoftLabels, those of some
-    tokens; without one the second part is zero. `mixed=False` computes an fp32 model in fp32. The rows of one process
+    `teacher` is a model or a function of a batch that returns the log-probabilities (n, vocabulary) at its positions
+    or, as SoftLabels, those of some tokens; without one the second part is zero. `mixed=False` computes an fp32 model in fp32. The rows of one process
     give its share of the mean over the batch.
     """
     targets = batch["targets"].to(model.device)
