@@ -167,8 +167,8 @@ def task_loss(
     """Mean over response tokens of `CE(y) + kl * KL(teacher || model)`, and both parts: three scalars, in nats.
 
     `teacher` is a model or a function of a batch that returns the log-probabilities (n, vocabulary) at its positions
-    or, as SoftLabels, those of some tokens; without one the second part is zero. `mixed=False` computes an fp32 model in fp32. The rows of one process
-    give its share of the mean over the batch.
+    or, as SoftLabels, those of some tokens; without one the second part is zero. `mixed=False` computes an fp32 model
+    in fp32. The rows of one process give its share of the mean over the batch.
     """
     targets = batch["targets"].to(model.device)
     with autocast(model) if mixed else nullcontext():
