@@ -1,6 +1,7 @@
 """Times, measured so that they can be compared: what is compared takes turns in one process."""
 
 import functools
+import inspect
 import platform
 import statistics
 import time
@@ -77,6 +78,8 @@ class Generation:
     def __init__(self, model: PreTrainedModel, prompt: int, tokens: int, compiled: bool = False):
         self.model, self.tokens, self.compiled = model, tokens, compiled
         self.ids = (torch.arange(prompt, device=model.device) % (model.get_input_embeddings().num_embeddings - 1))[None]
+        takes = inspect.signature(model.forward).parameters  # it swallows what it does not know
+        self.named = "cache" if "cache" in takes else "past_key_values"
         self.fixed, self.read = None, self._next
         if compiled:
             self.fixed = StaticCache(model.config, max_cache_len=prompt + tokens)
@@ -129,7 +132,7 @@ class Generation:
         return token
 
     def _next(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-        out = self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self.named: cache})
         return out.logits.argmax(-1)
 
 
