@@ -81,7 +81,6 @@ FRONT = {  # name of the row: method and size in the results, and in which
     "parent": ("parent", None, "bytes"),
     "ours": ("default", "45MB", "bytes"),
     "the dense parent at 4 bits, healed alike": ("int4", None, "bytes"),
-    "the dense parent at 3 bits, healed alike": ("int3", None, "bytes"),
     "best published method, SVD-LLM": ("SVD-LLM", "8x", "compare"),
 }
 
