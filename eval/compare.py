@@ -94,7 +94,7 @@ def rows(grid):
 def compare(grid, folder, results):
     """Measure all rows that are in no line of `results`; returns those that could not be."""
     benches, failed = {}, []
-    while left := [row for row in rows(grid) if row not in (*done(results), *failed)]:
+    while left := missing(grid, results, failed):
         for row in left:
             home = home_of(folder, row.task, row.seed)
             try:
@@ -115,6 +115,12 @@ def compare(grid, folder, results):
         else:
             time.sleep(1)
     return failed
+
+
+def missing(grid, results, failed):
+    """The rows that are in no line of `results` and have not `failed`."""
+    there = {*done(results), *failed}
+    return [row for row in rows(grid) if row not in there]
 
 
 def alone(home, what):

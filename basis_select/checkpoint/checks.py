@@ -87,6 +87,12 @@ def require_unchanged(states: dict[Path, tuple[int, ...]]) -> None:
             raise ValueError(f"{path} was replaced or changed while it was loaded: nothing of it is used")
 
 
+def is_rounded(folder: str | Path) -> bool:
+    """Whether a checkpoint in this folder has weights of 8 or 4 bits."""
+    found = description(Path(folder))
+    return found is not None and bool(found.rounded)
+
+
 def is_saved(folder: str | Path) -> bool:
     """Whether `save` wrote this folder, or it says that it is one of ours."""
     return (Path(folder) / SIDECAR).exists() or is_compressed(folder)

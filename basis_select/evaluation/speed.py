@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
-from ..checkpoint.checks import description
+from ..checkpoint.checks import is_rounded
 from ..checkpoint.models import load
 from ..training.precision import fast_bf16
 
@@ -24,9 +24,8 @@ def load_fastest(source: str, device: torch.device | str) -> tuple[PreTrainedMod
     What is rounded is loaded as it is stored: its kernels are for bfloat16, even where the device has no such units.
     """
     device = torch.device(device)
-    found = description(Path(source)) if Path(source).is_dir() else None
     wide = "bfloat16" if fast_bf16(device) else "float32"
-    model, tokenizer = load(source, None if found is not None and found.rounded else wide)
+    model, tokenizer = load(source, None if Path(source).is_dir() and is_rounded(source) else wide)
     return model.to(device), tokenizer
 
 

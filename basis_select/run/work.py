@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint.checks import description
+from ..checkpoint.checks import is_rounded
 from ..checkpoint.files import save
 from ..checkpoint.models import config_and_tokenizer, load
 from ..checkpoint.targets import targets
@@ -108,8 +108,7 @@ class Work:
 
     def _to_time(self, folder: Path) -> PreTrainedModel:
         """As it computes fastest: what is rounded has kernels for 16 bits, even where the device has no such units."""
-        found = description(folder / "model")
-        rounded = found is not None and found.rounded
+        rounded = is_rounded(folder / "model")
         return (load_here(folder / "model") if rounded else self._load_final(folder))[0]
 
     def _read(self, product: str, read: Callable[[Path], Any]) -> Any:
