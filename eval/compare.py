@@ -10,9 +10,12 @@ done is one line of RESULTS.jsonl, measured after it was saved and loaded again;
 
 A method is a dict of recipe keys that differ from `base`. Keys of its own: `dense: BITS` is the dense parent with
 weights of so many bits (16, 8, 4, 3 or 2, its table 8), which trains with its rounding known, as ours does;
-`learned: SHARE` is the share of the training that goes to `learn`, the rest is healing; `sizes` and `trained` stand in
-place of the grid's. A size is what `prune` takes, such as "45MB"; without `prune.bits: auto` its weights have 16 bits.
-`trained` is on how many tokens each row trains, padding not counted; 0 is what it starts from.
+`learned: SHARE` is the share of the training that goes to `learn`, the rest is healing; `first: SIZE` cuts twice, first
+to that size with weights of 16 bits, which half of the training heals, then what has come of that, decomposed anew with
+moments of its own; `sizes` and `trained` stand in place of the grid's. A size is what `prune` takes, such as "45MB";
+without `prune.bits: auto` its weights have 16 bits. `trained` is on how many tokens each row trains, padding not
+counted; 0 is what it starts from. Lengths are taken in the order in which the grid names them. `like: OTHER.yaml` takes
+all that this grid does not say from another.
 
 No rate is chosen on test items. A key whose value is a list names candidates; `choose` names the `size` and tokens
 (`trained`) at which to choose, and in `heal` multiples of the rate that heal would take by itself. Of all combinations
@@ -45,15 +48,18 @@ from filelock import FileLock, Timeout
 
 from basis_select.checkpoint.files import save
 from basis_select.checkpoint.targets import targets
+from basis_select.decompose import decompose
 from basis_select.evaluation.accuracy import generated
-from basis_select.heal import suitable_rate
+from basis_select.heal import heal, suitable_rate
 from basis_select.layers.embedding import round_table
+from basis_select.layers.group import groups
 from basis_select.layers.rounded import RoundedLinear
 from basis_select.layers.rounding import stored_bytes
 from basis_select.linalg.metrics import METRICS
 from basis_select.run.disk import OnDisk
 from basis_select.run.recipe import Recipe, override
 from basis_select.run.stages import walk
+from basis_select.run.view import own as options_of
 from basis_select.run.work import Work, load_here, read_derivatives
 from basis_select.sizes import sizes
 from basis_select.statistics.moments import TABLE, second_moments
@@ -62,7 +68,8 @@ from basis_select.system.writing import replace_text
 from basis_select.training.loss import response_nll, response_nlls
 from basis_select.training.soft_labels import SoftLabels, soft_labels
 
-OWN = ("dense", "learned", "sizes", "trained")  # keys of a method that are no recipe's
+OWN = ("dense", "learned", "first", "sizes", "trained")  # keys of a method that are no recipe's
+TOGETHER = 200  # test items that are answered at once
 FAILURES = (ArithmeticError, OSError, RuntimeError, ValueError)  # of one row: others go on
 
 
@@ -81,12 +88,12 @@ class Row:
 
 
 def rows(grid):
-    """All rows, the parents and those with least training first."""
+    """All rows, the parents first, then by lengths of training as the grid orders them."""
     for seed in grid["seeds"]:
         yield from (Row(task, seed, "parent", None, 0) for task in grid["tasks"])
-        lengths = sorted({n for own in ({}, *grid["methods"].values()) for n in own.get("trained", grid["trained"])})
+        lengths = dict.fromkeys(n for g in (grid, *grid["methods"].values()) for n in g.get("trained", []))
         for trained, task, (method, own) in itertools.product(lengths, grid["tasks"], grid["methods"].items()):
-            if trained in own.get("trained", grid["trained"]) and (trained or "learned" not in own):
+            if trained in own.get("trained", grid["trained"]) and (trained or not {"learned", "first"} & own.keys()):
                 of = [None] if "dense" in own else own.get("sizes", grid["sizes"])
                 yield from (Row(task, seed, method, size, trained) for size in of)
 
@@ -190,9 +197,9 @@ class Bench:
         mean = statistics.fmean(len(e.input_ids) for e in self.task.train)
         return math.ceil(tokens / (mean * self.base.heal.batch_size))
 
-    def row(self, r, clock, model=None, until="heal"):
-        """The model of row `r` behind the stage `until`, from `model`, which is where healing starts, or from disk."""
-        state, after = {"model": model}, "refine"
+    def row(self, r, clock, model=None, after="refine", until="heal"):
+        """The model of row `r` behind the stage `until`, from `model`, as it is behind `after`, or from disk."""
+        state = {"model": model}
         if model is None:
             after = "decompose" if r.learn.steps else "derivatives"
             with alone(self.home, "stages"):
@@ -278,19 +285,34 @@ def finite(verb, *args):
 
 
 def started(bench, own, method, size, steps):
-    """`(recipe, model, seconds, heal's rate)` before healing, which takes what learning has left of the `steps`."""
+    """`(recipe, model, seconds, heal's rate, steps)` before healing, which takes what others have left of `steps`."""
     clock, learned = {}, round(own.get("learned", 0) * steps)
     r = override(bench.base, {k: v for k, v in own.items() if k not in OWN}, method)
     r = override(r, {"learn.steps": learned, "heal.steps": steps - learned - r.refine.steps * (steps > 0)}, method)
+    taken = {stage: getattr(r, stage).steps for stage in ("learn", "refine", "heal")}
     if bits := own.get("dense"):
         model = dense(copy.deepcopy(bench.parent), bits)
     else:
-        model = bench.row(r.at(size), clock, until="refine" if steps else "prune")
-        r = r.at(size)
+        r, model = r.at(size), None
+        if first := own.get("first"):
+            r = override(r, {"heal.steps": r.heal.steps - r.heal.steps // 2}, method)
+            model = cut_before(bench, r, first, clock)
+        model = bench.row(r, clock, model, after="derivatives", until="refine" if steps else "prune")
     rate = r.heal.lr or suitable_rate(model, bench.task, bench.labels, r.seed)
     if not math.isfinite(rate):
         raise FloatingPointError(f"{method}: what healing would start from is not finite")
-    return r, model, clock, rate
+    return r, model, clock, rate, taken
+
+
+def cut_before(bench, r, size, clock):
+    """The model that is cut a second time: cut to `size` in 16 bits, healed as long as `r` says, decomposed anew."""
+    before = override(r, {"prune.bits": 16}, "first").at(size)
+    model = bench.row(before, clock, until="refine")
+    others = r.seed + 1  # batches, than the second time
+    heal(model, bench.task, bench.labels, seed=others, **options_of(r.heal))
+    for group in groups(model):
+        group.to_dense(model)
+    return decompose(model, bench.task, **options_of(r.decompose))
 
 
 def dense(model, bits):
@@ -304,7 +326,7 @@ def dense(model, bits):
 
 def healed(bench, start, factor):
     """`(model, facts)` of what `started` has made, which stays as it is."""
-    r, model, clock, rate = start
+    r, model, clock, rate, taken = start
     model, clock, task, lr = copy.deepcopy(model), dict(clock), bench.task, factor * rate
     before = after = response_nll(model, task.validation, task.pad_id)
     if r.heal.steps:
@@ -313,7 +335,7 @@ def healed(bench, start, factor):
     return model, {
         "validation_nll": {"unhealed": before, "healed": after},
         "lr": lr,
-        "steps": {stage: getattr(r, stage).steps for stage in ("learn", "refine", "heal")},
+        "steps": taken,
         "seconds": clock,
         "device": str(model.device),
     }
@@ -348,7 +370,7 @@ def measure(model, tokenizer, task, answers):
         raise FloatingPointError("a test item has a likelihood that is not finite")
     found = {"sizes": facts, "nll": [round(x, 4) for x in nll.tolist()], "tokens": tokens.tolist()}
     if answers and task.score:
-        texts = generated(model, tokenizer, task, task.test[:answers], rows=answers)
+        texts = generated(model, tokenizer, task, task.test[:answers], rows=TOGETHER)
         pairs = zip(texts, task.test, strict=False)
         found["correct"] = [int(task.score(text, example.answer)) for text, example in pairs]
     return found
@@ -388,10 +410,16 @@ def read(results):
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def read_grid(path):
+    """The grid of a file, and what it does not say from the one that it is `like`."""
+    grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {**read_grid(path.parent / grid.pop("like")), **grid} if "like" in grid else grid
+
+
 def main():
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     path, folder, results = map(Path, sys.argv[1:])
-    failed = compare(yaml.safe_load(path.read_text(encoding="utf-8")), folder, results)
+    failed = compare(read_grid(path), folder, results)
     sys.exit("\n".join(["not measured:", *map(str, failed)]) if failed else 0)
 
 

@@ -50,6 +50,7 @@ def test_a_grid_is_measured_once_and_reported(tmp_path):
         answers={"sums": 6},
         methods={
             "default": {"prune.bits": "auto", "sizes": ["2x", "3x"]},
+            "cut twice": {"prune.bits": "auto", "first": "1.5x"},
             "trimmed": {"dense": 16, "trained": [0]},
             "int4": {"dense": 4},
             "int3": {"dense": 3, "trained": [0]},
@@ -61,7 +62,7 @@ def test_a_grid_is_measured_once_and_reported(tmp_path):
     results = tmp_path / "results.jsonl"
     assert compare(grid, tmp_path / "runs", results) == []
     found = read(results)
-    assert len(found) == len(list(rows(grid))) == 1 + (2 + 1 + 1 + 1 + 2) + (2 + 1 + 1 + 2)
+    assert len(found) == len(list(rows(grid))) == 1 + (2 + 1 + 1 + 1 + 2) + (2 + 1 + 1 + 1 + 2)
     by_name = {(r["method"], r["size"], r["trained"]): r for r in found}
     assert len({tuple(r["tokens"]) for r in found}) == 1
     parent = by_name["parent", None, 0]["sizes"]["bytes"]
