@@ -33,6 +33,16 @@ def broken(made):
     return copy.deepcopy(made)
 
 
+@pytest.mark.parametrize("kind", ["fp32", "plus"])
+def test_a_weight_with_gaps_in_memory_trains_as_one_without(task, kind):
+    whole, gaps = tiny(), tiny()
+    for layer in (m for m in gaps.modules() if isinstance(m, torch.nn.Linear)):
+        layer.weight = torch.nn.Parameter(torch.nn.functional.pad(layer.weight.detach(), (0, 5))[:, :-5])
+    for model in (whole, gaps):
+        tune(model, task, steps=3, batch_size=4, lr=1e-2, precision=kind)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), gaps.parameters(), strict=True))
+
+
 @pytest.mark.slow
 def test_healing_in_bfloat16_comes_back_with_what_was_carried(task, broken, tmp_path):
     parent, start = broken

@@ -117,6 +117,11 @@ def train(
 
 def _optimizer(model: PreTrainedModel, lr: float, precision: str) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        if (
+            not p.is_contiguous()
+        ):  # the fused step goes through memory in order, whatever the strides, and does not say so
+            p.data = p.data.contiguous()
     if precision == "fp32":
         return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
     return CollageAdamW(trained, lr=lr, variant=precision)
