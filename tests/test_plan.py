@@ -15,6 +15,7 @@ from basis_select.checkpoint.targets import targets
 from basis_select.data.tasks import load_task
 from basis_select.evaluation.accuracy import evaluate
 from basis_select.layers.group import groups
+from basis_select.layers.rounding import GROUP
 from basis_select.learn import weights
 from basis_select.run import measuring
 from basis_select.run.plan import plan
@@ -85,6 +86,19 @@ def test_factored_layers_cost_what_their_ranks_say(task):
     alone = training_step(tiny().config, shape_of(batch), weights, bases={**described, "weighted": 1})
     assert alone.gradients == 4 * sum(group.rank for group in groups(model))
     assert alone.flops < cost.flops
+
+
+def test_weights_that_train_rounded_cost_what_such_a_step_takes(task):
+    model, shape = prune(decompose(tiny(), task), keep=0.4, multiple_of=4), (8, 32, 64)
+    ranks = {name: layer.rank for group in groups(model) for name, layer in group.items()}
+    step = functools.partial(training_step, tiny().config, shape, trainable, bases={"ranks": ranks})
+    wide, rounded = step(), step(rounded=True)
+    assert rounded.flops == wide.flops
+    weights = sum(group.parameters for group in groups(model))
+    scales = rounded.gradients - wide.gradients
+    assert 4 * weights / GROUP < scales < 4 * weights / 4  # of ranks that fill no group, more
+    assert rounded.held - wide.held == pytest.approx(3 * scales, rel=0.1)  # they, and two moments of each
+    assert rounded.passing - wide.passing > 2 * 4 * weights  # rounded, and as it is before that, until the way back
 
 
 def test_soft_labels_take_the_place_of_the_parent(task):

@@ -209,7 +209,7 @@ class RoundingLinear(nn.Linear):
     def training(cls, layer: RoundedLinear) -> "RoundingLinear":
         """What trains in place of a deployed layer, and computes the same."""
         made = cls(layer.in_features, layer.out_features, layer.bias is not None, "meta")
-        made.bits, made.weight = layer.bits, nn.Parameter(layer.weight)
+        made.bits, made.weight = layer.bits, nn.Parameter(layer.weight.contiguous())
         made.scale, made.bias = nn.Parameter(layer.scale.clone()), layer.bias
         return made
 

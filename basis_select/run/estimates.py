@@ -146,7 +146,10 @@ def healing(view: View, machine: Machine) -> Estimate:
     trains = functools.partial(trainable, embeddings=r.heal.embeddings)
     if r.heal.lora:
         trains = functools.partial(add_adapters, rank=r.heal.lora)
-    return _training(view, machine, "heal", r.seed + 1, trains, sharded=not r.heal.lora, bases=cut)
+    rounded = r.prune.bits != 16
+    return _training(
+        view, machine, "heal", r.seed + 1, trains, sharded=not (r.heal.lora or rounded), bases=cut, rounded=rounded
+    )
 
 
 def saving(view: View, machine: Machine) -> Estimate:
@@ -203,17 +206,26 @@ def _set_aside(options: Any, keep: float, groups: Sequence[Group]) -> float:
 
 
 def _training(
-    view: View, machine: Machine, name: str, seed: int, trains: Callable, sharded: bool, bases: dict | None = None
+    view: View,
+    machine: Machine,
+    name: str,
+    seed: int,
+    trains: Callable,
+    sharded: bool,
+    bases: dict | None = None,
+    rounded: bool = False,
 ) -> Estimate:
     """The Estimate of a verb that trains, on processes of which each takes its part of every batch."""
     r, options = view.recipe, getattr(view.recipe, name)
     taught = {"teacher": r.teacher, "soft_labels": r.soft_labels}
 
     def make() -> Estimate:
-        step = functools.partial(training_step, view.parent.config, trains=trains, bases=bases, **taught)
+        step = functools.partial(
+            training_step, view.parent.config, trains=trains, bases=bases, rounded=rounded, **taught
+        )
         return _steps(options, view.task, seed, step, machine, sharded)
 
-    return machine.once(repr((name, options, taught, bases, view.total)), make)
+    return machine.once(repr((name, options, taught, bases, rounded, view.total)), make)
 
 
 def _steps(options: Any, task: Task, seed: int, step_at: Callable, machine: Machine, sharded: bool) -> Estimate:

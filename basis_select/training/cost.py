@@ -1,5 +1,6 @@
 """What a training step computes and keeps in memory: the step itself, run on tensors that have no data."""
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ..checkpoint.format import BasisSelectConfig, build
 from ..checkpoint.targets import targets
 from ..layers.learning import Weights
+from ..layers.low_rank import LowRankLinear
+from ..layers.rounded import RoundedLinear, training
 from .collage import CollageAdamW
 from .engine import checkpoint_layers
 from .loss import activation_gradients, overwritable, response_logits, task_loss
@@ -88,15 +91,18 @@ def training_step(
     teacher: str = "float32",
     soft_labels: int = 0,
     bases: dict | None = None,
+    rounded: bool = False,
 ) -> Cost:
     """The Cost of one step of training/engine.py on a batch of `shape`, (rows, length, response tokens).
 
     trains: function that sets what of a model requires gradients; bases: a dict, how checkpoint/format.py describes the
-    factored layers, none if dense; teacher: the dtype of the dense parent, if `taught` by one and not by `soft_labels`,
-    so many for a token.
+    factored layers, none if dense; rounded: whether all weights of targeted layers train as those of 4 bits; teacher:
+    the dtype of the dense parent, if `taught` by one and not by `soft_labels`, so many for a token.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), contextlib.ExitStack() as stack:
         model = _model(config, torch.float32 if precision == "fp32" else torch.bfloat16, **(bases or {}))
+        if rounded:
+            stack.enter_context(training(_rounded(model)))
         trains(model)
         if checkpointing:
             checkpoint_layers(model)
@@ -115,6 +121,16 @@ def training_step(
             saved = sum(m.weight.numel() - 2 * m.out_features for m in targets(parent).values())
             cost = replace(cost, held=held - saved)
     return cost
+
+
+def _rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with 4 bits for every weight of its targeted layers, in place."""
+    layers = targets(model)
+    for name, module in list(model.named_modules()):
+        factor = isinstance(model.get_submodule(name.rpartition(".")[0]), LowRankLinear)
+        if name in layers or (factor and isinstance(module, nn.Linear)):
+            model.set_submodule(name, RoundedLinear.like(module, 4))
+    return model
 
 
 def _teacher(config: PreTrainedConfig, dtype: str, soft_labels: int, batch: dict) -> Callable:
