@@ -26,6 +26,7 @@ from .layers.embedding import TableEmbedding, is_tied
 from .layers.group import groups
 from .layers.low_rank import LowRankLinear
 from .layers.rounded import RoundedLinear, quantized
+from .layers.traced import for_graph
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,8 @@ def export(
         model, tokenizer = load(source, "float32" if to in ("onnx", "openvino") else None)
     if to != "dense" and any(group.weighted for group in groups(model)):
         raise ValueError(f"these bases are still weighted: call prune before exporting to {to}")
-    if to != "dense" and quantized(model):
-        raise ValueError(f"the weights of this model are rounded already: export what they were rounded from to {to}")
+    if to == "int8" and quantized(model):
+        raise ValueError("the weights of this model are rounded already: export what they were rounded from to int8")
     FORMATS[to](model, tokenizer, Path(out))
     return Path(out)
 
@@ -97,7 +98,10 @@ def _onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out
     except ImportError:
         raise ValueError("ONNX needs the export extra: pip install 'basis-select[export]'") from None
     with whole(out) as partial:
-        _trace(model, OnnxExporter, OnnxConfig()).save_pretrained(partial)
+        exported = _trace(for_graph(model, "onnx"), OnnxExporter, OnnxConfig())
+        for node in exported.program.graph.all_nodes():
+            node.metadata_props.clear()  # lines of code with their folders, longer than the rest of the graph
+        exported.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
 
@@ -110,7 +114,9 @@ def _openvino(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
     except ImportError:
         raise ValueError("OpenVINO needs the export extra: pip install 'basis-select[export]'") from None
     with whole(out) as partial:
-        _trace(model, OpenVINOExporter, OpenVINOConfig(compress_to_fp16=True)).save_pretrained(partial)
+        exported = _trace(for_graph(model, "openvino"), OpenVINOExporter, OpenVINOConfig(compress_to_fp16=True))
+        _to_4_bits(exported.program)
+        exported.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
             for name, graph in zip(
@@ -119,6 +125,15 @@ def _openvino(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
                 strict=True,
             ):
                 openvino.save_model(graph, partial / f"{name}.xml")
+
+
+def _to_4_bits(graph: Any) -> None:
+    """Store in 4 bits what an openvino.Model has in int8 of three dimensions, which no tensor of torch can, in place."""
+    from openvino import Type, opset13
+
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type() == Type.i8 and node.get_data().ndim == 3:
+            node.output(0).replace(opset13.constant(node.get_data(), Type.i4).output(0))
 
 
 def _trace(model: PreTrainedModel, exporter: type, config: Any) -> Any:
