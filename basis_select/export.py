@@ -128,7 +128,7 @@ def _openvino(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
 
 
 def _to_4_bits(graph: Any) -> None:
-    """Store in 4 bits what an openvino.Model has in int8 of three dimensions, which no tensor of torch can, in place."""
+    """Store in 4 bits the int8 constants of three dimensions of an openvino.Model, in place: torch has no such type."""
     from openvino import Type, opset13
 
     for node in graph.get_ordered_ops():
