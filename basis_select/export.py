@@ -41,8 +41,9 @@ def export(
 
     to: "dense", a checkpoint that transformers, vLLM and llama.cpp's converter read without this package, no smaller
     than the parent; "onnx" and "openvino", graphs in which weights of 8 and 4 bits stay what they are and others are
-    float32 and float16; "int8", a checkpoint of ours whose weights take half the bytes. `tokenizer` goes with a model; `load` finds that of other sources. Raises ValueError on an unknown
-    format, on a model that it does not fit and without the packages of the `export` extra.
+    float32 and float16; "int8", a checkpoint of ours whose weights take half the bytes. `tokenizer` goes with a model;
+    `load` finds that of other sources. Raises ValueError on an unknown format, on a model that it does not fit and
+    without the packages of the `export` extra.
 
         >>> bs.export(parent, "dense", "for_vllm", tokenizer)
         PosixPath('for_vllm')
