@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .rounded import RoundedLinear
+from .rounded import RoundedLinear, quantized
 from .rounding import GROUP, unpacked
 
 
@@ -54,7 +54,9 @@ class OpenVinoLinear(RoundedLinear):
 
 
 def for_graph(model: nn.Module, runtime: Literal["onnx", "openvino"]) -> nn.Module:
-    """A copy of `model` to trace, whose rounded layers compute the same in the terms of a runtime."""
+    """What to trace for `model`: if it has rounded layers, a copy in which they compute in the terms of a runtime."""
+    if not quantized(model):
+        return model
     model = copy.deepcopy(model)
     for layer in model.modules():
         if isinstance(layer, RoundedLinear):
