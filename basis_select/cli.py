@@ -179,15 +179,23 @@ def push(
     license: Annotated[str | None, typer.Option(help="of the base model, if its card cannot be read")] = None,
     replace_card: Annotated[bool, typer.Option("--replace-card", help="also a card written by hand")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print files and card, contact nobody")] = False,
+    family: Annotated[
+        bool, typer.Option("--family", help="every size of a run as USER/NAME-SIZE, an overview as USER/NAME")
+    ] = False,
 ) -> None:
     """Publish a checkpoint on the hub with a model card; the same command continues after a lost connection."""
     from .publish import push as hub
 
     if not dry_run:
-        typer.echo(hub.push(folder, repo_id, private=private, base=base, license=license, replace_card=replace_card))
+        options = {"private": private, "base": base, "license": license, "replace_card": replace_card}
+        done = hub.push_family(folder, repo_id, **options) if family else [hub.push(folder, repo_id, **options)]
+        typer.echo("\n".join(done))
         return
     metadata = {"license": license} if license else None
-    made = hub.contents(folder, repo_id, base=base, metadata=metadata, replace_card=replace_card)
+    if family:
+        made = hub.overview(folder, repo_id, base=base, metadata=metadata)
+    else:
+        made = hub.contents(folder, repo_id, base=base, metadata=metadata, replace_card=replace_card)
     for name, what in made.items():
         size = what.stat().st_size if isinstance(what, Path) else len(what.encode())
         typer.echo(f"{size:>14,}  {name}", err=True)

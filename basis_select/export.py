@@ -26,6 +26,7 @@ from .layers.embedding import TableEmbedding, is_tied
 from .layers.group import groups
 from .layers.low_rank import LowRankLinear
 from .layers.rounded import RoundedLinear, quantized
+from .layers.traced import for_graph
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,10 @@ def export(
     """Write `source`, a model or whatever `load` takes, to the new folder `out`: all of it or nothing; returns `out`.
 
     to: "dense", a checkpoint that transformers, vLLM and llama.cpp's converter read without this package, no smaller
-    than the parent; "onnx", weights in float32; "openvino", in float16; "int8", a checkpoint of ours whose weights take
-    half the bytes. `tokenizer` goes with a model; `load` finds that of other sources. Raises ValueError on an unknown
-    format, on a model that it does not fit and without the packages of the `export` extra.
+    than the parent; "onnx" and "openvino", graphs in which weights of 8 and 4 bits stay what they are and others are
+    float32 and float16; "int8", a checkpoint of ours whose weights take half the bytes. `tokenizer` goes with a model;
+    `load` finds that of other sources. Raises ValueError on an unknown format, on a model that it does not fit and
+    without the packages of the `export` extra.
 
         >>> bs.export(parent, "dense", "for_vllm", tokenizer)
         PosixPath('for_vllm')
@@ -55,8 +57,8 @@ def export(
         model, tokenizer = load(source, "float32" if to in ("onnx", "openvino") else None)
     if to != "dense" and any(group.weighted for group in groups(model)):
         raise ValueError(f"these bases are still weighted: call prune before exporting to {to}")
-    if to != "dense" and quantized(model):
-        raise ValueError(f"the weights of this model are rounded already: export what they were rounded from to {to}")
+    if to == "int8" and quantized(model):
+        raise ValueError("the weights of this model are rounded already: export what they were rounded from to int8")
     FORMATS[to](model, tokenizer, Path(out))
     return Path(out)
 
@@ -97,7 +99,10 @@ def _onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out
     except ImportError:
         raise ValueError("ONNX needs the export extra: pip install 'basis-select[export]'") from None
     with whole(out) as partial:
-        _trace(model, OnnxExporter, OnnxConfig()).save_pretrained(partial)
+        exported = _trace(for_graph(model, "onnx"), OnnxExporter, OnnxConfig())
+        for node in exported.program.graph.all_nodes():
+            node.metadata_props.clear()  # lines of code with their folders, longer than the rest of the graph
+        exported.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
 
@@ -110,7 +115,9 @@ def _openvino(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
     except ImportError:
         raise ValueError("OpenVINO needs the export extra: pip install 'basis-select[export]'") from None
     with whole(out) as partial:
-        _trace(model, OpenVINOExporter, OpenVINOConfig(compress_to_fp16=True)).save_pretrained(partial)
+        exported = _trace(for_graph(model, "openvino"), OpenVINOExporter, OpenVINOConfig(compress_to_fp16=True))
+        _to_4_bits(exported.program)
+        exported.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
             for name, graph in zip(
@@ -119,6 +126,15 @@ def _openvino(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
                 strict=True,
             ):
                 openvino.save_model(graph, partial / f"{name}.xml")
+
+
+def _to_4_bits(graph: Any) -> None:
+    """Store in 4 bits the int8 constants of three dimensions of an openvino.Model, in place: torch has no such type."""
+    from openvino import Type, opset13
+
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type() == Type.i8 and node.get_data().ndim == 3:
+            node.output(0).replace(opset13.constant(node.get_data(), Type.i4).output(0))
 
 
 def _trace(model: PreTrainedModel, exporter: type, config: Any) -> Any:

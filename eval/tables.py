@@ -145,7 +145,46 @@ def vllm(result):
     return markdown(["architecture", "what is stored", "float32", "bfloat16"], lines, "llrr")
 
 
+def forms_by_runtime(result):
+    """How far each runtime is from `load`, and below the table what it refuses."""
+    forms, lines, refused = list(next(iter(result["rows"].values()))), [], {}
+    for runtime, row in result["rows"].items():
+        lines.append([runtime, *map(_agreement, row.values())])
+        for form, found in row.items():
+            if "refused" in found:
+                refused.setdefault((runtime, found["refused"].split(". ")[0]), []).append(form)
+    text = markdown(["", *forms], lines, "l" + "r" * len(forms))
+    for (runtime, sentence), names in refused.items():
+        text += f'\n{runtime}, {" and ".join(names)}: "{sentence}"\n'
+    return text
+
+
+def _agreement(found):
+    if "refused" in found:
+        return "refused"
+    if not found:
+        return "not measured"
+    if found["max_difference"] is None:
+        return "other tokens of prompts"
+    difference = found["max_difference"]
+    return (f"{difference:.0e}" if difference else "0") + (
+        "" if found.get("same_greedy_tokens", True) else ", other tokens"
+    )
+
+
+def exports(result):
+    """Sizes of exported files, and how far what they compute is from `load`."""
+    lines = [
+        [name, f"{row['bytes'] / 1e6:.1f}", _agreement(row) if "max_difference" in row else ""]
+        for name, row in result["rows"].items()
+    ]
+    return markdown(["", "MB", "largest difference, nats"], lines, "lrr")
+
+
 TABLES = {
+    "forms_by_runtime": forms_by_runtime,
+    "exports": exports,
+    "llama_cpp": exports,
     "vllm": vllm,
     "parity": parity,
     "quickstart": table,

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import basis_select as bs
+from basis_select.bits import Form
 from basis_select.cli import app
 from basis_select.export import to_int8
+from basis_select.layers.embedding import round_table
+from basis_select.layers.group import groups
 from basis_select.layers.rounded import FEW, RoundedLinear, quantized
+from basis_select.layers.traced import for_graph
 
 LAYERS = {"llama": 2}  # of what takes long to export, in other kinds one
 KINDS = [("llama", True), ("qwen2", False), ("gemma3_text", True), ("gpt_neox", False)]
@@ -197,6 +202,67 @@ def test_openvino(kind, tied, task, ids, tmp_path):
     )
     with pytest.raises(ValueError, match="LLMPipeline"):
         bs.load(out)
+
+
+def of_bits(kind, tied, task):
+    """A layer with all that bits can be: 4, 8, heads of 8 before tails of 4, a table, rows that no group divides."""
+    odd = {"hidden_size": 144, "intermediate_size": 200, "num_attention_heads": 6}
+    model = bs.decompose(tiny(kind, tied, num_hidden_layers=1, **odd), task, examples=16)
+    for i, group in enumerate(groups(model)):
+        Form(group.rank, head=(0, 32, group.rank)[i % 3]).put(group, model)
+    round_table(model, 8)
+    assert {*quantized(model).values()} == {4, 8}
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_what_is_traced_for_openvino_computes_the_same(kind, task, ids):
+    model = of_bits(kind, kind == "llama", task)
+    traced = for_graph(model, "openvino")
+    assert torch.allclose(logits(traced, ids), logits(model, ids), atol=1e-5)
+    for name, layer in traced.named_modules():
+        if isinstance(layer, RoundedLinear):
+            assert torch.equal(layer.weight, model.get_submodule(name).weight)
+            assert type(model.get_submodule(name)) is RoundedLinear
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("qwen2", False)])
+def test_onnx_with_bits(kind, tied, task, ids, tmp_path):
+    """Our whole numbers and scales: the same logits and tokens, from a file of a checkpoint's size."""
+    pytest.importorskip("onnxruntime", reason="needs the export extra")
+    model = of_bits(kind, tied, task)
+    source = bs.save(model, make_tokenizer(), tmp_path / "source")
+    out = bs.export(source, "onnx", tmp_path / "onnx")
+    again, _ = bs.load(out)
+    assert torch.allclose(logits(again, ids), logits(model, ids), atol=1e-5)
+    assert torch.equal(*(m.generate(ids, max_new_tokens=8, do_sample=False) for m in (model, again)))
+    assert (out / "model.onnx.data").stat().st_size < 1.2 * weight_bytes(source)
+    assert str(Path(bs.__file__).parents[1]).encode() not in (out / "model.onnx").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("qwen2", False)])
+def test_openvino_with_bits(kind, tied, task, ids, tmp_path):
+    """Our whole numbers and scales, which its products read as they are: the same logits from a file as small."""
+    openvino = pytest.importorskip("openvino", reason="needs the export extra")
+    model = of_bits(kind, tied, task)
+    source = bs.save(model, make_tokenizer(), tmp_path / "source")
+    out = bs.export(source, "openvino", tmp_path / "openvino")
+    compiled = openvino.compile_model(out / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    batch = {
+        "input_ids": ids.numpy(),
+        "attention_mask": torch.ones_like(ids).numpy(),
+        "position_ids": torch.arange(ids.shape[1]).expand(2, -1).numpy(),
+        "beam_idx": torch.arange(2, dtype=torch.int32).numpy(),
+    }
+    found = torch.from_numpy(compiled.create_infer_request().infer(batch)["logits"].copy())
+    assert torch.allclose(found, logits(model, ids), atol=1e-4)
+    about = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
+    products = [str(x["runtimePrecision"].astype(str)) for x in about if x["layerType"].astype(str) == "FullyConnected"]
+    assert len(products) == sum(isinstance(layer, RoundedLinear) for layer in model.modules())
+    assert {*products} == {"i8", "i4"}
+    assert (out / "openvino_model.bin").stat().st_size < 1.2 * weight_bytes(source)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import basis_select as bs
 from basis_select.checkpoint.checks import SIDECAR, weight_hash
 from basis_select.cli import app
+from basis_select.evaluation.report import curve
 from basis_select.publish.push import contents
 
 RESULTS = Path(__file__).parents[1] / "eval" / "results" / "quickstart.json"
@@ -334,6 +335,57 @@ def test_the_card_says_what_the_results_say(online, run):
     (entry,) = parse_eval_result_entries(yaml.safe_load(online.files("me/small")[".eval_results/svamp.yaml"]))
     assert (entry.dataset_id, entry.value) == ("ChilleD/SVAMP", 100 * row["accuracy"]["value"])
     assert entry.notes.startswith("200 test items drawn at random")
+
+
+@pytest.fixture
+def family(run):
+    """The run at two sizes: the second is another checkpoint of it."""
+    model = bs.prune(bs.decompose(tiny(tied=True), make_task(), examples=16), keep=0.3, multiple_of=1)
+    bs.save(model, make_tokenizer(), run / "final-6x", "float32")
+    results = json.loads((run / "results.json").read_text())
+    sizes = results["result"]["sizes"]
+    results["result at 6x"] = {**results["result"], "sizes": {**sizes, "bytes": sizes["bytes"] + 5_000_000}}
+    results["result at 6x"]["weights_sha256"] = weight_hash(run / "final-6x")
+    (run / "results.json").write_text(json.dumps(results))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "sizes": ["6x"], "prune": {"size": "8x"}}))
+    curve({name: results[name] for name in ("parent", "result", "result at 6x")}, run)
+    return run
+
+
+def test_all_sizes_of_a_family_are_published_with_an_overview(online, family):
+    pushed = push(family, "me/small", "--family").output.split()
+    assert pushed == [f"{online.url}/me/small{size}" for size in ("-8x", "-6x", "")]
+    for size, folder in (("8x", "final"), ("6x", "final-6x")):
+        assert torch.equal(logits(bs.load(f"me/small-{size}")[0]), logits(bs.load(family / folder)[0]))
+    files = online.files("me/small")
+    assert set(files) == {"README.md", "curve.csv", "curve.png"}
+    assert files["curve.png"] == (family / "curve.png").read_bytes()
+    text = files["README.md"].decode()
+    assert ModelCard(text).data.license == "apache-2.0"
+    table = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    results = json.loads((family / "results.json").read_text())
+    names = ("me/small-8x", "me/small-6x", "dense parent")
+    for cells, name, key in zip(table, names, ("result", "result at 6x", "parent"), strict=True):
+        row = results[key]
+        assert name in cells[0]
+        assert cells[1:3] == [f"{row['sizes']['bytes'] / 1e6:.1f}", f"{row['sizes']['parameters']:,}"]
+        assert cells[3].startswith(f"{row['accuracy']['value']:.1%}")
+        assert cells[4].startswith(f"{row['nll']['value']:.3f}")
+    assert push(family, "me/small", "--family").exit_code == 0  # again, over what is there
+
+
+def test_nothing_of_this_machine_is_in_a_family(online, family):
+    push(family, "me/small", "--family")
+    here = [str(Path(bs.__file__).parents[1]), str(family.parent), str(Path.home())]
+    for name in ("me/small", "me/small-8x", "me/small-6x"):
+        for file, content in online.files(name).items():
+            assert not [place for place in here if place.encode() in content], (name, file)
+
+
+def test_a_run_of_one_size_is_no_family(online, run):
+    assert "a family is a finished run whose recipe names `sizes`" in push(run, "me/small", "--family").output
+    assert "me/small" not in online.repositories
 
 
 def test_licence_is_never_invented(run):

@@ -10,6 +10,7 @@ from ..evaluation.report import interval
 
 MARK = "written by basis_select, sha256 of the text above:"
 TEMPLATE = Path(__file__).with_name("card_template.md")
+FAMILY = Path(__file__).with_name("family_template.md")
 
 
 def card(
@@ -47,6 +48,36 @@ def card(
         trimmed=trimmed,
     )
     return signed(made.content)
+
+
+def family_card(
+    repo_id: str, base: str | None, metadata: dict, recipe: dict, rows: dict[str, dict], parent: dict
+) -> str:
+    """The text of the README.md over all sizes of a model. rows: `{repository: its results}`, the smallest first."""
+    made = ModelCard.from_template(
+        _metadata(base, metadata),
+        template_path=FAMILY,
+        name=repo_id.partition("/")[2],
+        origin=_name(base),
+        task=Path(recipe["task"]).name if recipe.get("task") else None,
+        rows=[
+            *(_overview(f"[{name}](https://huggingface.co/{name})", row) for name, row in rows.items()),
+            _overview("the dense parent", parent),
+        ],
+        n=parent["n"],
+        smallest=next(iter(rows)),
+    )
+    return signed(made.content)
+
+
+def _overview(name: str, row: dict) -> dict[str, str]:
+    return {
+        "name": name,
+        "megabytes": f"{row['sizes']['bytes'] / 1e6:.1f}",
+        "parameters": f"{row['sizes']['parameters']:,}",
+        "accuracy": interval(row["accuracy"], ".1%") if row["accuracy"] else "",
+        "nll": interval(row["nll"], ".3f"),
+    }
 
 
 def signed(text: str) -> str:

@@ -24,11 +24,12 @@ from ..checkpoint.models import load
 from ..checkpoint.snapshot import mask_logs
 from ..sizes import sizes
 from ..system.reading import read_json
-from .card import card, evaluation, is_hub_id, is_ours
+from .card import card, evaluation, family_card, is_hub_id, is_ours
 
 log = logging.getLogger(__name__)
 
 ABOUT = ("recipe.yaml", "results.json", "manifest.json")  # of a run: how its checkpoints were made, what they reach
+CURVE = ("curve.csv", "curve.png")  # of a run with several sizes
 KEPT = (".gitattributes",)  # the hub's own
 
 
@@ -51,6 +52,71 @@ def push(
     """
     _require_name(repo_id)
     checkpoint, run = _find(folder)
+    api = _logged_in(repo_id)
+    base = base or _base(run)
+    _require_same(base, checkpoint)
+    known = _known(base, license)
+    made = contents(folder, repo_id, base=base, metadata=known, replace_card=replace_card)
+    return _commit(api, repo_id, made, f"basis_select checkpoint {checkpoint.name}", private, replace_card)
+
+
+def push_family(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    base: str | None = None,
+    license: str | None = None,
+    replace_card: bool = False,
+) -> list[str]:
+    """Publish every size of the run in `folder`, each as the repository REPO_ID-SIZE, then REPO_ID, an overview of them
+    with the curve of quality against bytes; returns their addresses. The options are those of `push`.
+
+    Raises ValueError for a run of one size alone, and as `push` does.
+    """
+    _require_name(repo_id)
+    options = {"private": private, "license": license, "replace_card": replace_card}
+    run = _family_run(folder)
+    base = base or _base(run)
+    done = [push(path, name, base=base, **options) for name, path in _members(run, repo_id).items()]
+    made = overview(run, repo_id, base=base, metadata=_known(base, license))
+    message = "basis_select overview of all sizes"
+    return [*done, _commit(_logged_in(repo_id), repo_id, made, message, private, replace_card)]
+
+
+def overview(
+    folder: str | Path, repo_id: str, *, base: str | None = None, metadata: dict | None = None
+) -> dict[str, Path | str]:
+    """`{path in the repository: file or text}` of the overview that `push_family` publishes; contacts nobody."""
+    run = _family_run(folder)
+    facts = _about(run)
+    results = facts["results.json"]
+    by_weights = {row["weights_sha256"]: row for row in results.values()}
+    rows = {name: by_weights.get(checks.weight_hash(path)) for name, path in _members(run, repo_id).items()}
+    if missing := [name for name, row in rows.items() if row is None]:
+        raise ValueError(f"{run / 'results.json'} has no results of {missing[0]}: its weights are others")
+    rows = dict(sorted(rows.items(), key=lambda item: item[1]["sizes"]["bytes"]))
+    recipe = facts["recipe.yaml"]
+    text = family_card(repo_id, base or _base(run), metadata or {}, recipe, rows, results["parent"])
+    return {name: run / name for name in CURVE} | {"README.md": text}
+
+
+def _family_run(folder: str | Path) -> Path:
+    run = Path(folder)
+    if missing := [name for name in (*ABOUT, *CURVE) if not (run / name).is_file()]:
+        raise ValueError(f"{run} has no {missing[0]}: a family is a finished run whose recipe names `sizes`")
+    return run
+
+
+def _members(run: Path, repo_id: str) -> dict[str, Path]:
+    """`{repository: checkpoint}` of every size of a run."""
+    pruned = _recipe(run)["prune"]
+    own = pruned["size"] if pruned.get("keep") is None else pruned["keep"]
+    found = {f"{repo_id}-{own}": run / "final"}
+    return found | {f"{repo_id}-{path.name.removeprefix('final-')}": path for path in sorted(run.glob("final-*"))}
+
+
+def _logged_in(repo_id: str) -> HfApi:
     mask_logs()
     api = HfApi()
     address = masked(api.endpoint)
@@ -58,14 +124,24 @@ def push(
         raise ValueError(f"not logged in to {address}: run `hf auth login` or set HF_TOKEN")
     with _hub_errors(repo_id, address):
         api.whoami()  # before the work: the first to say that the token is wrong or nobody answers
-    base = base or _base(run)
-    _require_same(base, checkpoint)
+    return api
+
+
+def _known(base: str | None, license: str | None) -> dict:
+    """What the card says of licence and language. Raises ValueError without a licence."""
     known = _base_card(base)
     if license is not None:
         known = {"license": license} | {k: v for k, v in known.items() if k == "language"}
     if "license" not in known:
         raise ValueError("the licence of the base model could not be read from its card: name it with --license")
-    made = contents(folder, repo_id, base=base, metadata=known, replace_card=replace_card)
+    return known
+
+
+def _commit(
+    api: HfApi, repo_id: str, made: dict[str, Path | str], message: str, private: bool, replace_card: bool
+) -> str:
+    """Let a repository hold `made` and nothing else; returns its address."""
+    address = masked(api.endpoint)
     with _hub_errors(repo_id, address):
         api.create_repo(repo_id, private=private, exist_ok=True)
         there = api.model_info(repo_id)
@@ -78,7 +154,6 @@ def push(
         operations = [CommitOperationDelete(name) for name in sorted(old.difference(made, KEPT))]
         for name, what in made.items():
             operations.append(CommitOperationAdd(name, what if isinstance(what, Path) else what.encode()))
-        message = f"basis_select checkpoint {checkpoint.name}"
         api.create_commit(repo_id, operations, commit_message=message, parent_commit=there.sha)
     return f"{address}/{repo_id}"
 

@@ -1,0 +1,67 @@
+"""Rounded layers as graphs of other runtimes hold them: the same whole numbers and scales, never rounded again.
+
+ONNX Runtime has an exact product with weights of 4 bits, MatMulNBits. Its products with weights of 8 bits round what is
+multiplied as well or take ten times as long, so those stay 8 bits in the file and are multiplied out when it is loaded.
+OpenVINO keeps both in memory as they are, wherever a constant is cast, multiplied by its scale and then used.
+"""
+
+import copy
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .rounded import RoundedLinear, quantized
+from .rounding import GROUP, unpacked
+
+
+class OnnxLinear(RoundedLinear):
+    """A RoundedLinear that becomes one MatMulNBits if it has 4 bits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bits == 8:
+            return super().forward(x)
+        groups, empty = self.scale.shape[1], 0x88  # two zeros
+        q = F.pad(self.q, (0, groups * GROUP // 2 - self.q.shape[1]), value=empty)
+        y = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            (x, q.view(self.out_features, groups, GROUP // 2), self.scale),
+            {"K": self.in_features, "N": self.out_features, "bits": 4, "block_size": GROUP},
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.out_features),
+            version=1,
+        )
+        return y if self.bias is None else y + self.bias
+
+
+class OpenVinoLinear(RoundedLinear):
+    """A RoundedLinear whose weight is a cast constant times its scale; of 4 bits, q is int8 (out, groups, GROUP)."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._filled()[:, : self.in_features]
+
+    def _filled(self) -> torch.Tensor:
+        return (self.q.to(self.scale.dtype) * self.scale[..., None]).flatten(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._filled()
+        return F.linear(F.pad(x, (0, weight.shape[1] - self.in_features)), weight, self.bias)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().rows(ids) if self.bits == 8 else F.embedding(ids, self.weight)
+
+
+def for_graph(model: nn.Module, runtime: Literal["onnx", "openvino"]) -> nn.Module:
+    """What to trace for `model`: if it has rounded layers, a copy in which they compute in the terms of a runtime."""
+    if not quantized(model):
+        return model
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, RoundedLinear):
+            layer.__class__ = {"onnx": OnnxLinear, "openvino": OpenVinoLinear}[runtime]
+            if runtime == "openvino" and layer.bits == 4:
+                q = F.pad(unpacked(layer.q, layer.in_features), (0, -layer.in_features % GROUP))
+                layer.q = nn.Parameter(q.unflatten(1, (-1, GROUP)), requires_grad=False)
+    return model
