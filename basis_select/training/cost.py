@@ -125,7 +125,7 @@ def training_step(
 
 def _rounded(model: PreTrainedModel) -> PreTrainedModel:
     """The model with 4 bits for every weight of its targeted layers, in place."""
-    layers = targets(model)
+    layers = targets(model, required=False)
     for name, module in list(model.named_modules()):
         factor = isinstance(model.get_submodule(name.rpartition(".")[0]), LowRankLinear)
         if name in layers or (factor and isinstance(module, nn.Linear)):
