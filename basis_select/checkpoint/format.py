@@ -60,6 +60,7 @@ REMEDIES = {  # by what the names of tensors hold
     "lora_": "merge the adapters first (merge_and_unload)",
     ".base_layer.": "merge the adapters first (merge_and_unload)",
     ".modules_to_save.": "merge the adapters first (merge_and_unload)",
+    ".whole.": "save what is loaded without fast=True",
     "_orig_mod.": "compile the whole model, or its layers in place (layer.compile())",
 }
 WEIGHTS = {"s.scale": "scale", "s.learned": "weight", "s.survived": "survived"}  # of bases: in a model, in a file
