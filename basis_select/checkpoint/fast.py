@@ -47,23 +47,24 @@ def _compile(model: PreTrainedModel) -> None:
     # torch.compile keeps its graphs by code object: with one of its own, no other model's are tried before it.
     alone.__code__ = alone.__code__.replace()
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    step, warming = torch.compile(alone, options=options), True
+    step, known = torch.compile(alone, options=options), None  # and what `generate` calls it with
 
     @functools.wraps(plain)
     def forward(*args: Any, **inputs: Any) -> Any:
+        nonlocal known
         ids, cache = inputs.get("input_ids"), next((x for x in inputs.values() if isinstance(x, StaticCache)), None)
         if args or ids is None or ids.shape[1] > 1 or cache is None or torch.is_grad_enabled():
             return plain(*args, **inputs)
-        if warming:
+        if known is None:
+            known = inputs.keys()
             _of_any_length(cache, inputs)
-        return step(**inputs)
+        return step(**inputs) if inputs.keys() == known else plain(**inputs)
 
     model.forward = forward
     model.generation_config.update(cache_implementation="static", disable_compile=True)
     began = time.perf_counter()
     ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    warming = False
     log.warning("compiled in %.0f s", time.perf_counter() - began)
 
 
@@ -89,7 +90,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one token by plain products, heads that share keys together; of more by transformers' "sdpa".
 
-    query: (batch, heads, tokens, d), key and value: (batch, key heads, keys, d); the result is (batch, tokens, heads, d).
+    query: (batch, heads, tokens, d), key and value: (batch, key heads, keys, d); result: (batch, tokens, heads, d).
     """
     if query.shape[2] > 1 or query.shape[3] != key.shape[3]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

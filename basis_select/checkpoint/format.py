@@ -53,6 +53,7 @@ from ..layers.group import Group, groups
 from ..layers.learning import LearningLinear
 from ..layers.low_rank import LowRankLinear
 from ..layers.rounded import RoundedLinear, SplitRows, quantized, split
+from ..layers.stacking import is_stacked
 from .schema import VERSION, require_description
 
 METHOD = "basis_select"
@@ -60,7 +61,6 @@ REMEDIES = {  # by what the names of tensors hold
     "lora_": "merge the adapters first (merge_and_unload)",
     ".base_layer.": "merge the adapters first (merge_and_unload)",
     ".modules_to_save.": "merge the adapters first (merge_and_unload)",
-    ".whole.": "save what is loaded without fast=True",
     "_orig_mod.": "compile the whole model, or its layers in place (layer.compile())",
 }
 WEIGHTS = {"s.scale": "scale", "s.learned": "weight", "s.survived": "survived"}  # of bases: in a model, in a file
@@ -200,6 +200,8 @@ def _describe_table(model: PreTrainedModel, table: TableEmbedding, **more: int) 
 
 
 def _require_described(model: PreTrainedModel, found: BasisSelectConfig | None) -> None:
+    if is_stacked(model):
+        raise ValueError("a model loaded with fast=True only answers: save what is loaded without it")
     here = model.state_dict()
     for part, remedy in REMEDIES.items():
         if wrong := next((name for name in here if part in name), None):

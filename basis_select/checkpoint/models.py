@@ -53,9 +53,9 @@ def load(
     a GGUF file. dtype: "float32", "bfloat16" or "float16"; None keeps the saved one (float32 for GGUF). A checkpoint
     that `save` wrote, here or on the hub, is checked against its recorded hashes, and nothing loads unless every weight
     is there and finite. `sharded` spreads the parameters of a checkpoint folder over the processes of torchrun, which
-    must all call this (processes.layout). `fast`, True or
-    the name of a device, prepares the model for answering alone, there or on the CPU (fast.py): layers that read the
-    same tensor are stacked, and what decodes a token is compiled. Raises ValueError or FileNotFoundError with what is wrong and where.
+    must all call this (processes.layout). `fast`, True or the name of a device, prepares the model for answering alone,
+    on the CPU or there (fast.py): layers that read the same tensor are stacked, and what decodes a token is compiled.
+    Raises ValueError or FileNotFoundError with what is wrong and where.
 
         >>> parent, tokenizer = bs.load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32")
     """

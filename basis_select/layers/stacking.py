@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .low_rank import LowRankLinear
-from .rounded import FEW, RoundedLinear, SplitColumns, in_order, replace
+from .rounded import FEW, RoundedLinear, SplitColumns, SplitRows, in_order, replace
 from .rounding import GROUP
 from .sharing import latent, read_together
 
@@ -46,7 +46,7 @@ class Part(nn.Module):
 
 
 class FixedLinear(RoundedLinear):
-    """A RoundedLinear whose weights no longer change, by the CPU kernel of its bits for few tokens, in any dtype.
+    """A RoundedLinear whose weights no longer change, by the CPU's kernel of its bits for few tokens, in any dtype.
 
     Those kernels compute in bfloat16, from weights of 4 bits that are put in order here, once.
     """
@@ -58,28 +58,62 @@ class FixedLinear(RoundedLinear):
         made.q, made.scale, made.bias = layer.q, layer.scale, layer.bias
         made.ordered, made.scales = None, layer.scale.bfloat16()
         if layer.bits == 4:
-            if made.out_features % 16 == 0:
-                made.ordered, made.scales = in_order(layer.q, layer.scale, layer.in_features)
-        elif made.in_features % 16 == 0:
-            # The kernel reads 16 aligned weights at once.
+            # Filled up to whole groups, as the product that reads this one's needs it, by rows of zeros.
+            q = F.pad(layer.q, (0, 0, 0, -layer.out_features % GROUP), value=8 << 4 | 8)
+            scale = F.pad(layer.scale, (0, 0, 0, -layer.out_features % GROUP))
+            made.ordered, made.scales = in_order(q, scale, layer.in_features)
+        elif made.in_features % 16 == 0:  # the kernel reads 16 aligned weights at once
             made.ordered = made.q if made.q.data_ptr() % 16 == 0 else made.q.clone()
         return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x: (..., in)
         rows = x.reshape(-1, self.in_features)
-        if self.ordered is not None and len(rows) <= FEW:
-            y = self._few(rows.bfloat16()).to(x.dtype)
-        elif self.bits == 8:
-            y = F.linear(rows, self.q.to(x.dtype)).mul_(self.scale.to(x.dtype))
-        else:
-            y = F.linear(rows, self.weight.to(x.dtype))
+        by_kernel = self.ordered is not None and len(rows) <= FEW
+        y = self.few(rows.bfloat16())[:, : self.out_features].to(x.dtype) if by_kernel else self.many(rows)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
-    def _few(self, x: torch.Tensor) -> torch.Tensor:
+    def few(self, x: torch.Tensor) -> torch.Tensor:
+        """`x W^T` by the kernel, x: (tokens, in) in bfloat16; with 4 bits x may be filled up to groups, y is."""
         if self.bits == 8:
             return torch._weight_int8pack_mm(x, self.ordered, self.scales)
-        x = F.pad(x, (0, -self.in_features % GROUP))
+        missing = -x.shape[1] % GROUP
+        x = F.pad(x, (0, missing)) if missing else x
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.ordered, GROUP, self.scales)
+
+    def many(self, x: torch.Tensor) -> torch.Tensor:
+        """`x W^T` by weights in the dtype of x: (tokens, in)."""
+        if self.bits == 8:
+            return F.linear(x, self.q.to(x.dtype)).mul_(self.scale.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class FixedProduct(nn.Module):
+    """`u(v(x))` of rounded factors that no longer change, head and tail each, with nothing between their kernels."""
+
+    def __init__(self, v: nn.Module, u: nn.Module):
+        super().__init__()
+        self.v, self.u = (nn.ModuleList(map(FixedLinear.of, _pieces(factor))) for factor in (v, u))
+        self.in_features, self.out_features = v.in_features, u.out_features
+        self.by_kernel = all(part.ordered is not None for part in (*self.v, *self.u))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # x: (..., in)
+        rows = x.reshape(-1, self.in_features)
+        if self.by_kernel and len(rows) <= FEW:
+            few = rows.bfloat16()
+            found = [u.few(v.few(few))[:, : self.out_features].to(x.dtype) for v, u in zip(self.v, self.u, strict=True)]
+        else:
+            found = [u.many(v.many(rows)) for v, u in zip(self.v, self.u, strict=True)]
+        y = found[0] if len(found) == 1 else found[0] + found[1]
+        bias = self.u[0].bias
+        return (y if bias is None else y + bias).view(*x.shape[:-1], self.out_features)
+
+
+def _pieces(factor: nn.Module) -> list[nn.Module]:
+    return [factor] if isinstance(factor, RoundedLinear) else [factor.head, factor.tail]
+
+
+def _is_rounded(factor: nn.Module) -> bool:
+    return isinstance(factor, RoundedLinear | SplitRows | SplitColumns)
 
 
 @torch.no_grad()
@@ -104,8 +138,14 @@ def stack(model: nn.Module) -> None:
             for name, part in zip(some, _parts([layers[name] for name in some]), strict=True):
                 model.set_submodule(name, part)
     if model.device.type == "cpu":
-        replace(model, RoundedLinear, FixedLinear.of)
+        replace(model, LowRankLinear, lambda layer: layer if layer in inside or layer in ends else _fixed(layer))
+        replace(model, RoundedLinear, lambda layer: layer if isinstance(layer, FixedLinear) else FixedLinear.of(layer))
     model.requires_grad_(False)
+
+
+def is_stacked(model: nn.Module) -> bool:
+    """Whether `stack` changed the model."""
+    return any(isinstance(m, Part | FixedLinear | FixedProduct) for m in model.modules())
 
 
 def _parts(layers: list[nn.Module]) -> list[nn.Module]:
@@ -117,12 +157,19 @@ def _parts(layers: list[nn.Module]) -> list[nn.Module]:
         whole, afters = joined(layers), [None] * len(layers)
     elif first.leader.readers > 1:
         u, afters = joined([layer.u for layer in layers]), [None] * len(layers)
-        whole = u and nn.Sequential(first.leader.v, u)
+        whole = u and LowRankLinear.made_of(first.leader.v, u)
     else:
         whole, afters = joined([layer.v for layer in layers]), [layer.u for layer in layers]
     if whole is None:
         return layers
-    return _of_whole(whole, [m.out_features if after is None else m.rank for m, after in zip(layers, afters)], afters)
+    return _of_whole(
+        whole, [m.rank if after else m.out_features for m, after in zip(layers, afters, strict=True)], afters
+    )
+
+
+def _fixed(layer: LowRankLinear) -> nn.Module:
+    alone = layer.leader is layer and layer.readers == 1
+    return FixedProduct(layer.v, layer.u) if alone and _is_rounded(layer.v) and _is_rounded(layer.u) else layer
 
 
 def _of_whole(whole: nn.Module, widths: Iterable[int], afters: Iterable[nn.Module | None]) -> list[Part]:

@@ -1,7 +1,6 @@
 """Which layers a model only calls, and which of them read the same tensor, found by watching a forward."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
