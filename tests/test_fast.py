@@ -12,6 +12,7 @@ from basis_select.checkpoint.fast import ready
 from basis_select.checkpoint.files import save
 from basis_select.layers.rounded import FEW, quantized
 from basis_select.layers.stacking import FixedLinear, Part
+from basis_select.system.machine import fast_bf16
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
@@ -50,6 +51,14 @@ def test_rounded_layers_compute_what_they_did(kind, task, ids):
     assert (logits(fast, few) - logits(model, few)).norm() < 0.02 * logits(model, few).norm()
 
 
+def test_what_is_stored_in_bfloat16_is_computed_in_what_the_processor_has(task, ids, tmp_path):
+    save(small("llama", task, bits="auto"), make_tokenizer(), tmp_path / "model", "bfloat16")
+    fast = ready(bs.load(tmp_path / "model")[0], compiled=False)
+    assert fast.dtype == (torch.bfloat16 if fast_bf16(torch.device("cpu")) else torch.float32)
+    wide, found = (logits(m, ids).float() for m in (bs.load(tmp_path / "model", "float32")[0], fast))
+    assert (found - wide).norm() < 0.02 * wide.norm()
+
+
 def test_threads_get_the_same_answers(task, ids):
     fast = ready(small("llama", task), compiled=False)
     rows = [ids[i % 2 :, i:] for i in range(8)]
@@ -86,7 +95,8 @@ def test_one_call_loads_a_model_that_generates_by_a_compiled_step(task, ids, tmp
     model = small("llama", task, bits="auto")
     save(model, make_tokenizer(), tmp_path / "model", "bfloat16")
     model = bs.load(tmp_path / "model", "float32")[0]
-    fast = bs.load(tmp_path / "model", "float32", fast=True)[0]
+    fast = bs.load(tmp_path / "model", fast=True)[0]
+    assert fast.dtype == (torch.bfloat16 if fast_bf16(torch.device("cpu")) else torch.float32)
     assert "compiled in" in caplog.text
     torch._dynamo.config.error_on_recompile = True  # one graph for caches of every length
     try:

@@ -28,7 +28,7 @@ def ready(model: PreTrainedModel, compiled: bool = True) -> PreTrainedModel:
     cache of fixed size, is compiled, which takes minutes where it was never compiled before.
     """
     if model.dtype == torch.bfloat16 and not fast_bf16(model.device):
-        model.float()  # no rounding
+        nn.Module.float(model)  # transformers refuses it for any checkpoint with a quantizer
     stack(model)
     format.register(model)  # so that saving it is refused
     if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":
