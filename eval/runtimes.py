@@ -1,143 +1,256 @@
-"""One model and its cut version in every runtime: bytes, response NLL, logits against eager float32, decode speed.
+"""A dense model and its cut version in every runtime: bytes, memory, response NLL, first token, decoding.
 
-python eval/runtimes.py DENSE CUT TASK FOLDER OUT.json [--items N] [--tokens N] [--rounds N] [--threads N]
+python eval/runtimes.py DENSE CUT RECIPE FOLDER OUT.json [--llama-cpp SOURCE] [--items N] [--tokens N] [--rounds N]
+    [--threads N] [--prompts 32,128,512] [--batches 1,8,32]
 
-FOLDER keeps the exports, so that a killed run does not repeat them. In a round each row decodes `--tokens` tokens at
-batch 1 once, in turn, after a prompt of 16. For SmolLM2-135M about 20 minutes, most of them compiling and exporting.
-eval/tables.py writes the table.
+RECIPE names the task. FOLDER keeps the exports, so that a killed run does not repeat them. In a round each row reads a
+prompt of each length at batch 1, and at each batch size decodes `--tokens` tokens after prompts of 16, all rows in
+turn. Needs llama-cpp-python, built for this machine, and its source, whose converter writes the GGUF files; nncf; and
+the package's `export` extra. eval/tables.py writes the table.
 """
 
 import argparse
+import copy
+import ctypes
+import functools
+import gc
 import json
 import logging
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import llama_cpp
+import nncf
+import numpy as np
+import onnx
 import onnxruntime
 import openvino
 import torch
-from torch import nn
-from torchao.quantization import IntxWeightOnlyConfig, quantize_
-from torchao.quantization.granularity import PerAxis, PerGroup
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from transformers import StaticCache
 
 from basis_select import export, load, load_task
 from basis_select.checkpoint.runtime import OnnxModel
-from basis_select.checkpoint.targets import targets
-from basis_select.evaluation.speed import Generation, spread, take_turns
-from basis_select.layers.group import groups
+from basis_select.evaluation.speed import spread, take_turns
+from basis_select.run.recipe import read
+from basis_select.system.machine import forget_peak_memory, resident_memory
 from basis_select.system.writing import replace_text
 
-GROUP = 16  # weights that share one scale in int4: ranks are multiples of 16
+GROUP = 64  # weights that share one scale in nncf's int4: it divides every side of SmolLM2
+CONVERT = """
+import runpy, sys
+llama, folder, out = sys.argv[1:]
+sys.path[:0] = [llama, llama + "/gguf-py"]
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "smollm"
+sys.argv = ["convert_hf_to_gguf.py", folder, "--outtype", "f16", "--outfile", out]
+runpy.run_path(llama + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
+
+
+@llama_cpp.llama_log_callback
+def _quiet(level, text, data):
+    """llama.cpp writes a thousand lines about every context."""
 
 
 class OpenVino:
     """An OpenVINO export with the call of a transformers model; its cache stays inside."""
 
-    device = torch.device("cpu")
-
-    def __init__(self, folder, threads):
+    def __init__(self, graph, threads):
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-        self.request = openvino.compile_model(folder / "openvino_model.xml", "CPU", options).create_infer_request()
+        self.request = openvino.compile_model(graph, "CPU", options).create_infer_request()
 
-    def __call__(self, input_ids, cache=None, use_cache=True):
+    def __call__(self, input_ids, cache=None):
         past = cache or 0
         if past == 0:
             self.request.reset_state()
-        end = past + input_ids.shape[1]
+        batch, end = len(input_ids), past + input_ids.shape[1]
         found = self.request.infer(
             {
                 "input_ids": input_ids.numpy(),
-                "attention_mask": torch.ones(1, end, dtype=torch.int64).numpy(),
-                "position_ids": torch.arange(past, end)[None].numpy(),
-                "beam_idx": torch.zeros(1, dtype=torch.int32).numpy(),
+                "attention_mask": np.ones((batch, end), np.int64),
+                "position_ids": np.arange(past, end)[None].repeat(batch, 0),
+                "beam_idx": np.arange(batch, dtype=np.int32),
             }
         )
         return SimpleNamespace(logits=torch.from_numpy(found["logits"].copy()), cache=end)
 
 
-def eager(source, folder, threads, dtype):
+class LlamaCpp:
+    """A GGUF file in llama.cpp with the call of a transformers model; its cache stays inside, one for a batch size."""
+
+    def __init__(self, path, threads, longest):
+        llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(bytes(path), llama_cpp.llama_model_default_params())
+        self.threads, self.longest = threads, longest
+        self.context = functools.cache(self.context)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def context(self, batch):
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_seq_max = self.longest * batch, batch
+        options.n_batch = options.n_ubatch = self.longest * batch
+        options.n_threads = options.n_threads_batch = self.threads
+        return llama_cpp.llama_init_from_model(self.model, options)
+
+    def __call__(self, input_ids, cache=None):
+        (rows, columns), past = input_ids.shape, cache or 0
+        context = self.context(rows)
+        if past == 0:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        batch = llama_cpp.llama_batch_init(rows * columns, 0, 1)
+        batch.n_tokens = rows * columns
+        for i, token in enumerate(input_ids.flatten().tolist()):
+            batch.token[i], batch.pos[i] = token, past + i % columns
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, i // columns, True
+        failed = llama_cpp.llama_decode(context, batch)
+        llama_cpp.llama_batch_free(batch)
+        if failed:
+            raise RuntimeError(f"llama.cpp cannot decode {rows} x {columns} tokens: {failed}")
+        shape = rows, columns, self.vocabulary
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=shape).copy()
+        return SimpleNamespace(logits=torch.from_numpy(logits), cache=past + columns)
+
+
+class Fast:
+    """What `load(fast=True)` gives, with a cache of fixed size."""
+
+    def __init__(self, model, longest):
+        self.model, self.longest = model, longest
+
+    def __call__(self, input_ids, cache=None):
+        past, cache = cache or (0, StaticCache(self.model.config, max(self.longest, input_ids.shape[1])))
+        rows, end = len(input_ids), past + input_ids.shape[1]
+        inputs = self.model.prepare_inputs_for_generation(
+            input_ids,
+            cache=cache,
+            attention_mask=torch.ones(rows, end, dtype=torch.long),
+            position_ids=torch.arange(past, end)[None].repeat(rows, 1),
+            use_cache=True,
+            logits_to_keep=0 if past == 0 else 1,
+            is_first_iteration=past == 0,
+        )
+        return SimpleNamespace(logits=self.model(**inputs, return_dict=True).logits, cache=(end, cache))
+
+
+def eager(source, a, dtype=None):
     model = load(source, dtype)[0]
-    return model, sum(p.numel() * p.element_size() for p in model.parameters())
+    return model, sum(p.nbytes for p in model.parameters())
 
 
-def onnx(source, folder, threads):
-    out = exported(source, "onnx", folder)
+def fast(source, a):
+    model = load(source, fast=True)[0]
+    return Fast(model, 16 + a.tokens), size_of(source, "*.safetensors")
+
+
+def onnx_runtime(source, a, bits=None):
+    out = exported(source, "onnx", a.folder)
+    if bits:
+        dense, out = out, out.with_name(f"{out.name}-int{bits}")
+        if not out.exists():
+            subprocess.run(["cp", "-r", dense, out], check=True)
+            for path in out.glob("*.onnx*"):
+                path.unlink()
+            graph = next(dense.glob("*.onnx"))
+            quantizer = MatMulNBitsQuantizer(onnx.load(graph), bits=bits, block_size=32, is_symmetric=True)
+            quantizer.process()
+            quantizer.model.save_model_to_file(str(out / graph.name), use_external_data_format=False)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = a.threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others have the cores in their turn
     return OnnxModel(out, options).eval(), size_of(out, "*.onnx*")
 
 
-def open_vino(source, folder, threads):
-    out = exported(source, "openvino", folder)
-    return OpenVino(out, threads), size_of(out, "openvino_model.*")
+def open_vino(source, a, mode=None):
+    graph = exported(source, "openvino", a.folder) / "openvino_model.xml"
+    if mode:
+        whole, graph = graph, graph.with_name(f"{mode}.xml")
+        if not graph.exists():
+            more = {} if mode == "INT8_ASYM" else {"group_size": GROUP, "ratio": 1.0}
+            model = openvino.Core().read_model(whole)
+            openvino.save_model(nncf.compress_weights(model, mode=nncf.CompressWeightsMode[mode], **more), graph)
+    return OpenVino(graph, a.threads), size_of(graph.parent, f"{graph.stem}.*")
 
 
-def int8(source, folder, threads):
-    out = exported(source, "int8", folder)
-    return load(out)[0], size_of(out, "*.safetensors")
+def llama(source, a, kind):
+    whole, out = (a.folder / f"{name_of(source)}-{kind}.gguf" for kind in ("f16", kind))
+    if not whole.exists():
+        subprocess.run([sys.executable, "-c", CONVERT, a.llama_cpp, source, whole], check=True)
+    if not out.exists():
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype, options.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), a.threads
+        llama_cpp.llama_model_quantize(bytes(whole), bytes(out), ctypes.byref(options))
+    return LlamaCpp(out, a.threads, max(a.longest, 16 + a.tokens)), out.stat().st_size
 
 
-def torchao(source, folder, threads, width):
-    """Linear layers rounded in memory by torchao, except the table of an embedding; not a checkpoint of ours."""
-    model, size = eager(source, folder, threads, "bfloat16")
-    layers = list(targets(model, required=False).values())
-    for layer in [layer for group in groups(model) for layer in group.layers]:
-        layers += [child for child in layer.children() if type(child) is nn.Linear]
-    weights, rows = sum(m.weight.numel() for m in layers), sum(m.out_features for m in layers)
-    if width == "int8":
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-        size += 2 * rows - weights
-    else:
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
-        size += 2 * weights // GROUP - 3 * weights // 2
-    quantize_(model, config, lambda m, _: m in layers)
-    return model, size
-
-
-RUNTIMES = {
-    "eager float32": (eager, "float32"),
-    "eager bfloat16": (eager, "bfloat16"),
-    "compiled bfloat16": (eager, "bfloat16"),
-    "ONNX Runtime float32": (onnx,),
-    "OpenVINO": (open_vino,),
-    "int8 checkpoint": (int8,),
-    "compiled int8 checkpoint": (int8,),
-    "torchao int8": (torchao, "int8"),
-    "torchao int4": (torchao, "int4"),
+ROWS = {
+    "dense, eager float32": ("dense", eager, "float32"),
+    "dense, load(fast=True)": ("dense", fast),
+    "dense, ONNX Runtime float32": ("dense", onnx_runtime),
+    "dense, ONNX Runtime int8": ("dense", onnx_runtime, 8),
+    "dense, ONNX Runtime int4": ("dense", onnx_runtime, 4),
+    "dense, OpenVINO float16": ("dense", open_vino),
+    "dense, OpenVINO int8": ("dense", open_vino, "INT8_ASYM"),
+    "dense, OpenVINO int4": ("dense", open_vino, "INT4_SYM"),
+    "dense, llama.cpp Q8_0": ("dense", llama, "Q8_0"),
+    "dense, llama.cpp Q4_K_M": ("dense", llama, "Q4_K_M"),
+    "dense, llama.cpp Q4_0": ("dense", llama, "Q4_0"),
+    "cut, eager as stored": ("cut", eager),
+    "cut, load(fast=True)": ("cut", fast),
 }
 
 
+def name_of(source):
+    path = Path(source)
+    return path.parent.name if path.name == "model" else path.name
+
+
 def exported(source, to, folder):
-    out = folder / f"{Path(source).name}-{to}"
+    out = folder / f"{name_of(source)}-{to}"
     return out if out.exists() else export(source, to, out)
 
 
 def size_of(folder, pattern):
-    return sum(path.stat().st_size for path in folder.glob(pattern))
+    return sum(path.stat().st_size for path in Path(folder).glob(pattern))
 
 
 @torch.no_grad()
 def score(model, examples):
-    """`(nats per response token, logits of all items)`; item by item, so that padding plays no part."""
-    total, tokens, seen = 0.0, 0, []
+    """Nats per response token; item by item, so that padding plays no part."""
+    total, tokens = 0.0, 0
     for example in examples:
         ids = torch.tensor(example.input_ids)[None]
         logits = model(input_ids=ids).logits[0].float()
-        start = example.start
-        wanted = ids[0, start:, None]
-        total -= logits[start - 1 : -1].log_softmax(-1).gather(1, wanted).double().sum().item()
+        wanted = ids[0, example.start :, None]
+        total -= logits[example.start - 1 : -1].log_softmax(-1).gather(1, wanted).double().sum().item()
         tokens += len(wanted)
-        seen.append(logits)
-    return total / tokens, torch.cat(seen)
+    return total / tokens
 
 
-def decoding(model, tokens):
-    """What `take_turns` prepares and times, of anything called like a model: greedy tokens after a prompt."""
+def prompt(batch, length):
+    return torch.arange(3, length + 3)[None].repeat(batch, 1) % 300
+
+
+def reading(model, length):
+    """What `take_turns` prepares and times: the first token after a prompt, at batch 1."""
+
+    @torch.no_grad()
+    def run():
+        return model(input_ids=prompt(1, length)).logits[:, -1].argmax(-1)
+
+    return lambda: run
+
+
+def decoding(model, batch, tokens):
+    """What `take_turns` prepares and times, of anything called like a model: greedy tokens after prompts of 16."""
 
     @torch.no_grad()
     def prepare():
-        out = model(input_ids=torch.arange(16)[None])
+        out = model(input_ids=prompt(batch, 16))
 
         @torch.no_grad()
         def run():
@@ -152,37 +265,40 @@ def decoding(model, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("dense", "cut", "task"):
+    for name in ("dense", "cut", "recipe"):
         parser.add_argument(name)
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--items", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    examples = load_task(args.task, load(args.dense)[1], test=args.items).test
+    parser.add_argument("--llama-cpp")
+    for name, default in (("items", 32), ("tokens", 16), ("rounds", 7), ("threads", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("prompts", "32,128,512"), ("batches", "1,8,32")):
+        parser.add_argument(f"--{name}", type=lambda text: [int(n) for n in text.split(",")], default=default)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    a.folder.mkdir(parents=True, exist_ok=True)
+    recipe = read(a.recipe)
+    data = copy.copy(vars(recipe.data)) | {"test": a.items}
+    examples = load_task(recipe.task, load(a.dense)[1], recipe.seed, **data).test
+    a.longest = max(*a.prompts, *(len(example.input_ids) for example in examples))
     rows, runs = {}, {}
-    for which, source in (("dense", args.dense), ("cut", args.cut)):
-        reference = None
-        for runtime, (make, *dtype) in RUNTIMES.items():
-            name = f"{which}, {runtime}"
-            model, size = make(source, args.folder, args.threads, *dtype)
-            if runtime.startswith("compiled"):
-                runs[name] = Generation(model, 16, args.tokens, compiled=True).to_decode
-                model = torch.compile(model, dynamic=True)
-            else:
-                runs[name] = decoding(model, args.tokens)
-            nll, logits = score(model, examples)
-            reference = logits if reference is None else reference
-            difference = (logits - reference).abs().max().item()
-            rows[name] = {"bytes": size, "nll": nll, "largest logit difference": difference}
-            print(name, json.dumps(rows[name]), flush=True)
-    for name, seconds in take_turns(runs, args.rounds).items():
-        rows[name]["tokens per second"] = spread([args.tokens / s for s in seconds])
-    options = {"items": args.items, "tokens": args.tokens, "rounds": args.rounds, "threads": args.threads}
-    replace_text(args.out, json.dumps({"options": options, "rows": rows}, indent=1) + "\n")
+    for name, (which, make, *how) in ROWS.items():
+        forget_peak_memory()
+        before, began = resident_memory(), time.perf_counter()
+        model, size = make(getattr(a, which), a, *how)
+        ready = time.perf_counter() - began
+        nll = score(model, examples)
+        gc.collect()
+        rows[name] = {"bytes": size, "resident": resident_memory() - before, "ready in": ready, "nll": nll}
+        runs |= {(name, f"first token of {n}"): reading(model, n) for n in a.prompts}
+        runs |= {(name, f"decode at batch {n}"): decoding(model, n, a.tokens) for n in a.batches}
+        print(name, json.dumps(rows[name]), flush=True)
+    for (name, what), seconds in take_turns(runs, a.rounds).items():
+        batch = int(what.rpartition(" ")[2])
+        found = [batch * a.tokens / s for s in seconds] if what.startswith("decode") else seconds
+        rows[name][what] = spread(found)
+    options = {key: getattr(a, key) for key in ("items", "tokens", "rounds", "threads", "prompts", "batches")}
+    replace_text(a.out, json.dumps({"options": options, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from ..layers.group import Group, groups
 from ..layers.learning import LearningLinear
 from ..layers.low_rank import LowRankLinear
 from ..layers.rounded import RoundedLinear, SplitRows, quantized, split
+from ..layers.stacking import is_stacked
 from .schema import VERSION, require_description
 
 METHOD = "basis_select"
@@ -199,6 +200,8 @@ def _describe_table(model: PreTrainedModel, table: TableEmbedding, **more: int) 
 
 
 def _require_described(model: PreTrainedModel, found: BasisSelectConfig | None) -> None:
+    if is_stacked(model):
+        raise ValueError("a model loaded with fast=True only answers: save what is loaded without it")
     here = model.state_dict()
     for part, remedy in REMEDIES.items():
         if wrong := next((name for name in here if part in name), None):

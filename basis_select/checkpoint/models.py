@@ -35,15 +35,16 @@ from ..target import BYTES, Dtype
 from . import checks
 from .bounds import require_bounds
 from .cleaning import masked
+from .fast import ready
 from .format import in_files
-from .runtime import MANIFEST, load_export
+from .runtime import MANIFEST, OnnxModel, load_export
 from .snapshot import snapshot
 
 log = logging.getLogger(__name__)
 
 
 def load(
-    source: str | Path, dtype: Dtype | None = None, sharded: bool = False
+    source: str | Path, dtype: Dtype | None = None, sharded: bool = False, fast: bool | str = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`(model, tokenizer)` from `source`, in eval mode.
 
@@ -52,10 +53,19 @@ def load(
     a GGUF file. dtype: "float32", "bfloat16" or "float16"; None keeps the saved one (float32 for GGUF). A checkpoint
     that `save` wrote, here or on the hub, is checked against its recorded hashes, and nothing loads unless every weight
     is there and finite. `sharded` spreads the parameters of a checkpoint folder over the processes of torchrun, which
-    must all call this (processes.layout). Raises ValueError or FileNotFoundError with what is wrong and where.
+    must all call this (processes.layout). `fast`, True or the name of a device, prepares the model for answering alone,
+    on the CPU or there (fast.py): layers that read the same tensor are stacked, and what decodes a token is compiled.
+    Raises ValueError or FileNotFoundError with what is wrong and where.
 
         >>> parent, tokenizer = bs.load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32")
     """
+    if fast and sharded:
+        raise ValueError("what is sharded cannot be loaded with fast=True, which prepares a model on one device")
+    if fast:
+        model, tokenizer = load(source, dtype)
+        if isinstance(model, OnnxModel):
+            raise ValueError(f"{source} is an ONNX export, which ONNX Runtime makes fast: load it without fast=True")
+        return ready(model.to("cpu" if fast is True else fast)), tokenizer
     if dtype is not None and dtype not in BYTES:
         raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(BYTES)}")
     source, gguf = _resolve(source)

@@ -7,6 +7,7 @@ Protocol: arXiv 2409.15790, section 4 (batch 1, greedy, pauses against throttlin
 
 import collections
 import contextlib
+import copy
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from ..checkpoint.fast import ready
 from ..layers.group import table_of
 from ..layers.low_rank import LowRankLinear
 from ..refine import blocks
@@ -33,15 +35,15 @@ def bench(
     prompts: Sequence[int] = (32, 128, 512),
     tokens: int = 16,
     rounds: int = 5,
-    compiled: bool = False,
+    fast: bool = True,
     pause: float = 0.0,
 ) -> dict:
     """Measure `{name: model}`, in turn, each against the first; returns a dict of facts that JSON can hold.
 
-    prompts: lengths for which the time to the first token is taken; `tokens` are decoded after the shortest. `compiled`
-    measures torch.compile's graphs beside eager execution; pause: seconds of rest before each measurement. Times are
-    in seconds, the median with the lowest and highest of `rounds`, memory in bytes. Raises ValueError for lengths that
-    cannot be measured.
+    prompts: lengths for which the time to the first token is taken; `tokens` are decoded after the shortest. `fast`
+    measures beside eager execution what `load(fast=True)` makes of a model, of a copy, and compiles both parts; pause:
+    seconds of rest before each measurement. Times are in seconds, the median with the lowest and highest of `rounds`,
+    memory in bytes. Raises ValueError for lengths that cannot be measured.
     """
     if min(*prompts, tokens, rounds) < 1:
         raise ValueError("a prompt, its answer and the rounds of a measurement should each be at least 1")
@@ -51,15 +53,17 @@ def bench(
             raise ValueError(f"{name} reads at most {most} tokens, a prompt with its answer would be {longest}")
     first = next(iter(models.values()))
     short, long = min(prompts), max(prompts)
-    ways = ("eager", "compiled") if compiled else ("eager",)
+    forms = {"eager": models}
+    if fast:
+        forms["fast"] = {name: ready(copy.deepcopy(model), compiled=False) for name, model in models.items()}
     generations = {
-        (n, name, way): Generation(model, n, tokens, way == "compiled")
+        (n, name, way): Generation(forms[way][name], n, tokens, way == "fast")
         for n in prompts
-        for name, model in models.items()
-        for way in ways
+        for name in models
+        for way in forms
     }
     runs = {(n, name, way): g.to_prefill for (n, name, way), g in generations.items()}
-    runs |= {("decode", name, way): generations[short, name, way].to_decode for name in models for way in ways}
+    runs |= {("decode", name, way): generations[short, name, way].to_decode for name in models for way in forms}
     seconds = take_turns(runs, rounds, pause, first.device)
     floors = {name: _floors(model, prompts, generations[short, name, "eager"]) for name, model in models.items()}
     facts = {**environment(first.device, first.dtype), "tokens": tokens, "rounds": rounds, "pause": pause}
@@ -71,7 +75,7 @@ def bench(
             key = {"what": what, "model": name}
             shares = part_shares(model, getattr(generations[n, name, "eager"], prepare), rounds)
             facts["parts"].append({**key, "shares": shares})
-            for way in ways:
+            for way in forms:
                 run = getattr(generations[n, name, way], prepare)()
                 facts["operators"].append({**key, "way": way, "shares": operator_shares(run, model.device)})
     return facts

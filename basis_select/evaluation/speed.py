@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from ..checkpoint.checks import is_rounded
 from ..checkpoint.models import load
-from ..training.precision import fast_bf16
+from ..system.machine import fast_bf16
 
 
 def load_fastest(source: str, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -93,15 +93,7 @@ class Generation:
         if not self.compiled:
             return self._next
         step = _compiled(self._next)
-        before = self.model.config._attn_implementation
-        if self.model.device.type == "cpu":
-            # With 272 keys torch's fused attention for CPUs takes 4 times as long for one token as plain products,
-            # unless heads that share keys are packed, which transformers does only where it is not traced.
-            self.model.set_attn_implementation("eager")
-        try:
-            step(self.ids[:, :1], self.fixed)
-        finally:
-            self.model.set_attn_implementation(before)
+        step(self.ids[:, :1], self.fixed)
         return step
 
     def to_prefill(self) -> Callable:

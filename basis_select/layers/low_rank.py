@@ -55,6 +55,13 @@ class LowRankLinear(nn.Module):
         return cls(linear.in_features, linear.out_features, rank, linear.bias is not None, **more)
 
     @classmethod
+    def made_of(cls, v: nn.Module, u: nn.Module) -> "LowRankLinear":
+        """A layer of these factors."""
+        made = cls(v.in_features, u.out_features, u.in_features, False, device="meta")
+        made.v, made.u = v, u
+        return made.eval()
+
+    @classmethod
     def of(cls, other: "LowRankLinear", leader: "LowRankLinear | None" = None) -> "LowRankLinear":
         """A layer that takes over the factors of another one."""
         made = cls(other.in_features, other.out_features, other.rank, other.u.bias is not None, leader, device="meta")

@@ -31,6 +31,15 @@ def _arranged_for_cpu(whole: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
 
 
+def in_order(
+    q: torch.Tensor, scale: torch.Tensor, inputs: int, arrange: Callable = _arranged_for_cpu
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(q, scales)` of 4 bits as a device's kernel reads them, the inputs filled up to whole groups."""
+    whole = F.pad(unpacked(q, inputs), (0, -inputs % GROUP)).int() + 8
+    scales = scale.T.to(torch.bfloat16)
+    return arrange(whole), torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
+
+
 def _arranged_for_cuda(whole: torch.Tensor) -> torch.Tensor:
     pairs = (whole[:, ::2] << 4 | whole[:, 1::2]).to(torch.uint8)
     tiles = next(tiles for tiles in (8, 4, 2) if whole.shape[1] % (16 * tiles) == 0)
@@ -139,11 +148,7 @@ class RoundedLinear(nn.Module):
         except RuntimeError:  # torch does not count how often tensors of inference mode are overwritten
             return None
         if self._arranged is None or self._arranged[0] != made_of:
-            more = (0, -self.in_features % GROUP)
-            whole = F.pad(unpacked(self.q, self.in_features), more).int() + 8
-            scales = self.scale.T.to(torch.bfloat16)
-            scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
-            self._arranged = made_of, arrange(whole), scales
+            self._arranged = made_of, *in_order(self.q, self.scale, self.in_features, arrange)
         return self._arranged[1:]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -302,14 +307,14 @@ def training(model: nn.Module) -> Iterator[None]:
     what is deployed.
     """
     apart = {m.bases for m in model.modules() if isinstance(getattr(m, "bases", None), RoundedLinear)}
-    _replace(model, RoundedLinear, lambda layer: layer if layer in apart else RoundingLinear.training(layer))
+    replace(model, RoundedLinear, lambda layer: layer if layer in apart else RoundingLinear.training(layer))
     try:
         yield
     finally:
-        _replace(model, RoundingLinear, RoundingLinear.deployed)
+        replace(model, RoundingLinear, RoundingLinear.deployed)
 
 
-def _replace(model: nn.Module, kind: type, by: Callable[[nn.Module], nn.Module]) -> None:
+def replace(model: nn.Module, kind: type, by: Callable[[nn.Module], nn.Module]) -> None:
     """Put `by(layer)` in the place of every layer of a kind."""
     for name, module in list(model.named_modules()):
         if isinstance(module, kind):

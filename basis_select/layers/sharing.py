@@ -1,10 +1,11 @@
-"""The product of layers that read the same tensor, computed once: what one of them leaves for the next.
+"""Which layers read the same tensor, and their product, computed once: what one of them leaves for the next.
 
-It belongs to the thread that computes, never to the model.
+That belongs to the thread that computes, never to the model.
 """
 
 import threading
 import weakref
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -87,3 +88,47 @@ def _once_in_graph(leader: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     _, _, z, left = held
     x._latent = (leader, graph, z, left - 1) if left > 1 else None
     return z
+
+
+@torch.no_grad()
+def read_together(
+    model: torch.nn.Module, layers: dict[str, torch.nn.Module], inputs: Iterable[torch.Tensor]
+) -> list[list[str]]:
+    """Names of layers that read the very same tensors, found by watching a forward: `[[q, k, v], [o], ...]`.
+
+    One of the first of `inputs`, token ids (1, L); of some more if there are layers that it does not call, such as
+    experts. One that is called in none stands alone. One that is called several times reads a list of tensors.
+    """
+    reads = {}
+
+    def watch(name: str, held: dict[int, tuple]) -> Callable:
+        def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+            x = layer_input(args, kwargs)
+            # Held, so that no second tensor can get its id; what was overwritten in between is another input.
+            number, _ = held.setdefault(id(x), (len(held), x))
+            version = None if x.is_inference() else x._version
+            reads.setdefault(name, []).append((number, version, module.in_features))
+
+        return hook
+
+    for i, ids in enumerate(inputs):
+        held = {}
+        handles = [m.register_forward_pre_hook(watch(name, held), with_kwargs=True) for name, m in layers.items()]
+        try:
+            model(input_ids=ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for read in reads.values():
+            read.append(i)  # tensors of another forward get the same numbers
+        if len(reads) == len(layers):
+            break
+    found = {}
+    for name in layers:
+        found.setdefault(tuple(reads.get(name, [name])), []).append(name)
+    return list(found.values())
+
+
+def layer_input(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The tensor that an nn.Linear is called with."""
+    return args[0] if args else kwargs["input"]

@@ -12,9 +12,9 @@ import torch
 from ..data.tasks import Task
 from ..evaluation.accuracy import LOGITS, ROWS
 from ..evaluation.speed import wait
+from ..system.machine import fast_bf16
 from ..system.processes import device
 from ..target import BYTES
-from ..training.precision import fast_bf16
 from .recipe import Recipe
 
 EFFICIENCY = 0.45  # of the matmul rate measured here that a whole training step reaches: quickstart, 2 cores

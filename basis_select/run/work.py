@@ -20,9 +20,9 @@ from ..data.tasks import Task
 from ..data.tuned_on import remember
 from ..sizes import sizes
 from ..system import processes
+from ..system.machine import fast_bf16
 from ..system.writing import replace_text
 from ..training.loss import response_nll
-from ..training.precision import fast_bf16
 from ..training.soft_labels import SoftLabels, Teacher
 from .recipe import Recipe
 

@@ -11,13 +11,13 @@ from torch import nn
 from ..data.tasks import Example, Task
 from ..layers.group import Group
 from ..layers.shape import Shape
+from ..layers.sharing import layer_input
 from ..linalg import metrics
 from ..system.progress import progress
 from ..training.data import Batches, drawn
 from ..training.loss import activation_gradients, overwritable, pieces, response_logits
 from ..training.precision import CastOnce, autocast
 from .fisher import squared_gradients
-from .readers import layer_input
 from .sums import Sums, TableSums
 
 EXAMPLES_TOGETHER = 8  # a batch of those that second moments are averaged over

@@ -1,7 +1,6 @@
 """Which layers a model only calls, and which of them read the same tensor, found by watching a forward."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from ..checkpoint.targets import some
 from ..data.tasks import Task
 from ..layers.group import Group
+from ..layers.sharing import read_together
 from ..training.data import Batches
 
 log = logging.getLogger(__name__)
@@ -72,46 +72,10 @@ def _watched_ids(task: Task | None, i: int) -> torch.Tensor:
     return next(iter(Batches(task.train[i : i + 1], 1, 1, seed=0)))["input_ids"] if task else torch.zeros(1, 8).long()
 
 
-@torch.no_grad()
 def same_input(model: nn.Module, layers: dict[str, nn.Module], task: Task | None) -> list[list[str]]:
-    """Names of layers that read the very same tensors, found by watching a forward: `[[q, k, v], [o], ...]`.
-
-    One of an example of `task`, or of any tokens if it is None; of some more if there are layers that it does not call,
-    such as experts. One that is called in none stands alone. One that is called several times reads a list of tensors.
-    """
-    reads = {}
-
-    def watch(name: str, held: dict[int, tuple]) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = layer_input(args, kwargs)
-            # Held, so that no second tensor can get its id; what was overwritten in between is another input.
-            number, _ = held.setdefault(id(x), (len(held), x))
-            version = None if x.is_inference() else x._version
-            reads.setdefault(name, []).append((number, version, module.in_features))
-
-        return hook
-
-    for i in range(min(WATCHED, len(task.train)) if task else 1):
-        held = {}
-        handles = [m.register_forward_pre_hook(watch(name, held), with_kwargs=True) for name, m in layers.items()]
-        try:
-            model(input_ids=_watched_ids(task, i).to(model.device))
-        finally:
-            for handle in handles:
-                handle.remove()
-        for read in reads.values():
-            read.append(i)  # tensors of another forward get the same numbers
-        if len(reads) == len(layers):
-            break
-    found = {}
-    for name in layers:
-        found.setdefault(tuple(reads.get(name, [name])), []).append(name)
-    return list(found.values())
-
-
-def layer_input(args: tuple, kwargs: dict) -> torch.Tensor:
-    """The tensor that an nn.Linear is called with."""
-    return args[0] if args else kwargs["input"]
+    """`read_together` in examples of `task`, or for any tokens if it is None."""
+    examples = range(min(WATCHED, len(task.train)) if task else 1)
+    return read_together(model, layers, (_watched_ids(task, i).to(model.device) for i in examples))
 
 
 class _Called(nn.Module):

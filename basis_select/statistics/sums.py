@@ -10,9 +10,9 @@ from ..data.tasks import Task
 from ..layers.embedding import lookup_scale
 from ..layers.group import Group
 from ..layers.shape import moment_shape
+from ..layers.sharing import layer_input
 from ..linalg import metrics
 from ..training.loss import pieces
-from .readers import layer_input
 
 BLOCK = 256  # rows and columns of a moment that are mirrored at once
 ROWS = 16  # of (tokens, vocabulary) that are squared at once

@@ -47,6 +47,13 @@ def linux_memory(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matmuls are native on this device; emulated ones are slower than fp32."""
+    if device.type == "cpu":
+        return torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def environment() -> dict:
     """`{versions, python, machine}`: what numbers depend on beside the code."""
     packages = ("basis-select", "torch", "transformers", "accelerate", "datasets", "lm-eval", "reasoning-gym")

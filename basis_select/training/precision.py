@@ -10,12 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matmuls are native on this device; emulated ones are slower than fp32."""
-    if device.type == "cpu":
-        return torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+from ..system.machine import fast_bf16
 
 
 @contextmanager

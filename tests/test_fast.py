@@ -1,0 +1,113 @@
+"""Models made ready to answer: what they compute is what they computed, whoever calls them, and they are not saved."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from conftest import KINDS, logits, make_tokenizer, sampled, tiny
+
+import basis_select as bs
+from basis_select.checkpoint.fast import ready
+from basis_select.checkpoint.files import save
+from basis_select.layers.rounded import FEW, quantized
+from basis_select.layers.stacking import FixedLinear, Part
+from basis_select.system.machine import fast_bf16
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+
+
+def small(kind, task, share=True, bits=16, **options):
+    model = bs.decompose(tiny(kind, **options), task, examples=8, share=share)
+    return bs.prune(
+        model, **({"keep": 0.5, "budget": "uniform"} if bits == 16 else {"size": "2x", "bits": bits}), multiple_of=4
+    )
+
+
+def whole_products(model):
+    return [m.whole for m in model.modules() if isinstance(m, Part) and m.whole is not None]
+
+
+@pytest.mark.parametrize("kind", sampled(KINDS, 2))
+@pytest.mark.parametrize("share", [True, False])
+def test_stacked_layers_compute_what_they_did(kind, share, task, ids):
+    model = small(kind, task, share)
+    fast = ready(copy.deepcopy(model), compiled=False)
+    torch.testing.assert_close(logits(fast, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+    together = 0 if kind in ("phi3", "gpt_neox") else 4  # these have one layer for q/k/v, and for gate/up
+    assert len(whole_products(fast)) == together
+    assert torch.equal(fast.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
+def test_rounded_layers_compute_what_they_did(kind, task, ids):
+    model = small(kind, task, bits="auto", hidden_size=128, intermediate_size=192)
+    assert set(quantized(model).values()) == {8, 4}
+    fast = ready(copy.deepcopy(model), compiled=False)
+    assert all(isinstance(fast.get_submodule(name), FixedLinear) for name in quantized(fast))
+    # Many tokens are multiplied by the weights in float32, few by kernels that compute in bfloat16.
+    torch.testing.assert_close(logits(fast, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+    few = ids[:1, :FEW]
+    assert (logits(fast, few) - logits(model, few)).norm() < 0.02 * logits(model, few).norm()
+
+
+def test_what_is_stored_in_bfloat16_is_computed_in_what_the_processor_has(task, ids, tmp_path):
+    save(small("llama", task, bits="auto"), make_tokenizer(), tmp_path / "model", "bfloat16")
+    fast = ready(bs.load(tmp_path / "model")[0], compiled=False)
+    assert fast.dtype == (torch.bfloat16 if fast_bf16(torch.device("cpu")) else torch.float32)
+    wide, found = (logits(m, ids).float() for m in (bs.load(tmp_path / "model", "float32")[0], fast))
+    assert (found - wide).norm() < 0.02 * wide.norm()
+
+
+def test_threads_get_the_same_answers(task, ids):
+    fast = ready(small("llama", task), compiled=False)
+    rows = [ids[i % 2 :, i:] for i in range(8)]
+    expected, found = [logits(fast, row) for row in rows], [None] * 8
+
+    def answer(i):
+        for _ in range(5):
+            found[i] = logits(fast, rows[i])
+
+    threads = [threading.Thread(target=answer, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_is_fast_is_neither_saved_nor_adapted(task, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    for model in (small("llama", task), small("llama", task, bits="auto")):
+        fast = ready(model, compiled=False)
+        with pytest.raises(ValueError, match="a model loaded with fast=True only answers"):
+            save(fast, make_tokenizer(), tmp_path / "model")
+        with pytest.raises(ValueError, match="a model loaded with fast=True only answers"):
+            fast.save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model" / "model.safetensors").exists()
+        with pytest.raises(ValueError, match=r"q_proj"):
+            get_peft_model(fast, LoraConfig(target_modules=r".*q_proj\.(u|v)"))
+
+
+@pytest.mark.slow
+def test_one_call_loads_a_model_that_generates_by_a_compiled_step(task, ids, tmp_path, caplog):
+    model = small("llama", task, bits="auto")
+    save(model, make_tokenizer(), tmp_path / "model", "bfloat16")
+    model = bs.load(tmp_path / "model", "float32")[0]
+    fast = bs.load(tmp_path / "model", fast=True)[0]
+    assert fast.dtype == (torch.bfloat16 if fast_bf16(torch.device("cpu")) else torch.float32)
+    assert "compiled in" in caplog.text
+    torch._dynamo.config.error_on_recompile = True  # one graph for caches of every length
+    try:
+        for length in (3, 9, 14):
+            prompt = ids[:1, :length]
+            assert torch.equal(fast.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY))
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+    assert torch.equal(fast.generate(ids, **GREEDY), model.generate(ids, **GREEDY))  # a batch of two
+
+
+def test_what_cannot_be_fast_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="prepares a model on one device"):
+        bs.load(tmp_path, fast=True, sharded=True)
