@@ -118,9 +118,7 @@ def train(
 def _optimizer(model: PreTrainedModel, lr: float, precision: str) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
-        if (
-            not p.is_contiguous()
-        ):  # the fused step goes through memory in order, whatever the strides, and does not say so
+        if not p.is_contiguous():  # on CPUs the fused step would mix up its numbers and say nothing
             p.data = p.data.contiguous()
     if precision == "fp32":
         return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
