@@ -46,13 +46,18 @@ def _pair(found, unit):
 
 
 def runtimes(result):
-    lines = ["| model, runtime | MB | decode tokens/s, median (range) | NLL | largest logit difference |"]
-    lines.append("|---|---:|---:|---:|---:|")
+    reads = [f"first token of {n}" for n in result["options"]["prompts"]]
+    writes = [f"decode at batch {n}" for n in result["options"]["batches"]]
+    lines = []
     for name, row in result["rows"].items():
-        speed = "{median:.1f} ({low:.1f} to {high:.1f})".format(**row["tokens per second"])
-        difference = f"{row['largest logit difference']:.2g}"
-        lines.append(f"| {name} | {row['bytes'] / 1e6:.1f} | {speed} | {row['nll']:.3f} | {difference} |")
-    return "\n".join(lines) + "\n"
+        first = (f"{1000 * row[what]['median']:.0f}" for what in reads)
+        speed = ("{median:.1f} ({low:.1f} to {high:.1f})".format(**row[what]) for what in writes)
+        lines.append(
+            [name, *(f"{row[key] / 1e6:.0f}" for key in ("bytes", "resident")), *first, *speed, f"{row['nll']:.3f}"]
+        )
+    head = ["model, runtime", "MB", "resident MB", *(f"{what}, ms" for what in reads)]
+    head += [*(f"{what}, tokens/s" for what in writes), "NLL"]
+    return markdown(head, lines, "l" + "r" * (len(head) - 1))
 
 
 def bench(result):
