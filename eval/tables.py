@@ -7,6 +7,7 @@ python eval/tables.py
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from compare import read
@@ -111,17 +112,28 @@ def _nll(rows):
 
 
 def on_disk(results):
-    """Rows of sizes on disk, largest first: what healing changed on the validation split, and the test split's NLL."""
+    """Rows of sizes on disk, largest first: what healing changed on the validation split, and the test split's NLL.
+
+    Not every row has every seed: each is compared with the parents of its own.
+    """
     cells, lines = {}, []
+    parents = {(r["task"], r["seed"]): _mean(r) for r in results if r["method"] == "parent"}
     for r in results:
         cells.setdefault((r["task"], r["method"], r["size"], r["trained"]), []).append(r)
     for (task, method, _, trained), rows in sorted(cells.items(), key=lambda x: (x[0][0], -_size(x[1]), x[0][3])):
         healing = rows[0].get("validation_nll")
         change = f"{healing['unhealed']:.3f} to {healing['healed']:.3f}" if healing and trained else ""
-        right = answered(rows)
-        lines.append([task, method, f"{_size(rows) / 1e6:.1f}", f"{trained:,}", change, _nll(rows), right])
-    head = ["task", "model", "MB", "tokens of healing", "validation NLL, healing", "test NLL", "answered rightly"]
-    return markdown(head, lines, "llrrrrr")
+        seeds = ", ".join(str(r["seed"]) for r in rows)
+        above = statistics.fmean(_mean(r) - parents[r["task"], r["seed"]] for r in rows)
+        above = "" if method == "parent" else f"{above:+.3f}"
+        size = f"{_size(rows) / 1e6:.1f}"
+        lines.append([task, method, size, f"{trained:,}", seeds, change, _nll(rows), above, answered(rows)])
+    head = ["task", "model", "MB", "tokens of healing", "seeds", "validation NLL, healing", "test NLL"]
+    return markdown([*head, "above its parent's", "answered rightly"], lines, "llrrrrrrr")
+
+
+def _mean(row):
+    return sum(row["nll"]) / sum(row["tokens"])
 
 
 def _size(rows):
