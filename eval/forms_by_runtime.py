@@ -25,7 +25,7 @@ from conftest import make_task, tiny
 from llama_cpp_check import NEW, PROMPTS, apart, convert, of_tokens, ours, theirs
 from test_trim import TEXT, byte_level, wrapped
 from vllm_check import RESULTS as VLLM
-from vllm_check import bases, few_bits, int8, table
+from vllm_check import bases, few_bits, int8, table, trimmed
 
 import basis_select as bs
 
@@ -42,6 +42,7 @@ IN_VLLM = {
     "bases of 16 bits": "bases",
     "8 bits": "8 bits of export",
     "4 bits": "4 bits",
+    "trimmed": "trimmed",
     "embedding as bases": "embedding as bases",
 }
 
@@ -52,10 +53,7 @@ def make(form, folder):
     sizes = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 1}
     model = tiny(tied=True, vocab_size=len(tokenizer), **sizes)
     if form == "trimmed":
-        rows = "".join(json.dumps({"prompt": text[:-9], "response": text[-9:]}) + "\n" for text in TEXT[::9])
-        data = folder.with_suffix(".jsonl")
-        data.write_text(rows, encoding="utf-8")
-        model, tokenizer, _ = bs.trim(model, tokenizer, bs.load_task(str(data), tokenizer, test=2))
+        model, tokenizer = trimmed(model, folder)
     bs.save(FORMS[form](model, make_task()), tokenizer, folder, dtype="bfloat16")
 
 
@@ -118,10 +116,7 @@ def by_llama_cpp(source, pre, folder, prompts, scratch):
 
 def of_vllm():
     found = {row["form"]: row for row in json.loads(VLLM.read_text())["cases"] if row["architecture"] == "llama"}
-    return {
-        form: {"max_difference": found[IN_VLLM[form]]["max_difference"]["float32"]} if form in IN_VLLM else {}
-        for form in FORMS
-    }
+    return {form: {"max_difference": found[IN_VLLM[form]]["max_difference"]["float32"]} for form in FORMS}
 
 
 def case(runtime, folder, prompts, scratch):

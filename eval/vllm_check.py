@@ -23,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
 from conftest import KINDS, make_task, make_tokenizer, tiny
+from test_trim import TEXT, byte_level, wrapped
 
 import basis_select as bs
 from basis_select.export import to_int8
+from basis_select.system.reading import sha256
 
 RESULTS = Path(__file__).parent / "results" / "vllm.json"
 PROMPTS = [[5, 9, 40, 77, 20, 33], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 90]]
@@ -67,6 +69,26 @@ def int8(model, task):
     return to_int8(bases(model, task))
 
 
+def trimmed(model, folder):
+    """`(model, tokenizer)` with the tokens of a few texts, of a model with as many tokens as `byte_level` makes."""
+    rows = "".join(json.dumps({"prompt": text[:-9], "response": text[-9:]}) + "\n" for text in TEXT[::9])
+    data, tokenizer = folder.with_suffix(".jsonl"), wrapped(byte_level())
+    data.write_text(rows, encoding="utf-8")
+    return bs.trim(model, tokenizer, bs.load_task(str(data), tokenizer, test=2))[:2]
+
+
+def let_be_version_1(folder):
+    """Describe a checkpoint with weights of 8 bits as version 1 of the format did."""
+    config, record = folder / "config.json", folder / "basis_select.json"
+    said, hashes = json.loads(config.read_text()), json.loads(record.read_text())
+    kept = said["quantization_config"]
+    kept |= {"format_version": 1, "int8": list(kept.pop("bits"))}
+    del kept["heads"], kept["table"]
+    config.write_text(json.dumps(said))
+    hashes["sha256"]["config.json"] = sha256(config)
+    record.write_text(json.dumps(hashes))
+
+
 FORMS = {  # form: (what makes it, architectures)
     "bases": (bases, KINDS),
     "own v": (own_v, ("llama", "qwen2")),
@@ -76,6 +98,8 @@ FORMS = {  # form: (what makes it, architectures)
     "embedding as bases of 8 bits": (table_of_bits, ("llama", "qwen2")),
     "8 bits of export": (int8, ("llama", "phi3")),
     "new bases of extend": (extended, ("llama",)),
+    "trimmed": (bases, ("llama", "qwen2")),
+    "8 bits of version 1": (int8, ("llama",)),
 }
 
 
@@ -83,8 +107,12 @@ def make(kind, form, folder):
     """A checkpoint in `folder`; head dimensions are those that vLLM's attention on the CPU has."""
     options = {"head_dim": 32} if kind in ("qwen3", "gemma3_text") else {}
     options |= {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
+    options |= {"vocab_size": len(byte_level().get_vocab())} if form == "trimmed" else {}
     model = tiny(kind, kind in ("llama", "gemma3_text"), hidden_size=128, intermediate_size=160, **options)
-    bs.save(FORMS[form][0](model, make_task()), make_tokenizer(), folder, dtype="bfloat16")
+    model, tokenizer = trimmed(model, folder) if form == "trimmed" else (model, make_tokenizer())
+    bs.save(FORMS[form][0](model, make_task()), tokenizer, folder, dtype="bfloat16")
+    if form.endswith("version 1"):
+        let_be_version_1(folder)
 
 
 @torch.no_grad()
