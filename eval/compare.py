@@ -115,10 +115,14 @@ def compare(grid, folder, results):
                     break
             except Timeout:  # another process is at it, or at what it needs
                 continue
+            except torch.AcceleratorError:  # all that follows in this process would fail too
+                raise
             except FAILURES:
                 logging.exception("%s", row)
                 failed.append(row)
                 break
+            finally:
+                torch.cuda.empty_cache()  # others use the device too
         else:
             time.sleep(1)
     return failed
