@@ -59,7 +59,7 @@ def interval(rows, against=None):
     return tuple(pooled(nll, tokens).values())
 
 
-def _nll(rows):
+def nll_of(rows):
     """What `interval` has first, without the draws that its bounds take."""
     return _mean(rows, "nll").sum() / _mean(rows, "tokens").sum()
 
@@ -141,15 +141,15 @@ def summary(results, sizes=("4x", "8x")):
         found = [cells[title].get((method, None if dense else size)) for title, size in columns]
         if any(found):
             name = f"{method}, {_bytes(next(filter(None, found)))} MB" if dense else method
-            lines.append([name, *(f"{_nll(rows):.3f}" if rows else "" for rows in found)])
+            lines.append([name, *(f"{nll_of(rows):.3f}" if rows else "" for rows in found)])
     return markdown(["", *(f"{size}, {title}" for title, size in columns)], lines, "l" + "r" * len(columns))
 
 
 def _smaller(cells, size):
     """The bytes at which the default, interpolated between its sizes, has the NLL of the best other row of `size`."""
     others = {m: v for (m, s), v in cells.items() if s == size and not m.startswith(DEFAULT)}
-    points = {m: (v[0]["sizes"]["bytes"] / 1e6, _nll(v)) for m, v in others.items()}
-    own = sorted((_nll(v), v[0]["sizes"]["bytes"] / 1e6) for (m, s), v in cells.items() if s and m == DEFAULT)
+    points = {m: (v[0]["sizes"]["bytes"] / 1e6, nll_of(v)) for m, v in others.items()}
+    own = sorted((nll_of(v), v[0]["sizes"]["bytes"] / 1e6) for (m, s), v in cells.items() if s and m == DEFAULT)
     if not points or not own:
         return []
     method, (weight, nll) = min(points.items(), key=lambda item: item[1][1])

@@ -16,8 +16,7 @@ import functools
 import gc
 import json
 import logging
-import subprocess
-import sys
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ import onnx
 import onnxruntime
 import openvino
 import torch
+from llama_cpp_check import convert
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from transformers import StaticCache
 
@@ -40,15 +40,6 @@ from basis_select.system.machine import forget_peak_memory, resident_memory
 from basis_select.system.writing import replace_text
 
 GROUP = 64  # weights that share one scale in nncf's int4: it divides every side of SmolLM2
-CONVERT = """
-import runpy, sys
-llama, folder, out = sys.argv[1:]
-sys.path[:0] = [llama, llama + "/gguf-py"]
-from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "smollm"
-sys.argv = ["convert_hf_to_gguf.py", folder, "--outtype", "f16", "--outfile", out]
-runpy.run_path(llama + "/convert_hf_to_gguf.py", run_name="__main__")
-"""
 
 
 @llama_cpp.llama_log_callback
@@ -152,7 +143,7 @@ def onnx_runtime(source, a, bits=None):
     if bits:
         dense, out = out, out.with_name(f"{out.name}-int{bits}")
         if not out.exists():
-            subprocess.run(["cp", "-r", dense, out], check=True)
+            shutil.copytree(dense, out)
             for path in out.glob("*.onnx*"):
                 path.unlink()
             graph = next(dense.glob("*.onnx"))
@@ -179,7 +170,7 @@ def open_vino(source, a, mode=None):
 def llama(source, a, kind):
     whole, out = (a.folder / f"{name_of(source)}-{kind}.gguf" for kind in ("f16", kind))
     if not whole.exists():
-        subprocess.run([sys.executable, "-c", CONVERT, a.llama_cpp, source, whole], check=True)
+        convert(a.llama_cpp, source, whole, "f16", "smollm")
     if not out.exists():
         options = llama_cpp.llama_model_quantize_default_params()
         options.ftype, options.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), a.threads

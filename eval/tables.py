@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 from compare import read
-from compare_report import answered, interval, summary
+from compare_report import answered, interval, nll_of, summary
 
 from basis_select.evaluation.report import markdown, table
 
@@ -117,23 +117,19 @@ def on_disk(results):
     Not every row has every seed: each is compared with the parents of its own.
     """
     cells, lines = {}, []
-    parents = {(r["task"], r["seed"]): _mean(r) for r in results if r["method"] == "parent"}
+    parents = {(r["task"], r["seed"]): nll_of([r]) for r in results if r["method"] == "parent"}
     for r in results:
         cells.setdefault((r["task"], r["method"], r["size"], r["trained"]), []).append(r)
     for (task, method, _, trained), rows in sorted(cells.items(), key=lambda x: (x[0][0], -_size(x[1]), x[0][3])):
         healing = rows[0].get("validation_nll")
         change = f"{healing['unhealed']:.3f} to {healing['healed']:.3f}" if healing and trained else ""
         seeds = ", ".join(str(r["seed"]) for r in rows)
-        above = statistics.fmean(_mean(r) - parents[r["task"], r["seed"]] for r in rows)
+        above = statistics.fmean(nll_of([r]) - parents[r["task"], r["seed"]] for r in rows)
         above = "" if method == "parent" else f"{above:+.3f}"
         size = f"{_size(rows) / 1e6:.1f}"
         lines.append([task, method, size, f"{trained:,}", seeds, change, _nll(rows), above, answered(rows)])
     head = ["task", "model", "MB", "tokens of healing", "seeds", "validation NLL, healing", "test NLL"]
     return markdown([*head, "above its parent's", "answered rightly"], lines, "llrrrrrrr")
-
-
-def _mean(row):
-    return sum(row["nll"]) / sum(row["tokens"])
 
 
 def _size(rows):
