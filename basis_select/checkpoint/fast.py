@@ -12,8 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..layers import kernels
 from ..layers.stacking import stack
-from ..system.machine import fast_bf16
+from ..system.machine import cache, fast_bf16
 from . import format
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ def ready(model: PreTrainedModel, compiled: bool = True) -> PreTrainedModel:
     """
     if model.dtype == torch.bfloat16 and not fast_bf16(model.device):
         nn.Module.float(model)  # transformers refuses it for any checkpoint with a quantizer
+    if model.device.type == "cpu":
+        kernels.load(cache() / "kernels")
     stack(model)
     format.register(model)  # so that saving it is refused
     if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":
@@ -47,7 +50,7 @@ def _compile(model: PreTrainedModel) -> None:
 
     # torch.compile keeps its graphs by code object: with one of its own, no other model's are tried before it.
     alone.__code__ = alone.__code__.replace()
-    options = {"guard_filter_fn": _of_inputs}
+    options = {"guard_filter_fn": _of_inputs, "size_asserts": False}  # a thousand asserts a token
     step, known = torch.compile(alone, options=options), None  # and what `generate` calls it with
 
     @functools.wraps(plain)

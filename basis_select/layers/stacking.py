@@ -7,12 +7,11 @@ are rounded. What each of them gives is its part of that product, which is compu
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from .kernels import pack
 from .low_rank import LowRankLinear
-from .rounded import FEW, RoundedLinear, SplitColumns, SplitRows, in_order, replace
-from .rounding import GROUP
+from .rounded import RoundedLinear, SplitColumns, SplitRows, replace
 from .sharing import latent, read_together
 
 
@@ -46,66 +45,33 @@ class Part(nn.Module):
 
 
 class FixedLinear(RoundedLinear):
-    """A RoundedLinear whose weights no longer change, by the CPU's kernel of its bits for few tokens, in any dtype.
-
-    Those kernels compute in bfloat16, from weights of 4 bits that are put in order here, once.
-    """
+    """A RoundedLinear whose weights no longer change, by a kernel that reads them as they are stored (kernels.py)."""
 
     @classmethod
     def of(cls, layer: RoundedLinear) -> "FixedLinear":
         """What computes in place of `layer`; their tensors are the same."""
         made = cls(layer.in_features, layer.out_features, False, layer.bits, "meta")
-        made.q, made.scale, made.bias = layer.q, layer.scale, layer.bias
-        made.ordered, made.scales = None, layer.scale.bfloat16()
-        if layer.bits == 4:
-            # Filled up to whole groups, as the product that reads this one's needs it, by rows of zeros.
-            q = F.pad(layer.q, (0, 0, 0, -layer.out_features % GROUP), value=8 << 4 | 8)
-            scale = F.pad(layer.scale, (0, 0, 0, -layer.out_features % GROUP))
-            made.ordered, made.scales = in_order(q, scale, layer.in_features)
-        elif made.in_features % 16 == 0:  # the kernel reads 16 aligned weights at once
-            made.ordered = made.q if made.q.data_ptr() % 16 == 0 else made.q.clone()
+        made.q, made.bias = layer.q, layer.bias
+        made.packed, made.layout = pack([layer])
+        made.scale = layer.scale
         return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x: (..., in)
-        rows = x.reshape(-1, self.in_features)
-        by_kernel = self.ordered is not None and len(rows) <= FEW
-        y = self.few(rows.bfloat16())[:, : self.out_features].to(x.dtype) if by_kernel else self.many(rows)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
-
-    def few(self, x: torch.Tensor) -> torch.Tensor:
-        """`x W^T` by the kernel, x: (tokens, in) in bfloat16; with 4 bits x may be filled up to groups, y is."""
-        if self.bits == 8:
-            return torch._weight_int8pack_mm(x, self.ordered, self.scales)
-        missing = -x.shape[1] % GROUP
-        x = F.pad(x, (0, missing)) if missing else x
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.ordered, GROUP, self.scales)
-
-    def many(self, x: torch.Tensor) -> torch.Tensor:
-        """`x W^T` by weights in the dtype of x: (tokens, in)."""
-        if self.bits == 8:
-            return F.linear(x, self.q.to(x.dtype)).mul_(self.scale.to(x.dtype))
-        return F.linear(x, self.weight.to(x.dtype))
+        return torch.ops.basis_select.product(x, self.packed, self.layout, self.bias)
 
 
 class FixedProduct(nn.Module):
-    """`u(v(x))` of rounded factors that no longer change, head and tail each, with nothing between their kernels."""
+    """`u(v(x))` of rounded factors that no longer change, head and tail each, in one call of that kernel."""
 
     def __init__(self, v: nn.Module, u: nn.Module):
         super().__init__()
-        self.v, self.u = (nn.ModuleList(map(FixedLinear.of, _pieces(factor))) for factor in (v, u))
-        self.in_features, self.out_features = v.in_features, u.out_features
-        self.by_kernel = all(part.ordered is not None for part in (*self.v, *self.u))
+        self.in_features, self.out_features, self.bias = v.in_features, u.out_features, u.bias
+        pairs = zip(_pieces(v), _pieces(u), strict=True)
+        packed, self.layout = pack([factor for pair in pairs for factor in pair])
+        self.register_buffer("packed", packed, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x: (..., in)
-        rows = x.reshape(-1, self.in_features)
-        if self.by_kernel and len(rows) <= FEW:
-            few = rows.bfloat16()
-            found = [u.few(v.few(few))[:, : self.out_features].to(x.dtype) for v, u in zip(self.v, self.u, strict=True)]
-        else:
-            found = [u.many(v.many(rows)) for v, u in zip(self.v, self.u, strict=True)]
-        y = found[0] if len(found) == 1 else found[0] + found[1]
-        bias = self.u[0].bias
-        return (y if bias is None else y + bias).view(*x.shape[:-1], self.out_features)
+        return torch.ops.basis_select.product(x, self.packed, self.layout, self.bias)
 
 
 def _pieces(factor: nn.Module) -> list[nn.Module]:
@@ -120,7 +86,8 @@ def _is_rounded(factor: nn.Module) -> bool:
 def stack(model: nn.Module) -> None:
     """Stack, in place, the layers of a deployed model that read the same tensor, and fix what is rounded.
 
-    Its outputs are the same but for how sums are rounded. It can then neither be saved nor trained.
+    Its outputs are the same but for how sums are rounded. It can then neither be saved nor trained. On a CPU
+    `kernels.load` comes before it.
     """
     ends = {model.get_input_embeddings(), model.get_output_embeddings()}
     inside = {child for m in model.modules() if isinstance(m, LowRankLinear) for child in m.modules() if child is not m}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from huggingface_hub import constants
 
 
 def forget_peak_memory() -> None:
@@ -45,6 +46,11 @@ def linux_memory(field: str) -> int:
     """Bytes that Linux gives for a field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def cache() -> Path:
+    """The folder of what is downloaded or made once for this machine."""
+    return Path(os.environ.get("BASIS_SELECT_CACHE", Path(constants.HF_HOME) / "basis_select"))
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -1,0 +1,279 @@
+// Products of few tokens with weights of 8 and 4 bits, read as they are stored. What the bits stand for: rounding.py.
+//
+// Inputs become whole numbers of 16 bits with one scale for every GROUP of them, which is 100 times as precise as
+// bfloat16; products of whole numbers are summed exactly within a group, groups in float32. Of many tokens the
+// weights are restored in float32 first: from there on a library's product is faster.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t GROUP = 32;       // inputs that share a scale at 4 bits
+constexpr int64_t FEW = 32;         // tokens up to which weights are not restored
+constexpr int64_t GRAIN = 1 << 17;  // products of two numbers below which a second thread costs more than it saves
+
+#ifdef __AVX2__
+
+// The weights of a group as whole numbers of 16 bits; those of 4 bits have the even ones first, then the odd ones.
+struct Weights {
+  __m256i w[2];
+  explicit Weights(const int8_t* from)
+      : w{_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)),
+          _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + 16)))} {}
+  explicit Weights(const uint8_t* from) {
+    const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from)), eight = _mm256_set1_epi16(8);
+    w[0] = _mm256_sub_epi16(_mm256_and_si256(pairs, _mm256_set1_epi16(15)), eight);
+    w[1] = _mm256_sub_epi16(_mm256_srli_epi16(pairs, 4), eight);
+  }
+};
+
+// The sum of products of a row, in eight parts.
+struct Sum {
+  __m256 parts = _mm256_setzero_ps();
+  void add(const Weights& of, const int16_t* x, float scale) {
+    const __m256i a = _mm256_madd_epi16(of.w[0], _mm256_loadu_si256((const __m256i*)x));
+    const __m256i b = _mm256_madd_epi16(of.w[1], _mm256_loadu_si256((const __m256i*)(x + 16)));
+    parts = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)), _mm256_set1_ps(scale), parts);
+  }
+  float total() const {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(parts), _mm256_extractf128_ps(parts, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+};
+
+// A group of inputs as whole numbers; returns their scale.
+float rounded(const float* x, int16_t* to) {
+  __m256 v[4], largest = _mm256_setzero_ps();
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_loadu_ps(x + 8 * i);
+    largest = _mm256_max_ps(largest, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v[i]));
+  }
+  __m128 most = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
+  most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+  const float whole = std::max(_mm_cvtss_f32(most), _mm_cvtss_f32(_mm_movehdup_ps(most)));
+  const __m256 by = _mm256_set1_ps(whole > 0 ? 32767 / whole : 0);
+  for (int i = 0; i < 2; ++i) {
+    const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(v[2 * i], by));
+    const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(v[2 * i + 1], by));
+    const __m256i sorted = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0b11011000);
+    _mm256_storeu_si256((__m256i*)(to + 16 * i), sorted);
+  }
+  return whole / 32767;
+}
+
+#else
+
+struct Weights {
+  int16_t w[GROUP];
+  explicit Weights(const int8_t* from) {
+    for (int i = 0; i < GROUP; ++i) w[i] = from[i];
+  }
+  explicit Weights(const uint8_t* from) {
+    for (int i = 0; i < GROUP / 2; ++i) {
+      w[i] = (from[i] & 15) - 8;
+      w[i + GROUP / 2] = (from[i] >> 4) - 8;
+    }
+  }
+};
+
+struct Sum {
+  float whole = 0;
+  void add(const Weights& of, const int16_t* x, float scale) {
+    int32_t sum = 0;
+    for (int i = 0; i < GROUP; ++i) sum += of.w[i] * x[i];
+    whole += sum * scale;
+  }
+  float total() const { return whole; }
+};
+
+float rounded(const float* x, int16_t* to) {
+  float whole = 0;
+  for (int i = 0; i < GROUP; ++i) whole = std::max(whole, std::abs(x[i]));
+  const float by = whole > 0 ? 32767 / whole : 0;
+  for (int i = 0; i < GROUP; ++i) to[i] = (int16_t)std::nearbyint(x[i] * by);
+  return whole / 32767;
+}
+
+#endif
+
+// Tokens of which every group is whole numbers times a scale, the last group filled up with zeros.
+struct Inputs {
+  int64_t groups;
+  std::vector<int16_t> numbers;
+  std::vector<float> scales;
+
+  // x: (tokens, size); in_pairs: the even inputs of a group first, then the odd ones.
+  Inputs(const float* x, int64_t tokens, int64_t size, bool in_pairs)
+      : groups((size + GROUP - 1) / GROUP), numbers(tokens * groups * GROUP), scales(tokens * groups) {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t g = 0; g < groups; ++g) {
+        const float* from = x + t * size + g * GROUP;
+        float last[GROUP] = {};
+        if ((g + 1) * GROUP > size) {
+          std::memcpy(last, from, (size - g * GROUP) * sizeof(float));
+          from = last;
+        }
+        int16_t* to = numbers.data() + (t * groups + g) * GROUP;
+        int16_t found[GROUP];
+        scales[t * groups + g] = rounded(from, in_pairs ? found : to);
+        for (int i = 0; in_pairs && i < GROUP / 2; ++i) {
+          to[i] = found[2 * i];
+          to[i + GROUP / 2] = found[2 * i + 1];
+        }
+      }
+  }
+};
+
+// A weight (rows, inputs) of so many bits, as it lies in memory: its scales, then its rows of whole numbers.
+struct Stored {
+  int64_t bits, rows, inputs, bytes;  // bytes of a row
+  const float* scale;
+  const void* q;
+
+  Stored(const uint8_t* at, int64_t bits, int64_t rows, int64_t inputs)
+      : bits(bits), rows(rows), inputs(inputs), bytes((inputs * bits + 7) / 8), scale((const float*)at) {
+    q = scale + rows * (bits == 8 ? 1 : (inputs + GROUP - 1) / GROUP);
+  }
+  // What comes after it begins where a scale can.
+  const uint8_t* end() const { return (const uint8_t*)q + (rows * bytes + 3) / 4 * 4; }
+};
+
+// y: (tokens, rows) += x W^T for a row and T tokens from `first` on. A last group goes on into the next row, where its
+// inputs are zeros; EDGE: it may go beyond the last row.
+template <int T, bool EDGE, typename Q>
+void add_row(const Inputs& x, int64_t first, const Stored& w, int64_t row, float* y) {
+  constexpr bool WIDE = std::is_same_v<Q, int8_t>;
+  constexpr int64_t SIZE = WIDE ? GROUP : GROUP / 2;  // bytes of a group
+  const int64_t groups = x.groups;
+  const Q *q = (const Q*)w.q + row * w.bytes, *end = (const Q*)w.q + w.rows * w.bytes;
+  const int16_t* numbers = x.numbers.data() + first * groups * GROUP;
+  const float *scales = x.scales.data() + first * groups, *own = w.scale + row * (WIDE ? 1 : groups);
+  Sum sum[T];
+  for (int64_t g = 0; g < groups; ++g) {
+    const Q* from = q + g * SIZE;
+    Q last[SIZE];
+    if (EDGE && from + SIZE > end) {
+      std::memset(last, 0, SIZE);
+      std::memcpy(last, from, end - from);
+      from = last;
+    }
+    const Weights of(from);
+    for (int t = 0; t < T; ++t) {
+      const float by = scales[t * groups + g];
+      sum[t].add(of, numbers + (t * groups + g) * GROUP, WIDE ? by : by * own[g]);
+    }
+  }
+  for (int t = 0; t < T; ++t) y[(first + t) * w.rows + row] += sum[t].total() * (WIDE ? *own : 1.0f);
+}
+
+template <int T, typename Q>
+void add_few(const Inputs& x, int64_t first, const Stored& w, float* y) {
+  const int64_t beyond = x.groups * GROUP * w.bits / 8 - w.bytes;
+  const int64_t inside = w.rows - (beyond + w.bytes - 1) / w.bytes;  // rows whose last group does not go beyond all
+  at::parallel_for(0, w.rows, std::max<int64_t>(1, GRAIN / (T * x.groups * GROUP)), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < std::min(end, inside); ++r) add_row<T, false, Q>(x, first, w, r, y);
+    for (int64_t r = std::max(begin, inside); r < end; ++r) add_row<T, true, Q>(x, first, w, r, y);
+  });
+}
+
+template <typename Q>
+void add_few(const float* x, int64_t tokens, const Stored& w, float* y) {
+  const Inputs in(x, tokens, w.inputs, w.bits == 4);
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4) add_few<4, Q>(in, t, w, y);
+  for (; t + 2 <= tokens; t += 2) add_few<2, Q>(in, t, w, y);
+  for (; t < tokens; ++t) add_few<1, Q>(in, t, w, y);
+}
+
+// The weight (rows, inputs) in float32.
+Tensor restored(const Stored& w) {
+  const int64_t inputs = w.inputs, groups = (inputs + GROUP - 1) / GROUP;
+  Tensor made = at::empty({w.rows, inputs}, at::kFloat);
+  float* to = made.mutable_data_ptr<float>();
+  at::parallel_for(0, w.rows, std::max<int64_t>(1, GRAIN / inputs), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      if (w.bits == 8) {
+        const int8_t* from = (const int8_t*)w.q + r * w.bytes;
+        for (int64_t i = 0; i < inputs; ++i) to[r * inputs + i] = from[i] * w.scale[r];
+      } else {
+        const uint8_t* from = (const uint8_t*)w.q + r * w.bytes;
+        for (int64_t g = 0; g < groups; ++g, from += GROUP / 2) {
+          const float by = w.scale[r * groups + g];
+          const int64_t size = std::min(GROUP, inputs - g * GROUP);
+          float found[GROUP];
+          for (int64_t i = 0; i < (size + 1) / 2; ++i) {
+            found[2 * i] = ((from[i] & 15) - 8) * by;
+            found[2 * i + 1] = ((from[i] >> 4) - 8) * by;
+          }
+          std::memcpy(to + r * inputs + g * GROUP, found, size * sizeof(float));
+        }
+      }
+  });
+  return made;
+}
+
+// y: (tokens, rows) += x W^T, x: (tokens, inputs)
+void add_product(const float* x, int64_t tokens, const Stored& w, float* y) {
+  if (tokens > FEW) {
+    Tensor sum = at::from_blob(y, {tokens, w.rows}, at::kFloat);
+    sum.addmm_(at::from_blob(const_cast<float*>(x), {tokens, w.inputs}, at::kFloat), restored(w).t());
+  } else if (w.bits == 8) {
+    add_few<int8_t>(x, tokens, w, y);
+  } else {
+    add_few<uint8_t>(x, tokens, w, y);
+  }
+}
+
+// `x W^T + bias` of one weight, or `sum of u[i](v[i](x)) + bias` of pairs; x: (..., inputs).
+// packed: what is Stored, one after the other: W, or v[0], u[0], v[1] ...; layout: (bits, rows, inputs) of each.
+Tensor product(const Tensor& x, const Tensor& packed, at::IntArrayRef layout, const std::optional<Tensor>& bias) {
+  const Tensor held = x.scalar_type() == at::kFloat && x.is_contiguous() ? x : x.to(at::kFloat).contiguous();
+  const float* in = held.const_data_ptr<float>();
+  const int64_t tokens = x.numel() / x.size(-1), out = layout[layout.size() - 2];
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = out;
+  Tensor y = at::empty(sizes, at::kFloat);
+  float* to = y.mutable_data_ptr<float>();
+  if (bias)
+    y.copy_(*bias);
+  else
+    std::fill_n(to, tokens * out, 0.0f);
+  const uint8_t* at = packed.const_data_ptr<uint8_t>();
+  for (size_t i = 0; i < layout.size(); i += 6) {
+    const Stored first(at, layout[i], layout[i + 1], layout[i + 2]);
+    if (layout.size() == 3) {
+      add_product(in, tokens, first, to);
+      break;
+    }
+    const Stored second(first.end(), layout[i + 3], layout[i + 4], layout[i + 5]);
+    std::vector<float> z(tokens * first.rows);
+    add_product(in, tokens, first, z.data());
+    add_product(z.data(), tokens, second, to);
+    at = second.end();
+  }
+  return y.to(x.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY(basis_select, m) {
+  m.def("product(Tensor x, Tensor packed, int[] layout, Tensor? bias) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(basis_select, CPU, m) {
+  m.impl("product", &product);
+}

@@ -1,0 +1,87 @@
+"""Products with weights of 8 and 4 bits as they are stored, by C++ that is compiled once for a machine (kernels.cpp).
+
+PyTorch's own kernels for such weights take bfloat16 and reach half the speed for one token, and each factor would be a
+call of its own, with a cost as large as a short product's (eval/results/NOTES.md).
+"""
+
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .rounded import RoundedLinear
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+def load(folder: Path) -> None:
+    """Let PyTorch know the operator `basis_select::product`, compiled into `folder` where they are not there yet.
+
+    Raises RuntimeError with what the compiler said, or that there is none.
+    """
+    if _is_loaded():
+        return
+    compiler = os.environ.get("CXX", "c++")
+    options = ["-std=c++20", "-O3", "-shared", "-fPIC", *_of_processor()]
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, options, torch.__version__)).encode()).hexdigest()[:16]
+    library = folder / f"kernels-{key}.so"
+    if not library.exists():
+        _compile([compiler, *options], library)
+    torch.ops.load_library(library)
+    torch.library.register_fake("basis_select::product", _shape)
+
+
+def _is_loaded() -> bool:
+    return hasattr(torch.ops.basis_select, "product")
+
+
+def _of_processor() -> list[str]:
+    if platform.system() == "Darwin":
+        return ["-undefined", "dynamic_lookup"]
+    wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return ["-fopenmp", *(["-mavx2", "-mfma"] if wide else [])]
+
+
+def _compile(command: list[str], library: Path) -> None:
+    at = Path(torch.__file__).parent
+    libraries = [f"-L{at / 'lib'}", "-lc10", "-ltorch_cpu"]
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as place:
+        made = Path(place) / library.name
+        command = [*command, f"-I{at / 'include'}", str(SOURCE), "-o", str(made), *libraries]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise RuntimeError(
+                f"load(fast=True) needs a C++ compiler, and there is no {command[0]}: install g++ or name one in CXX"
+            ) from error
+        except subprocess.CalledProcessError as error:
+            said = "; ".join(error.stderr.strip().splitlines()[:3])
+            raise RuntimeError(
+                f"{command[0]} could not compile {SOURCE.name}, which load(fast=True) needs: {said}"
+            ) from error
+        made.replace(library)
+
+
+def _shape(x: torch.Tensor, packed: torch.Tensor, layout: list[int], bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], layout[-2])
+
+
+def pack(weights: list[RoundedLinear]) -> tuple[torch.Tensor, list[int]]:
+    """`(packed, layout)` of weights as the kernel reads them; whole numbers and float32 scales then lie there alone."""
+    parts, layout = [], []
+    for w in weights:
+        scale, q = (x.detach().contiguous().view(-1) for x in (w.scale.float(), w.q))
+        parts += scale.view(torch.uint8), F.pad(q.view(torch.uint8), (0, -q.numel() % 4))
+        layout += w.bits, w.out_features, w.in_features
+    packed = torch.cat(parts)
+    for w, scale, q in zip(weights, *(packed.split([len(p) for p in parts])[i::2] for i in (0, 1)), strict=True):
+        w.q.data = q[: w.q.numel()].view(w.q.dtype).view_as(w.q)
+        if w.scale.dtype == torch.float32:
+            w.scale = scale.view(torch.float32).view_as(w.scale)
+    return packed, layout
