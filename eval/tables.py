@@ -61,6 +61,15 @@ def runtimes(result):
     return markdown(head, lines, "l" + "r" * (len(head) - 1))
 
 
+def kernel_speed(result):
+    names, cases = list(result["speeds"]), next(iter(result["speeds"].values()))
+    lines = []
+    for case in cases:
+        ranges = [result["speeds"][name][case].values() for name in names]
+        lines.append([case.replace(" 1 tokens", " 1 token"), *(f"{min(r):.1f} to {max(r):.1f}" for r in ranges)])
+    return markdown(["weights, tokens at once", *names], lines, "l" + "r" * len(names))
+
+
 def bench(result):
     rows = {(r["what"], r["way"], r["model"]): r for r in result["rows"]}
     cuts = [model for model in dict.fromkeys(model for _, _, model in rows) if model != "dense"]
@@ -205,6 +214,7 @@ TABLES = {
     "healing_labels": healing_speed,
     "plan_check": plan_check,
     "runtimes": runtimes,
+    "kernel_speed": kernel_speed,
     "bench": bench,
     "forms": forms,
 }

@@ -23,6 +23,7 @@ using at::Tensor;
 
 constexpr int64_t GROUP = 32;       // inputs that share a scale at 4 bits
 constexpr int64_t FEW = 32;         // tokens up to which weights are not restored
+constexpr int64_t AHEAD = 2048;     // bytes from where weights are read to where memory is asked for more
 constexpr int64_t GRAIN = 1 << 17;  // products of two numbers below which a second thread costs more than it saves
 
 #ifdef __AVX2__
@@ -171,6 +172,7 @@ void add_row(const Inputs& x, int64_t first, const Stored& w, int64_t row, float
       std::memcpy(last, from, end - from);
       from = last;
     }
+    __builtin_prefetch(q + g * SIZE + AHEAD);
     const Weights of(from);
     for (int t = 0; t < T; ++t) {
       const float by = scales[t * groups + g];

@@ -1,0 +1,80 @@
+"""How fast weights are multiplied that lie in memory with 8 or 4 bits: our kernel, PyTorch's, and float32.
+
+python eval/kernel_speed.py OUT.json [--rounds N]
+
+One thread. Every product takes the next of 40 MB of weights, as in a model, so that they come from memory and not
+from a cache. All kernels take turns; the figures are billions of weights times tokens a second. eval/tables.py writes
+the table.
+"""
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from basis_select.evaluation.speed import take_turns
+from basis_select.layers import kernels
+from basis_select.layers.rounded import RoundedLinear, in_order
+from basis_select.layers.rounding import GROUP
+from basis_select.system.machine import cache
+from basis_select.system.writing import replace_text
+
+SHAPES = {"1536 x 256": (1536, 256), "256 x 576": (256, 576), "3072 x 320": (3072, 320)}
+TOKENS = (1, 4, 8, 32, 128)
+BYTES = 40e6
+
+
+def ours(layer):
+    packed, layout = kernels.pack([layer])
+    return lambda x: torch.ops.basis_select.product(x, packed, layout, None)
+
+
+def of_pytorch(layer):
+    scale = layer.scale.bfloat16()
+    if layer.bits == 8:
+        return lambda x: torch._weight_int8pack_mm(x.bfloat16(), layer.q, scale).float()
+    q, scale = in_order(layer.q, layer.scale, layer.in_features)
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), q, GROUP, scale).float()
+
+
+def float32(layer):
+    weight = layer.weight
+    return lambda x: F.linear(x, weight)
+
+
+KERNELS = {"ours": ours, "PyTorch's, inputs in bfloat16": of_pytorch, "float32, not rounded": float32}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    kernels.load(cache() / "kernels")
+    found = {}
+    for shape, (rows, inputs) in SHAPES.items():
+        for bits in (8, 4):
+            count = round(BYTES / (rows * inputs * bits / 8))
+            layers = [RoundedLinear.rounded(torch.nn.Linear(inputs, rows, bias=False), bits) for _ in range(count)]
+            products = {name: [of(layer) for layer in layers] for name, of in KERNELS.items()}
+            for tokens in TOKENS:
+                x = torch.randn(tokens, inputs)
+
+                def run(name, x=x, products=products):
+                    for product in products[name]:
+                        product(x)
+
+                seconds = take_turns({name: partial(partial, run, name) for name in KERNELS}, a.rounds)
+                for name, times in seconds.items():
+                    speed = count * rows * inputs * tokens / statistics.median(times) / 1e9
+                    found.setdefault(name, {}).setdefault(f"{bits} bits, {tokens} tokens", {})[shape] = speed
+    replace_text(a.out, json.dumps({"rounds": a.rounds, "speeds": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
