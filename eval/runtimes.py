@@ -149,7 +149,7 @@ def onnx_runtime(source, a, bits=None):
             graph = next(dense.glob("*.onnx"))
             quantizer = MatMulNBitsQuantizer(onnx.load(graph), bits=bits, block_size=32, is_symmetric=True)
             quantizer.process()
-            quantizer.model.save_model_to_file(str(out / graph.name), use_external_data_format=False)
+            quantizer.model.save_model_to_file(str(out / graph.name), use_external_data_format=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = a.threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others have the cores in their turn
@@ -293,5 +293,6 @@ def main():
 
 
 if __name__ == "__main__":
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    for name in ("torch._dynamo", "onnxruntime.quantization", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     main()

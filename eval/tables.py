@@ -167,6 +167,17 @@ def vllm(result):
     return markdown(["architecture", "what is stored", "float32", "bfloat16"], lines, "llrr")
 
 
+def vllm_speed(result):
+    batches = next(iter(result["rows"]))["tokens_per_second"]
+    lines = []
+    for row in result["rows"]:
+        speeds = (
+            "{median:.1f} ({range[0]:.1f} to {range[1]:.1f})".format(**s) for s in row["tokens_per_second"].values()
+        )
+        lines.append([row["model"], f"{row['bytes'] / 1e6:.0f}", *speeds])
+    return markdown(["", "MB", *(f"batch {n}, tokens/s" for n in batches)], lines, "l" + "r" * (1 + len(batches)))
+
+
 def forms_by_runtime(result):
     """How far each runtime is from `load`, and below the table what it refuses."""
     forms, lines, refused = list(next(iter(result["rows"].values()))), [], {}
@@ -208,6 +219,7 @@ TABLES = {
     "exports": exports,
     "llama_cpp": exports,
     "vllm": vllm,
+    "vllm_speed": vllm_speed,
     "parity": parity,
     "quickstart": table,
     "healing_speed": healing_speed,

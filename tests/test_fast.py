@@ -1,7 +1,11 @@
 """Models made ready to answer: what they compute is what they computed, whoever calls them, and they are not saved."""
 
 import copy
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +70,34 @@ def test_the_kernels_multiply_by_what_is_stored(bits, outputs, inputs):
         narrow = fixed(x.bfloat16())
         assert narrow.dtype == torch.bfloat16
         torch.testing.assert_close(narrow, fixed(x.bfloat16().float()).bfloat16())
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            x[1, -1, -1] = bad
+            assert not fixed(x)[1, -1].isfinite().any()
+            assert fixed(x)[0].isfinite().all()
+
+
+PORTABLE = """
+import sys, torch
+from pathlib import Path
+from basis_select.layers import kernels
+from basis_select.layers.rounded import RoundedLinear
+from basis_select.layers.stacking import FixedLinear
+
+assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+kernels.load(Path(sys.argv[1]))
+for bits in (8, 4):
+    fixed = FixedLinear.of(RoundedLinear.rounded(torch.nn.Linear(95, 33), bits))
+    x = torch.randn(3, 95)
+    torch.testing.assert_close(fixed(x), torch.nn.functional.linear(x, fixed.weight, fixed.bias), rtol=1e-3, atol=1e-4)
+    x[1, 2] = torch.nan
+    assert fixed(x)[1].isnan().all() and fixed(x)[[0, 2]].isfinite().all()
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compute_the_same_on_a_processor_without_wide_units(tmp_path):
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(Path(bs.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", PORTABLE, str(tmp_path)], check=True, env=environment)
 
 
 def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch):
@@ -74,7 +106,7 @@ def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler, and there is no no-such-compiler: install g"):
         kernels.load(tmp_path)
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(RuntimeError, match=r"false could not compile kernels.cpp, which load\(fast=True\) needs"):
+    with pytest.raises(RuntimeError, match=r"false could not compile kernels.cpp, the kernel for"):
         kernels.load(tmp_path)
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 

@@ -56,13 +56,15 @@ struct Sum {
   }
 };
 
-// A group of inputs as whole numbers; returns their scale.
+// A group of inputs as whole numbers; returns their scale, which is no number where one of them is none.
 float rounded(const float* x, int16_t* to) {
-  __m256 v[4], largest = _mm256_setzero_ps();
+  __m256 v[4], largest = _mm256_setzero_ps(), unknown = _mm256_setzero_ps();
   for (int i = 0; i < 4; ++i) {
     v[i] = _mm256_loadu_ps(x + 8 * i);
     largest = _mm256_max_ps(largest, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v[i]));
+    unknown = _mm256_or_ps(unknown, _mm256_cmp_ps(v[i], v[i], _CMP_UNORD_Q));
   }
+  const bool is_number = _mm256_testz_ps(unknown, unknown);
   __m128 most = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
   most = _mm_max_ps(most, _mm_movehl_ps(most, most));
   const float whole = std::max(_mm_cvtss_f32(most), _mm_cvtss_f32(_mm_movehdup_ps(most)));
@@ -73,7 +75,7 @@ float rounded(const float* x, int16_t* to) {
     const __m256i sorted = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0b11011000);
     _mm256_storeu_si256((__m256i*)(to + 16 * i), sorted);
   }
-  return whole / 32767;
+  return is_number ? whole / 32767 : NAN;
 }
 
 #else
@@ -103,10 +105,14 @@ struct Sum {
 
 float rounded(const float* x, int16_t* to) {
   float whole = 0;
-  for (int i = 0; i < GROUP; ++i) whole = std::max(whole, std::abs(x[i]));
+  bool is_number = true;
+  for (int i = 0; i < GROUP; ++i) {
+    whole = std::max(whole, std::abs(x[i]));
+    is_number = is_number && !std::isnan(x[i]);
+  }
   const float by = whole > 0 ? 32767 / whole : 0;
-  for (int i = 0; i < GROUP; ++i) to[i] = (int16_t)std::nearbyint(x[i] * by);
-  return whole / 32767;
+  for (int i = 0; i < GROUP; ++i) to[i] = std::isfinite(x[i] * by) ? (int16_t)std::nearbyint(x[i] * by) : 1;
+  return is_number ? whole / 32767 : NAN;
 }
 
 #endif

@@ -58,12 +58,13 @@ def _compile(command: list[str], library: Path) -> None:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
             raise RuntimeError(
-                f"load(fast=True) needs a C++ compiler, and there is no {command[0]}: install g++ or name one in CXX"
+                f"the kernel for weights of few bits needs a C++ compiler, and there is no {command[0]}: "
+                "install g++ or name one in CXX"
             ) from error
         except subprocess.CalledProcessError as error:
             said = "; ".join(error.stderr.strip().splitlines()[:3])
             raise RuntimeError(
-                f"{command[0]} could not compile {SOURCE.name}, which load(fast=True) needs: {said}"
+                f"{command[0]} could not compile {SOURCE.name}, the kernel for weights of few bits: {said}"
             ) from error
         made.replace(library)
 

@@ -7,6 +7,7 @@ vLLM says itself (`packed_modules_mapping`), and its own loaders say which rows 
 """
 
 import functools
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from ..checkpoint import checks
 from ..checkpoint.format import HINT, METHOD, BasisSelectConfig
 from ..checkpoint.snapshot import snapshot
+from ..layers import kernels
+from ..layers.rounded import RoundedLinear, replace
+from ..layers.stacking import FixedLinear
+from ..system.machine import cache
 from .parts import Names, Stored, fuse, latent, table
 
+log = logging.getLogger(__name__)
 SHARDS = {None: 0, "q": 0, "k": 1, "v": 2}  # what vLLM calls layers in a fused one, where it does not number them
 
 
@@ -116,7 +122,7 @@ class ServedConfig(QuantizationConfig):
         """The `v` that a layer owns: one module for all that read it."""
         if leader not in self.vs:
             names = [name for name in self.names.of(leader) if name.startswith("v")]
-            self.vs[leader] = _by_vllm(latent(self.names, leader, self.read(leader, names), inputs))
+            self.vs[leader] = _by_kernels(latent(self.names, leader, self.read(leader, names), inputs))
         return self.vs[leader]
 
     def take(
@@ -220,7 +226,7 @@ class PartsMethod(LinearMethodBase):
             raise ValueError(f"{min(without)} has no bias in the file, vLLM's layer has one")
         vs = {names.leader(each): served.v(names.leader(each), inputs) for each in factored}
         own = {each: served.read(each, [n for n in names.of(each) if not n.startswith("v")]) for each in self.layers}
-        _displace(layer, _by_vllm(fuse(names, self.layers, own, vs, inputs)))
+        _displace(layer, _by_kernels(fuse(names, self.layers, own, vs, inputs)))
         if isinstance(layer, RowParallelLinear) and layer.tp_size > 1 and layer.reduce_results and factored:
             self.reduces, layer.reduce_results = True, False
 
@@ -271,6 +277,7 @@ class TableMethod(LinearMethodBase):
         if served.embedding is None:
             tensors = served.read(served.table, served.names.of_table(served.table))
             served.embedding = table(served.names, served.table, tensors, layer.embedding_dim)
+            replace(served.embedding, RoundedLinear, _as_stored)
         _displace(layer, served.embedding)
 
     def embedding(self, layer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -294,14 +301,32 @@ class Product(nn.Module):
         return self.method.apply(self, x)
 
 
-def _by_vllm(module: nn.Module) -> nn.Module:
-    """The module with every nn.Linear in it computed by vLLM."""
+def _by_kernels(module: nn.Module) -> nn.Module:
+    """The module with every nn.Linear in it computed by vLLM, and what is rounded by a kernel for it."""
     if type(module) is nn.Linear:
         return Product(module.weight)
-    for name, child in list(module.named_modules()):
-        if type(child) is nn.Linear:
-            module.set_submodule(name, Product(child.weight))
+    if isinstance(module, RoundedLinear):
+        return _as_stored(module)
+    replace(module, nn.Linear, lambda linear: Product(linear.weight))
+    replace(module, RoundedLinear, _as_stored)
     return module
+
+
+def _as_stored(layer: RoundedLinear) -> RoundedLinear:
+    """What computes in place of `layer`: on a CPU, our kernel."""
+    return FixedLinear.of(layer) if not isinstance(layer, FixedLinear) and _has_kernel() else layer
+
+
+@functools.cache
+def _has_kernel() -> bool:
+    if torch.empty(0).device.type != "cpu":
+        return False
+    try:
+        kernels.load(cache() / "kernels")
+    except RuntimeError as error:
+        log.warning("weights are restored at every use, which is slow: %s", error)
+        return False
+    return True
 
 
 def _place(layer: nn.Module, name: str, dtype: torch.dtype, take: Callable[..., None]) -> None:
