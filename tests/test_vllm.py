@@ -347,5 +347,5 @@ def test_log_probabilities_are_those_of_load(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     for row in json.loads((tmp_path / "found.json").read_text())["cases"]:
-        assert row["max_difference"]["float32"] < 1e-5
+        assert row["max_difference"]["float32"] < (5e-5 if "bits" in row["form"] else 1e-5)
         assert row["max_difference"]["bfloat16"] < 0.02
