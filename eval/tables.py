@@ -95,7 +95,7 @@ def parity(result):
 FRONT = {  # name of the row: method and size in the results, and in which
     "parent": ("parent", None, "bytes"),
     "ours": ("default", "45MB", "bytes"),
-    "the dense parent at 4 bits, healed alike": ("int4", None, "bytes"),
+    "the dense parent at 4 bits, healed": ("int4", None, "bytes"),
     "best published method, SVD-LLM": ("SVD-LLM", "8x", "compare"),
 }
 
