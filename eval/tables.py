@@ -168,8 +168,7 @@ def vllm(result):
 
 
 def vllm_speed(result):
-    batches = next(iter(result["rows"]))["tokens_per_second"]
-    lines = []
+    batches, lines = result["rows"][0]["tokens_per_second"], []
     for row in result["rows"]:
         speeds = (
             "{median:.1f} ({range[0]:.1f} to {range[1]:.1f})".format(**s) for s in row["tokens_per_second"].values()

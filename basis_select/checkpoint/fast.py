@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..layers import kernels
+from ..layers.rounded import quantized
 from ..layers.stacking import stack
 from ..system.machine import cache, fast_bf16
 from . import format
@@ -30,7 +31,7 @@ def ready(model: PreTrainedModel, compiled: bool = True) -> PreTrainedModel:
     """
     if model.dtype == torch.bfloat16 and not fast_bf16(model.device):
         nn.Module.float(model)  # transformers refuses it for any checkpoint with a quantizer
-    if model.device.type == "cpu":
+    if model.device.type == "cpu" and quantized(model):
         kernels.load(cache() / "kernels")
     stack(model)
     format.register(model)  # so that saving it is refused

@@ -26,6 +26,8 @@ constexpr int64_t FEW = 32;         // tokens up to which weights are not restor
 constexpr int64_t AHEAD = 2048;     // bytes from where weights are read to where memory is asked for more
 constexpr int64_t GRAIN = 1 << 17;  // products of two numbers below which a second thread costs more than it saves
 
+int64_t groups_of(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
+
 #ifdef __AVX2__
 
 // The weights of a group as whole numbers of 16 bits; those of 4 bits have the even ones first, then the odd ones.
@@ -125,7 +127,7 @@ struct Inputs {
 
   // x: (tokens, size); in_pairs: the even inputs of a group first, then the odd ones.
   Inputs(const float* x, int64_t tokens, int64_t size, bool in_pairs)
-      : groups((size + GROUP - 1) / GROUP), numbers(tokens * groups * GROUP), scales(tokens * groups) {
+      : groups(groups_of(size)), numbers(tokens * groups * GROUP), scales(tokens * groups) {
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t g = 0; g < groups; ++g) {
         const float* from = x + t * size + g * GROUP;
@@ -153,7 +155,7 @@ struct Stored {
 
   Stored(const uint8_t* at, int64_t bits, int64_t rows, int64_t inputs)
       : bits(bits), rows(rows), inputs(inputs), bytes((inputs * bits + 7) / 8), scale((const float*)at) {
-    q = scale + rows * (bits == 8 ? 1 : (inputs + GROUP - 1) / GROUP);
+    q = scale + rows * (bits == 8 ? 1 : groups_of(inputs));
   }
   // What comes after it begins where a scale can.
   const uint8_t* end() const { return (const uint8_t*)q + (rows * bytes + 3) / 4 * 4; }
@@ -209,7 +211,7 @@ void add_few(const float* x, int64_t tokens, const Stored& w, float* y) {
 
 // The weight (rows, inputs) in float32.
 Tensor restored(const Stored& w) {
-  const int64_t inputs = w.inputs, groups = (inputs + GROUP - 1) / GROUP;
+  const int64_t inputs = w.inputs, groups = groups_of(inputs);
   Tensor made = at::empty({w.rows, inputs}, at::kFloat);
   float* to = made.mutable_data_ptr<float>();
   at::parallel_for(0, w.rows, std::max<int64_t>(1, GRAIN / inputs), [&](int64_t begin, int64_t end) {

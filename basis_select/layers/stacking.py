@@ -49,7 +49,9 @@ class FixedLinear(RoundedLinear):
 
     @classmethod
     def of(cls, layer: RoundedLinear) -> "FixedLinear":
-        """What computes in place of `layer`; their tensors are the same."""
+        """What computes in place of `layer`, which may be one already; their tensors are the same."""
+        if isinstance(layer, cls):
+            return layer
         made = cls(layer.in_features, layer.out_features, False, layer.bits, "meta")
         made.q, made.bias = layer.q, layer.bias
         made.packed, made.layout = pack([layer])
@@ -87,7 +89,7 @@ def stack(model: nn.Module) -> None:
     """Stack, in place, the layers of a deployed model that read the same tensor, and fix what is rounded.
 
     Its outputs are the same but for how sums are rounded. It can then neither be saved nor trained. On a CPU
-    `kernels.load` comes before it.
+    `kernels.load` comes before it, where something is rounded.
     """
     ends = {model.get_input_embeddings(), model.get_output_embeddings()}
     inside = {child for m in model.modules() if isinstance(m, LowRankLinear) for child in m.modules() if child is not m}
@@ -106,7 +108,7 @@ def stack(model: nn.Module) -> None:
                 model.set_submodule(name, part)
     if model.device.type == "cpu":
         replace(model, LowRankLinear, lambda layer: layer if layer in inside or layer in ends else _fixed(layer))
-        replace(model, RoundedLinear, lambda layer: layer if isinstance(layer, FixedLinear) else FixedLinear.of(layer))
+        replace(model, RoundedLinear, FixedLinear.of)
     model.requires_grad_(False)
 
 

@@ -314,7 +314,7 @@ def _by_kernels(module: nn.Module) -> nn.Module:
 
 def _as_stored(layer: RoundedLinear) -> RoundedLinear:
     """What computes in place of `layer`: on a CPU, our kernel."""
-    return FixedLinear.of(layer) if not isinstance(layer, FixedLinear) and _has_kernel() else layer
+    return FixedLinear.of(layer) if _has_kernel() else layer
 
 
 @functools.cache
