@@ -88,11 +88,11 @@ class Row:
 
 
 def rows(grid):
-    """All rows, the parents first, then by lengths of training as the grid orders them."""
+    """All rows, the parents first, then by lengths of training and by methods as the grid orders them."""
     for seed in grid["seeds"]:
         yield from (Row(task, seed, "parent", None, 0) for task in grid["tasks"])
         lengths = dict.fromkeys(n for g in (grid, *grid["methods"].values()) for n in g.get("trained", []))
-        for trained, task, (method, own) in itertools.product(lengths, grid["tasks"], grid["methods"].items()):
+        for trained, (method, own), task in itertools.product(lengths, grid["methods"].items(), grid["tasks"]):
             if trained in own.get("trained", grid["trained"]) and (trained or not {"learned", "first"} & own.keys()):
                 of = [None] if "dense" in own else own.get("sizes", grid["sizes"])
                 yield from (Row(task, seed, method, size, trained) for size in of)
@@ -305,6 +305,7 @@ def started(bench, own, method, size, steps):
     rate = r.heal.lr or suitable_rate(model, bench.task, bench.labels, r.seed)
     if not math.isfinite(rate):
         raise FloatingPointError(f"{method}: what healing would start from is not finite")
+    torch.cuda.empty_cache()  # moments took half of what was free
     return r, model, clock, rate, taken
 
 
@@ -381,8 +382,8 @@ def measure(model, tokenizer, task, answers):
 
 
 def stored(model, tokenizer, folder):
-    """`(model, sizes)` as saved in bfloat16 and loaded. Of 3 and 2 bits there is no file: those it would have."""
-    few = [m for m in model.modules() if isinstance(m, RoundedLinear) and m.bits < 4]
+    """`(model, sizes)` as saved in bfloat16 and loaded. Of 2 bits there is no file: those it would have."""
+    few = [m for m in model.modules() if isinstance(m, RoundedLinear) and m.bits < 3]
     if few:
         facts, rest = sizes(model), sum(p.numel() for p in model.parameters() if p.is_floating_point())
         layers = [m for m in model.modules() if isinstance(m, RoundedLinear)]
