@@ -102,6 +102,12 @@ def start_no_process(patch):
 
 
 @pytest.fixture
+def in_fp32(monkeypatch):
+    """Computes alike on a processor with bfloat16 units, where products of training are mixed, and on one without."""
+    monkeypatch.setattr("basis_select.training.precision.fast_bf16", lambda device: False)
+
+
+@pytest.fixture
 def tokenizer():
     return make_tokenizer()
 

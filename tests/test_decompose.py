@@ -48,9 +48,8 @@ def test_moments_are_those_of_the_tokens_that_are_not_padding(task):
         assert values[0] > -1e-6 * values[-1]
 
 
-def test_output_moments_are_those_of_the_stacked_gradients(task, monkeypatch):
+def test_output_moments_are_those_of_the_stacked_gradients(task, monkeypatch, in_fp32):
     """Compared in fp32 with gradients taken one example at a time; drawn labels are set to the task's own."""
-    monkeypatch.setattr("basis_select.training.precision.fast_bf16", lambda device: False)
     model = tiny()
     names = [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
     few = dataclasses.replace(task, train=task.train[:6])

@@ -123,9 +123,8 @@ def test_training_in_bfloat16_sees_the_buffers_that_loading_in_bfloat16_gives(ta
             assert torch.equal(seen[name], buffer), name
 
 
-def test_bfloat16_products_in_fp32_are_rounded_once(ids, monkeypatch):
+def test_bfloat16_products_in_fp32_are_rounded_once(ids, in_fp32):
     """On a processor without native bf16: the same values as torch's emulation, gradients too, to one rounding."""
-    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
     model, found = tiny("qwen2").bfloat16().requires_grad_(True), []
     for context in (precision.autocast(model), contextlib.nullcontext()):
         with context:
@@ -277,7 +276,7 @@ LAYERS_THAT_DIFFER = {
 
 
 @pytest.mark.parametrize("kind", LAYERS_THAT_DIFFER)
-def test_every_block_is_refined_with_its_own_arguments(kind, task, monkeypatch):
+def test_every_block_is_refined_with_its_own_arguments(kind, task, monkeypatch, in_fp32):
     """Inputs and targets of each block are the hidden states that the two whole models have there."""
     parent = tiny(kind, **LAYERS_THAT_DIFFER[kind])
     model = prune(decompose(copy.deepcopy(parent), task, metric="plain"), keep=0.5, multiple_of=1)

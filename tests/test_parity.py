@@ -74,7 +74,7 @@ def gradients(model, name, examples):
     return torch.stack(found)
 
 
-def test_the_fisher_metric_is_fwsvds(few):
+def test_the_fisher_metric_is_fwsvds(few, in_fp32):
     """arXiv 2207.00112: I = diag(sqrt(row sums of the mean squared gradient)), SVD of I W, rows being inputs."""
     model = tiny()
     weight = model.get_submodule(NAME).weight.detach().double()
@@ -87,7 +87,7 @@ def test_the_fisher_metric_is_fwsvds(few):
     assert (s[RANK:].square().sum() - (importance @ (weight.T - expected)).square().sum()).abs() < 1e-9 * s[0] ** 2
 
 
-def test_layers_that_share_a_basis_share_the_importance_of_its_inputs(few):
+def test_layers_that_share_a_basis_share_the_importance_of_its_inputs(few, in_fp32):
     model = tiny()
     names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
     stacked = torch.cat([model.get_submodule(name).weight.detach().double() for name in names])
@@ -97,7 +97,7 @@ def test_layers_that_share_a_basis_share_the_importance_of_its_inputs(few):
     assert torch.allclose(made.get_submodule(names[0]).s().double(), s, rtol=1e-4)
 
 
-def test_an_input_that_no_gradient_reads_does_not_matter(few):
+def test_an_input_that_no_gradient_reads_does_not_matter(few, in_fp32):
     """Its importance is zero: the best bases are those of the other inputs, and nothing breaks."""
     model = tiny()
     model.model.layers[1].post_attention_layernorm.weight.data[:3] = 0  # three inputs of the block's MLP

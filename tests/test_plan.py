@@ -88,7 +88,7 @@ def test_factored_layers_cost_what_their_ranks_say(task):
     assert alone.flops < cost.flops
 
 
-def test_weights_that_train_rounded_cost_what_such_a_step_takes(task):
+def test_weights_that_train_rounded_cost_what_such_a_step_takes(task, in_fp32):
     model, shape = prune(decompose(tiny(tied=True), task), keep=0.4, budget="uniform", multiple_of=4), (8, 32, 64)
     ranks = {name: layer.rank for group in groups(model) for name, layer in group.items()}
     step = functools.partial(training_step, model.config, shape, trainable, bases={"ranks": ranks})

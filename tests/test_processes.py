@@ -21,9 +21,11 @@ from torch.multiprocessing.spawn import ProcessException
 import basis_select as bs
 from basis_select.run import pipeline
 from basis_select.run import recipe as recipes
+from basis_select.training import precision
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
+PATHS = os.pathsep.join((str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
 pytestmark = pytest.mark.slow
 
 
@@ -35,11 +37,13 @@ def source(tmp_path_factory):
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = bs.load_task(str(folder / "data.jsonl"), tokenizer, validation=10, test=20)
     parent = tiny(tied=True)
-    bs.tune(parent, task, steps=20, batch_size=8, lr=5e-3)
-    weighted = bs.decompose(copy.deepcopy(parent), task, examples=16)
-    cut = bs.prune(copy.deepcopy(weighted), keep=0.4, multiple_of=2)
-    table = bs.decompose(copy.deepcopy(parent), task, examples=16, embedding=True)
-    bs.prune(table, keep=0.4, keep_embedding=0.5, multiple_of=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "fast_bf16", lambda device: False)
+        bs.tune(parent, task, steps=20, batch_size=8, lr=5e-3)
+        weighted = bs.decompose(copy.deepcopy(parent), task, examples=16)
+        cut = bs.prune(copy.deepcopy(weighted), keep=0.4, multiple_of=2)
+        table = bs.decompose(copy.deepcopy(parent), task, examples=16, embedding=True)
+        bs.prune(table, keep=0.4, keep_embedding=0.5, multiple_of=2)
     for name, model in {"parent": parent, "weighted": weighted, "cut": cut, "table": table}.items():
         bs.save(model, tokenizer, folder / name)
     return folder
@@ -57,9 +61,9 @@ def together(nodes, processes, *arguments):
 
 
 def torchrun(*arguments):
-    """Exit status and what was printed, of the command line on two processes."""
+    """Exit status and what was printed, of the command line on two processes, which compute in fp32."""
     run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    run += ["--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "test", "-m", "basis_select"]
+    run += ["--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "test", "-m", "in_fp32"]
     command = [sys.executable, *run, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     return done.returncode, done.stdout
@@ -76,6 +80,7 @@ def run_alone(rank, recipe, folder):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         start_no_process(patch)
+        patch.setattr(precision, "fast_bf16", lambda device: False)
         pipeline.run(recipes.read(recipe), folder)
 
 

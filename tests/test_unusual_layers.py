@@ -43,7 +43,7 @@ class Experts(torch.nn.Module):
         for i, expert in enumerate(self.experts):
             rows = (chosen == i).nonzero()[:, 0]
             if len(rows):
-                y = y.index_add(0, rows, expert(tokens[rows]) * p[rows, None])
+                y = y.index_add(0, rows, (expert(tokens[rows]) * p[rows, None]).to(y.dtype))
         return y.view_as(x)
 
 
@@ -100,8 +100,7 @@ def moments_one_by_one(model, members, examples):
 
 
 @pytest.mark.parametrize("make", [experts, twice])
-def test_moments_of_layers_called_for_some_tokens_or_more_than_once(make, task, monkeypatch):
-    monkeypatch.setattr("basis_select.training.precision.fast_bf16", lambda device: False)
+def test_moments_of_layers_called_for_some_tokens_or_more_than_once(make, task, monkeypatch, in_fp32):
     model, few = make(), dataclasses.replace(task, train=task.train[:9])
     members = EXPERTS if make is experts else TWICE
     expected = moments_one_by_one(model, members, few.train)
