@@ -1,8 +1,10 @@
 """What every group becomes where a size is bytes on disk: dense or a rank, and how many bits its weights take."""
 
 import dataclasses
+import itertools
 import logging
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel
 from .data.tasks import Task
 from .layers.embedding import is_tied, module_name, round_table
 from .layers.group import Group, table_of
-from .layers.rounding import basis_costs, dense_cost, stored_bytes
+from .layers.rounding import Bits, basis_costs, dense_cost, stored_bytes
 from .linalg.budget import best_for, rising, table_rank
 from .selection import Chosen, Rule, best_rank, weighted_groups
 from .sizes import sizes
@@ -19,27 +21,30 @@ from .target import BYTES, Dtype, Target
 
 log = logging.getLogger(__name__)
 
-HEADS = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # bases of 8 bits before those of 4, or all
+HEADS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # bases of more bits before those of fewer
+WIDTHS = get_args(Bits)
 TABLE = 8  # bits of the token embedding, and of its bases: few bits hurt it most, eval/results/NOTES.md
 ENTRY = 90  # bytes that a safetensors header takes for a tensor, without its name
 
 
 @dataclass(frozen=True, order=True)
 class Form:
-    """What a group may become: dense (`rank` None) with so many `bits`, or a rank, of which `head` bases have 8 bits
-    and the others 4.
+    """What a group may become: dense (`rank` None) with so many `bits`, or a rank, of which `head` bases have `more`
+    bits than the others.
     """
 
     rank: int | None
     bits: int = 4
     head: int = 0
+    more: int = 8
 
     def price(self, group: Group) -> int:
         """Bytes on disk, scales and names included."""
         inputs, outputs = group.shape.inputs, group.shape.outputs
         if self.rank is None:
             return sum(_tensor(n, out, inputs, self.bits) for n, out in zip(group.names, outputs, strict=True))
-        widths = [(bits, bases) for bits, bases in ((8, self.head), (4, self.rank - self.head)) if bases]
+        parts = (self.more, self.head), (self.bits, self.rank - self.head)
+        widths = [(bits, bases) for bits, bases in parts if bases]
         part = ".head" if len(widths) > 1 else ""
         price = sum(_tensor(f"{group.name}.v{part}", bases, inputs, bits) for bits, bases in widths)
         for name, out in zip(group.names, outputs, strict=True):
@@ -52,7 +57,7 @@ class Form:
             group.to_dense(model, self.bits)
         else:
             group.take(group.best(self.rank))
-            group.round(model, self.head)
+            group.round(model, self.head, (self.more, self.bits))
 
 
 def _tensor(name: str, rows: int, columns: int, bits: int) -> int:
@@ -66,16 +71,18 @@ def prune_to_bytes(
     task: Task | None,
     dtype: Dtype,
     keep_embedding: float | None = None,
+    rounding: float = 1.0,
 ) -> None:
     """Let the groups of a decomposed `model` become what together avoids most loss within a size on disk, in place.
 
-    The loss is what dropping bases and rounding the others costs in the metric. The token embedding, whole or as bases,
-    and a head tied to it have 8 bits; what is neither targeted nor embedding keeps its 16. Raises ValueError for a
-    target that is not of bytes, for scores and budgets that do not compare losses, and for a size that cannot be met.
+    The loss is what dropping bases and, times `rounding`, rounding the others costs in the metric. The token embedding,
+    whole or as bases, and a head tied to it have 8 bits; what is neither targeted nor embedding keeps its 16. Raises
+    ValueError for a target that is not of bytes, for scores and budgets that do not compare losses, and for a size that
+    cannot be met.
     """
     found, table = weighted_groups(model), table_of(model)
     require(asked, dataclasses.replace(rule, reserve=rule.reserve + found[0].new_rank), dtype)
-    climbs = [rising(forms(group, rule.multiple_of)) for group in found]
+    climbs = [rising(forms(group, rule.multiple_of, rounding)) for group in found]
     rounds, rank = table is not None or can_round(model), None
     room = allowed(model, asked, dtype) - _elsewhere(model, [name for group in found for name in group.names], rounds)
     if table is not None:
@@ -119,11 +126,11 @@ def largest_share(
     model: PreTrainedModel, layers: dict[str, nn.Module], asked: Target, dtype: Dtype, table: bool = False
 ) -> float:
     """The largest fraction of the parameters of these dense `layers`, `{name: layer}`, that a size on disk leaves: that
-    with 4 bits for each. Raises ValueError if there is none.
+    with the fewest bits for each. Raises ValueError if there is none.
 
     table: whether the token embedding will be bases, of which the same fraction stays.
     """
-    rounds, whole = can_round(model), sum(stored_bytes(*m.weight.shape, 4) for m in layers.values())
+    rounds, whole = can_round(model), sum(stored_bytes(*m.weight.shape, min(WIDTHS)) for m in layers.values())
     rest = _elsewhere(model, list(layers), rounds)
     if table:
         whole += _whole_table(model)
@@ -171,7 +178,7 @@ def _whole_table(model: PreTrainedModel) -> int:
 
 def _form(table: Group, rank: int) -> Form:
     """Of an embedding of which `rank` bases stay, whole if that is all of them."""
-    return Form(None, TABLE) if rank == table.rank else Form(rank, head=rank)
+    return Form(None if rank == table.rank else rank, TABLE)
 
 
 def _rank(
@@ -198,23 +205,29 @@ def _rank(
 
 
 @torch.no_grad()
-def forms(group: Group, multiple_of: int = 16) -> list[tuple[Form, int, float]]:
-    """`[(what a group of weighted bases may become, bytes, the loss in the metric that it avoids), ...]`."""
+def forms(group: Group, multiple_of: int = 16, rounding: float = 1.0) -> list[tuple[Form, int, float]]:
+    """`[(what a group of weighted bases may become, bytes, the loss in the metric that it avoids), ...]`.
+
+    rounding: how many times the loss that rounding makes counts.
+    """
     order = group.best(group.rank)
     s = group.s[order].double().cpu()
     u = torch.cat([layer.u.weight for layer in group.layers])[:, order].float()
     v = group.leader.v.weight[order].float()
     output_cost, input_cost = _entry_costs(group)
     energy = _sums(s.square())
-    lost = {b: _sums(basis_costs(u, s.to(u), v, b, output_cost, input_cost)) for b in (8, 4)}
+    lost = {b: _sums(basis_costs(u, s.to(u), v, b, output_cost, input_cost)) for b in WIDTHS}
     found = []
     for rank in range(multiple_of, group.rank + 1, multiple_of):
-        for head in {*(h for h in HEADS if h < rank), rank}:
-            value = energy[rank] - lost[8][head] - (lost[4][rank] - lost[4][head])
-            found.append((Form(rank, head=head), value))
+        found += [(Form(rank, bits), energy[rank] - rounding * lost[bits][rank]) for bits in WIDTHS]
+        for more, bits in itertools.combinations(WIDTHS, 2):
+            for head in (h for h in HEADS if h < rank):
+                rounded = lost[more][head] + lost[bits][rank] - lost[bits][head]
+                found.append((Form(rank, bits, head, more), energy[rank] - rounding * rounded))
     weight = (u * s.to(u)) @ v
-    for bits in (8, 4):
-        found.append((Form(None, bits), energy[-1] - dense_cost(weight, bits, output_cost, input_cost)))
+    for bits in WIDTHS:
+        rounded = dense_cost(weight, bits, output_cost, input_cost)
+        found.append((Form(None, bits), energy[-1] - rounding * rounded))
     return [(form, form.price(group), float(value)) for form, value in found]
 
 

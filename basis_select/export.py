@@ -40,7 +40,7 @@ def export(
     """Write `source`, a model or whatever `load` takes, to the new folder `out`: all of it or nothing; returns `out`.
 
     to: "dense", a checkpoint that transformers, vLLM and llama.cpp's converter read without this package, no smaller
-    than the parent; "onnx" and "openvino", graphs in which weights of 8 and 4 bits stay what they are and others are
+    than the parent; "onnx" and "openvino", graphs in which rounded weights stay what they are and others are
     float32 and float16; "int8", a checkpoint of ours whose weights take half the bytes. `tokenizer` goes with a model;
     `load` finds that of other sources. Raises ValueError on an unknown format, on a model that it does not fit and
     without the packages of the `export` extra.

@@ -70,9 +70,16 @@ def prune(
         Literal["auto", 16],
         Field(
             description="16: weights stay numbers of 16 bits. auto: a size such as 45MB or 6x is bytes on disk, shared "
-            "over bases and their bits: every layer becomes dense or a rank, with weights of 8 or 4 bits."
+            "over bases and their bits: every layer becomes dense or a rank, with weights of 8, 4 or 3 bits."
         ),
     ] = 16,
+    rounding: Annotated[
+        Fraction,
+        Field(
+            description="With bits=auto, the share of the loss by rounding that counts. Healing mends rounding, the "
+            "more the longer it trains; below 1, more bases of fewer bits are chosen."
+        ),
+    ] = 1.0,
     keep_embedding: Annotated[
         Fraction | None,
         Field(
@@ -100,8 +107,8 @@ def prune(
     of the embedding's parameters that may stay, where `decompose` wrote it as bases: not part of the targeted
     layers, but of `size`. Without it, `size` is shared between embedding and layers as `best_share` finds on the
     validation split of `task`. With `bits="auto"` a size is bytes on disk, and what every group of layers becomes,
-    dense or a rank, with 8 or 4 bits, is chosen by the loss in the metric that it avoids per byte, rounding included
-    (bits.py). Raises ValueError when the budget cannot be met.
+    dense or a rank, with 8, 4 or 3 bits, is chosen by the loss in the metric that it avoids per byte (bits.py). Of the
+    loss by rounding the share `rounding` counts. Raises ValueError when the budget cannot be met.
 
         >>> model = bs.decompose(copy.deepcopy(parent), task, examples=16)
         >>> model = bs.prune(model, size="1.5x", multiple_of=4)
@@ -122,8 +129,10 @@ def prune(
         derivatives = differentiate(model, task, seed)
     rule = Rule(budget, score, multiple_of, reserve, seed, derivatives)
     if bits == "auto":
-        prune_to_bytes(model, asked, rule, task, dtype, keep_embedding)
+        prune_to_bytes(model, asked, rule, task, dtype, keep_embedding, rounding)
         return model
+    if rounding != 1:
+        raise ValueError(f"rounding={rounding} weighs what bits=auto rounds: leave it out, or choose bits=auto")
     for group, index in select(model, asked, rule, task, dtype, costs, keep_embedding):
         if index is None:
             group.to_dense(model)

@@ -19,24 +19,18 @@ KEPT = {
     "all": lambda form: True,
     "factors alone": lambda form: form.rank is not None,
     "dense alone": lambda form: form.rank is None,
-    "8 bits alone": lambda form: form.bits == 8 if form.rank is None else form.head == form.rank,
-    "4 bits alone": lambda form: form.bits == 4 if form.rank is None else form.head == 0,
-    "no heads": lambda form: form.rank is None or form.head in (0, form.rank),
+    "8 bits alone": lambda form: form.bits == 8 and not form.head,
+    "4 bits alone": lambda form: form.bits == 4 and not form.head,
+    "no 3 bits": lambda form: form.bits != 3,
+    "no heads": lambda form: not form.head,
 }
 WEIGHTS = (0.1, 0.25, 0.5, 2, 4)  # times what rounding costs
-
-
-def weighed(found, energy, times):
-    """`[(form, price, value), ...]` where the part of the loss that rounding makes counts so many `times`."""
-    cumulative = energy.cumsum(0).tolist()
-    whole = [cumulative[-1 if form.rank is None else form.rank - 1] for form, _, _ in found]
-    return [(form, price, w - times * (w - value)) for (form, price, value), w in zip(found, whole, strict=True)]
 
 
 def measured(model, task, size, offers):
     """Validation NLL of a copy of `model` where groups may become what `offers`, `{name: forms}`, says."""
     made, own = copy.deepcopy(model), bits.forms
-    bits.forms = lambda group, multiple_of: offers[group.name]
+    bits.forms = lambda group, *_: offers[group.name]
     try:
         prune(made, task, size=size, bits="auto")
     except ValueError as error:
@@ -57,14 +51,13 @@ def main():
     task = load_task(a.task, tokenizer, validation=64)
     groups = weighted_groups(model)
     forms = {g.name: bits.forms(g) for g in groups}
-    energies = {g.name: g.s.detach().double().square().sort(descending=True).values for g in groups}
     rows = []
     for size in a.sizes:
         for name, keeps in KEPT.items():
             offers = {n: [x for x in found if keeps(x[0])] for n, found in forms.items()}
             rows.append({"size": size, "forms": name, "validation_nll": measured(model, task, size, offers)})
         for times in WEIGHTS:
-            offers = {n: weighed(found, energies[n], times) for n, found in forms.items()}
+            offers = {g.name: bits.forms(g, rounding=times) for g in groups}
             name = f"rounding counts {times:g} times"
             rows.append({"size": size, "forms": name, "validation_nll": measured(model, task, size, offers)})
         a.out.write_text(json.dumps(rows, indent=1) + "\n")

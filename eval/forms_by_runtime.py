@@ -34,14 +34,14 @@ PACKAGES = ("torch", "transformers", "peft", "onnxruntime", "openvino", "openvin
 FORMS = {
     "bases of 16 bits": bases,
     "8 bits": int8,
-    "4 bits": few_bits,
+    "4 and 3 bits": few_bits,
     "trimmed": bases,
     "embedding as bases": table,
 }
 IN_VLLM = {
     "bases of 16 bits": "bases",
     "8 bits": "8 bits of export",
-    "4 bits": "4 bits",
+    "4 and 3 bits": "4 and 3 bits",
     "trimmed": "trimmed",
     "embedding as bases": "embedding as bases",
 }
@@ -89,7 +89,7 @@ def by_openvino(folder, prompts, scratch):
     out, found = scratch / "openvino", []
     if not out.exists():
         bs.export(folder, "openvino", out)
-    tokenizer, exact = transformers.AutoTokenizer.from_pretrained(folder), {"INFERENCE_PRECISION_HINT": "f32"}
+    tokenizer, exact = transformers.AutoTokenizer.from_pretrained(folder), {"EXECUTION_MODE_HINT": "ACCURACY"}
     compiled = openvino.compile_model(out / "openvino_model.xml", "CPU", exact)
     pipeline = genai.LLMPipeline(str(out), "CPU", **exact)
     options = genai.GenerationConfig(max_new_tokens=NEW, do_sample=False)

@@ -54,7 +54,7 @@ def bits(model, task, size="2.6x", **options):
 
 
 def few_bits(model, task):
-    return bits(model, task, size="4x")
+    return bits(model, task, size="5x")
 
 
 def table_of_bits(model, task):
@@ -94,7 +94,7 @@ FORMS = {  # form: (what makes it, architectures)
     "own v": (own_v, ("llama", "qwen2")),
     "embedding as bases": (table, ("llama", "qwen2", "gemma3_text")),
     "8 and 4 bits": (bits, KINDS),
-    "4 bits": (few_bits, ("llama", "qwen2")),
+    "4 and 3 bits": (few_bits, ("llama", "qwen2")),
     "embedding as bases of 8 bits": (table_of_bits, ("llama", "qwen2")),
     "8 bits of export": (int8, ("llama", "phi3")),
     "new bases of extend": (extended, ("llama",)),

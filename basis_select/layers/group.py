@@ -177,8 +177,9 @@ class Group:
         self._deploy(model, deployed)
 
     @torch.no_grad()
-    def round(self, model: nn.Module, head: int) -> None:
-        """Replace these layers of `model` by deployed ones of 4 bits, the `head` bases of largest `s` of 8.
+    def round(self, model: nn.Module, head: int, bits: tuple[int, int]) -> None:
+        """Replace these layers of `model` by deployed ones: the `head` bases of largest `s` have the first of these
+        `bits`, the others the second.
 
         `s` is merged as `rounding.factors` says; there must be no new bases.
         """
@@ -191,14 +192,14 @@ class Group:
         for layer, block in zip(self.layers, u.split(self.shape.outputs), strict=True):
             resize(layer.u, block.to(own))
             deployed.append(LowRankLinear.of(layer, deployed[0] if deployed else None))
-            deployed[-1].u = split(layer.u, head, RoundedLinear.rounded, 1)
-        deployed[0].v = split(leader.v, head, lambda part, bits: RoundedLinear.rounded(part, bits, cost), 0)
+            deployed[-1].u = split(layer.u, head, bits, RoundedLinear.rounded, 1)
+        deployed[0].v = split(leader.v, head, bits, lambda part, width: RoundedLinear.rounded(part, width, cost), 0)
         self._deploy(model, deployed)
 
     def to_dense(self, model: nn.Module, bits: int = 16) -> None:
         """Replace these layers of `model` by the equivalent nn.Linear, the token embedding's by an nn.Embedding.
 
-        bits: 16, or 8 or 4 to round layers that are not the token embedding's.
+        bits: 16, or 8, 4 or 3 to round layers that are not the token embedding's.
         """
         if self._is_table(model):
             table_to_dense(model)

@@ -1,4 +1,6 @@
-"""Products with weights of 8 and 4 bits as they are stored, by C++ that is compiled once for a machine (kernels.cpp).
+"""Products with weights of few bits as they are stored, by C++ that is compiled once for a machine (kernels.cpp).
+
+3 bits are held in 4 here.
 
 PyTorch's own kernels for such weights take bfloat16 and reach half the speed for one token, and each factor would be a
 call of its own, with a cost as large as a short product's (eval/results/NOTES.md).
@@ -77,6 +79,7 @@ def pack(weights: list[RoundedLinear]) -> tuple[torch.Tensor, list[int]]:
     """`(packed, layout)` of weights as the kernel reads them; whole numbers and float32 scales then lie there alone."""
     parts, layout = [], []
     for w in weights:
+        w.widen()
         scale, q = (x.detach().contiguous().view(-1) for x in (w.scale.float(), w.q))
         parts += scale.view(torch.uint8), F.pad(q.view(torch.uint8), (0, -q.numel() % 4))
         layout += w.bits, w.out_features, w.in_features

@@ -1,4 +1,4 @@
-"""Linear layers whose weights take 8 or 4 bits: as they are deployed, and as they train.
+"""Linear layers whose weights take 8, 4 or 3 bits: as they are deployed, and as they train.
 
 What the bits stand for says layers/rounding.py.
 """
@@ -19,6 +19,7 @@ from .rounding import (
     packed,
     restored,
     restored_from_bytes,
+    row_bytes,
     scale_shape,
     unpacked,
 )
@@ -32,10 +33,10 @@ def _arranged_for_cpu(whole: torch.Tensor) -> torch.Tensor:
 
 
 def in_order(
-    q: torch.Tensor, scale: torch.Tensor, inputs: int, arrange: Callable = _arranged_for_cpu
+    q: torch.Tensor, scale: torch.Tensor, inputs: int, bits: int = 4, arrange: Callable = _arranged_for_cpu
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(q, scales)` of 4 bits as a device's kernel reads them, the inputs filled up to whole groups."""
-    whole = F.pad(unpacked(q, inputs), (0, -inputs % GROUP)).int() + 8
+    """`(q, scales)` of 4 or 3 bits as a device's kernel for 4 reads them, the inputs filled up to whole groups."""
+    whole = F.pad(unpacked(q, inputs, bits), (0, -inputs % GROUP)).int() + 8
     scales = scale.T.to(torch.bfloat16)
     return arrange(whole), torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
 
@@ -49,7 +50,7 @@ def _arranged_for_cuda(whole: torch.Tensor) -> torch.Tensor:
 class RoundedLinear(nn.Module):
     """Drop-in for nn.Linear: `y = x W^T + b`, W: (out, in) of whole numbers `q` times a `scale`.
 
-    bits: 8, q: int8 (out, in), scale: (out,); or 4, q: uint8 (out, in / 2), two in a byte, scale: (out, in / GROUP).
+    bits: 8, q: int8 (out, in), scale: (out,); or 4 or 3, q: uint8 (out, bytes) as `packed`, scale: (out, in / GROUP).
     """
 
     def __init__(
@@ -63,21 +64,21 @@ class RoundedLinear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        columns, stored = (in_features, torch.int8) if bits == 8 else (-(-in_features // 2), torch.uint8)
-        whole = torch.empty(out_features, columns, dtype=stored, device=device)
+        stored = torch.int8 if bits == 8 else torch.uint8
+        whole = torch.empty(out_features, row_bytes(in_features, bits), dtype=stored, device=device)
         self.q = nn.Parameter(whole, requires_grad=False)
         shape = scale_shape(out_features, in_features, bits)
         self.register_buffer("scale", torch.empty(shape, device=device, dtype=dtype))
         like = torch.empty(out_features, device=device, dtype=dtype)
         self.bias = nn.Parameter(like, requires_grad=False) if bias else None
-        self._arranged = None  # of 4 bits, as the device's kernel reads them: (of what, q, scales)
+        self._arranged = None  # of fewer than 8 bits, as the device's kernel reads them: (of what, q, scales)
 
     @property
     def weight(self) -> torch.Tensor:
         """(out, in), made on demand."""
         if self.bits == 8:
             return restored(self.q, self.scale)
-        return restored_from_bytes(self.q, self.scale, self.in_features)
+        return restored_from_bytes(self.q, self.scale, self.in_features, self.bits)
 
     @classmethod
     def like(cls, linear: nn.Linear, bits: int) -> "RoundedLinear":
@@ -96,7 +97,7 @@ class RoundedLinear(nn.Module):
     def of(cls, linear: nn.Linear, q: torch.Tensor, scale: torch.Tensor, bits: int) -> "RoundedLinear":
         """The whole numbers q: int8 (out, in) and scales in place of the weight of an nn.Linear, its bias kept."""
         made = cls.like(linear, bits)
-        made.q.copy_(q if bits == 8 else packed(q))
+        made.q.copy_(q if bits == 8 else packed(q, bits))
         made.scale.copy_(scale)
         if made.bias is not None:
             made.bias.copy_(linear.bias)
@@ -114,8 +115,9 @@ class RoundedLinear(nn.Module):
         """`x W^T` by a kernel of the device, None where there is none: they are for bfloat16, not to train with."""
         if x.dtype != torch.bfloat16 or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return None
-        kernel = {("cpu", 8): self._of_8_bits, ("cpu", 4): self._of_4_bits, ("cuda", 4): self._of_4_bits_on_cuda}
-        kernel = kernel.get((x.device.type, self.bits))
+        kernel = {("cpu", True): self._of_8_bits, ("cpu", False): self._of_few_bits}
+        kernel |= {("cuda", False): self._of_few_bits_on_cuda}
+        kernel = kernel.get((x.device.type, self.bits == 8))
         y = kernel(x.reshape(-1, self.in_features)) if kernel else None
         return y if y is None else y.view(*x.shape[:-1], self.out_features)
 
@@ -125,13 +127,13 @@ class RoundedLinear(nn.Module):
             return None
         return torch._weight_int8pack_mm(x, self.q, self.scale)
 
-    def _of_4_bits(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _of_few_bits(self, x: torch.Tensor) -> torch.Tensor | None:
         if self.out_features % 16 or (held := self._in_order(_arranged_for_cpu)) is None:
             return None
         x = F.pad(x, (0, -self.in_features % GROUP)).contiguous()
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, held[0], GROUP, held[1])
 
-    def _of_4_bits_on_cuda(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _of_few_bits_on_cuda(self, x: torch.Tensor) -> torch.Tensor | None:
         if len(x) > FEW_ON_CUDA or self.out_features % 8 or torch.cuda.get_device_capability(x.device) < (8, 0):
             return None
         if (held := self._in_order(_arranged_for_cuda)) is None:
@@ -140,15 +142,15 @@ class RoundedLinear(nn.Module):
         return torch.ops.aten._weight_int4pack_mm(x, held[0], GROUP, held[1])
 
     def _in_order(self, arrange: Callable) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """`(q, scales)` of 4 bits as a kernel reads them, made once for a state of the weights, None where that is not
-        known.
+        """`(q, scales)` of fewer than 8 bits as a kernel reads them, made once for a state of the weights, None where
+        that is not known.
         """
         try:
             made_of = (self.q.data_ptr(), self.q._version, self.scale.data_ptr(), self.scale._version)
         except RuntimeError:  # torch does not count how often tensors of inference mode are overwritten
             return None
         if self._arranged is None or self._arranged[0] != made_of:
-            self._arranged = made_of, *in_order(self.q, self.scale, self.in_features, arrange)
+            self._arranged = made_of, *in_order(self.q, self.scale, self.in_features, self.bits, arrange)
         return self._arranged[1:]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -156,8 +158,14 @@ class RoundedLinear(nn.Module):
         q, scale = F.embedding(ids, self.q), F.embedding(ids, self.scale.view(self.out_features, -1))
         if self.bits == 8:
             return q.to(scale.dtype) * scale
-        flat = restored_from_bytes(q.flatten(0, -2), scale.flatten(0, -2), self.in_features)
+        flat = restored_from_bytes(q.flatten(0, -2), scale.flatten(0, -2), self.in_features, self.bits)
         return flat.view(*ids.shape, self.in_features)
+
+    def widen(self) -> None:
+        """Hold whole numbers of 3 bits in 4, in place: what kernels and other runtimes have products for."""
+        if self.bits < 4:
+            q = packed(unpacked(self.q, self.in_features, self.bits), 4)
+            self.q, self.bits = nn.Parameter(q, requires_grad=False), 4
 
     def to_linear(self) -> nn.Linear:
         """The equivalent nn.Linear."""
@@ -272,14 +280,16 @@ class SplitColumns(_Split):
         return self.head(z[..., :first].contiguous()) + self.tail(z[..., first:].contiguous())
 
 
-def split(linear: nn.Linear, head: int, by: Callable[[nn.Linear, int], nn.Module], dim: int) -> nn.Module:
-    """The factor `linear`, u or v, as `by(part, bits)` makes it: all of 4 bits but the first `head` bases of 8.
+def split(
+    linear: nn.Linear, head: int, bits: tuple[int, int], by: Callable[[nn.Linear, int], nn.Module], dim: int
+) -> nn.Module:
+    """The factor `linear`, u or v, as `by(part, bits)` makes it, of its first `head` bases and of the others.
 
     dim: of the weight, along which the bases lie: 0 for v, 1 for u.
     """
     bases = linear.weight.shape[dim]
     if head in (0, bases):
-        return by(linear, 8 if head else 4)
+        return by(linear, bits[0] if head else bits[1])
     parts = linear.weight.split([head, bases - head], dim)
     made = []
     for weight, bias in zip(parts, (linear.bias, None), strict=True):
@@ -287,7 +297,7 @@ def split(linear: nn.Linear, head: int, by: Callable[[nn.Linear, int], nn.Module
         part.weight, part.bias = nn.Parameter(weight.contiguous(), requires_grad=False), bias
         made.append(part)
     kind = SplitColumns if dim else SplitRows
-    return kind(by(made[0], 8), by(made[1], 4))
+    return kind(by(made[0], bits[0]), by(made[1], bits[1]))
 
 
 def quantized(model: nn.Module) -> dict[str, int]:

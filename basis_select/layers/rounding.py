@@ -1,6 +1,6 @@
-"""Weights of 8 or 4 bits: what they are rounded to, and what that costs. Functions of tensors.
+"""Weights of 8, 4 or 3 bits: what they are rounded to, and what that costs. Functions of tensors.
 
-Values are whole numbers times a scale: at 8 bits one scale a row, at 4 bits one for GROUP inputs of a row. Scales are
+Values are whole numbers times a scale: at 8 bits one scale a row, below that one for GROUP inputs of a row. Scales are
 bfloat16 numbers, in whatever dtype they are held.
 """
 
@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 
-GROUP = 32  # inputs that share a scale at 4 bits
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the scale that holds the largest weight of a group at 4 bits
-LARGEST = {8: 127, 4: 7, 3: 3, 2: 1}  # whole numbers go from minus that to that; no checkpoint has 3 or 2 bits
+GROUP = 32  # inputs that share a scale below 8 bits
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the scale that holds the largest weight of a group below 8 bits
+LARGEST = {8: 127, 4: 7, 3: 3, 2: 1}  # whole numbers go from minus that to that; no checkpoint has 2 bits
 
-Bits = Literal[8, 4]
+Bits = Literal[8, 4, 3]
 
 
 def scale_shape(rows: int, inputs: int, bits: int) -> tuple[int, ...]:
@@ -21,20 +21,29 @@ def scale_shape(rows: int, inputs: int, bits: int) -> tuple[int, ...]:
 
 
 def stored_bytes(rows: int, inputs: int, bits: int) -> int:
-    """Bytes of a weight (rows, inputs) of 16, 8 or 4 bits, with its scales.
+    """Bytes of a weight (rows, inputs) of 16 bits or fewer, with its scales.
 
     >>> stored_bytes(4, 64, 4)
     144
     """
     if bits == 16:
         return 2 * rows * inputs
-    return rows * -(-inputs * bits // 8) + 2 * torch.Size(scale_shape(rows, inputs, bits)).numel()
+    return rows * row_bytes(inputs, bits) + 2 * torch.Size(scale_shape(rows, inputs, bits)).numel()
+
+
+def row_bytes(inputs: int, bits: int) -> int:
+    """That so many whole numbers take.
+
+    >>> row_bytes(32, 3)
+    12
+    """
+    return -(-inputs * bits // 8)
 
 
 def nearest(weight: torch.Tensor, bits: int, cost: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`(q, scale)`: the whole numbers, int8 (rows, inputs), and scales in the dtype of `weight`, nearest to it.
 
-    cost: (inputs,), what a squared error of each input costs, 1 without it. At 4 bits a group's scale is the one
+    cost: (inputs,), what a squared error of each input costs, 1 without it. Below 8 bits a group's scale is the one
     of SHRINK with the least cost: a few large weights are worth less than the precision of all others.
     """
     grouped, cost = by_group(weight.float(), bits), _costs(cost, weight, bits)
@@ -62,8 +71,10 @@ def restored(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (by_group(q.to(scale.dtype), 4) * scale[..., None]).flatten(1)[:, : q.shape[1]]
 
 
-def restored_from_bytes(bytes_: torch.Tensor, scale: torch.Tensor, inputs: int) -> torch.Tensor:
-    """`restored` of what was `packed`, without the whole numbers in between."""
+def restored_from_bytes(bytes_: torch.Tensor, scale: torch.Tensor, inputs: int, bits: int) -> torch.Tensor:
+    """`restored` of what was `packed`, at 4 bits without the whole numbers in between."""
+    if bits != 4:
+        return restored(unpacked(bytes_, inputs, bits), scale)
     each = torch.arange(256, device=bytes_.device)
     values = (torch.stack([each & 15, each >> 4], dim=-1) - 8).to(scale.dtype)
     x = torch.nn.functional.embedding(bytes_.int(), values).flatten(1)[:, :inputs]
@@ -83,15 +94,26 @@ def _costs(cost: torch.Tensor | None, weight: torch.Tensor, bits: int) -> torch.
     return by_group(given[None], bits)
 
 
-def packed(q: torch.Tensor) -> torch.Tensor:
-    """Whole numbers from -8 to 7, (rows, inputs), two in a byte, the first in its low half: (rows, inputs / 2)."""
-    q = torch.nn.functional.pad(q, (0, q.shape[1] % 2)).to(torch.int16) + 8
-    return (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8)
+def packed(q: torch.Tensor, bits: int) -> torch.Tensor:
+    """Whole numbers (rows, inputs) of so many bits, one after the other from the lowest bit of the first byte on, each
+    with half their range added: uint8 (rows, `row_bytes`). Of 4 bits, the first of two lies in a byte's low half.
+    """
+    inputs, rows = q.shape[1], len(q)
+    eights = torch.nn.functional.pad(q, (0, -inputs % 8)).view(rows, -1, 8).int() + 2 ** (bits - 1)
+    places = torch.arange(8, device=q.device, dtype=torch.int32)
+    whole = (eights << bits * places).sum(-1, keepdim=True, dtype=torch.int32)
+    return (whole >> 8 * places[:bits] & 255).to(torch.uint8).view(rows, -1)[:, : row_bytes(inputs, bits)].contiguous()
 
 
-def unpacked(bytes_: torch.Tensor, inputs: int) -> torch.Tensor:
+def unpacked(bytes_: torch.Tensor, inputs: int, bits: int) -> torch.Tensor:
     """What was `packed`: int8 (rows, inputs)."""
-    return torch.stack([bytes_ & 15, bytes_ >> 4], dim=-1).flatten(-2)[..., :inputs].to(torch.int8) - 8
+    if bits == 4:
+        return torch.stack([bytes_ & 15, bytes_ >> 4], dim=-1).flatten(-2)[..., :inputs].to(torch.int8) - 8
+    rows, places = len(bytes_), torch.arange(8, device=bytes_.device, dtype=torch.int32)
+    parts = torch.nn.functional.pad(bytes_, (0, -bytes_.shape[1] % bits)).view(rows, -1, bits).int()
+    whole = (parts << 8 * places[:bits]).sum(-1, keepdim=True, dtype=torch.int32)
+    q = (whole >> bits * places & 2**bits - 1).view(rows, -1)[:, :inputs]
+    return q.to(torch.int8) - 2 ** (bits - 1)
 
 
 def factors(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

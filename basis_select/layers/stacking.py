@@ -52,10 +52,10 @@ class FixedLinear(RoundedLinear):
         """What computes in place of `layer`, which may be one already; their tensors are the same."""
         if isinstance(layer, cls):
             return layer
+        packed, layout = pack([layer])
         made = cls(layer.in_features, layer.out_features, False, layer.bits, "meta")
-        made.q, made.bias = layer.q, layer.bias
-        made.packed, made.layout = pack([layer])
-        made.scale = layer.scale
+        made.packed, made.layout = packed, layout
+        made.q, made.scale, made.bias = layer.q, layer.scale, layer.bias
         return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x: (..., in)

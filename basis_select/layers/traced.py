@@ -1,5 +1,6 @@
 """Rounded layers as graphs of other runtimes hold them: the same whole numbers and scales, never rounded again.
 
+Neither holds 3 bits as we do: they are whole numbers of 4 bits there.
 ONNX Runtime has an exact product with weights of 4 bits, MatMulNBits. Its products with weights of 8 bits round what is
 multiplied as well or take ten times as long, so those stay 8 bits in the file and are multiplied out when it is loaded.
 OpenVINO keeps both in memory as they are, wherever a constant is cast, multiplied by its scale and then used.
@@ -17,7 +18,7 @@ from .rounding import GROUP, unpacked
 
 
 class OnnxLinear(RoundedLinear):
-    """A RoundedLinear that becomes one MatMulNBits if it has 4 bits."""
+    """A RoundedLinear that becomes one MatMulNBits if it has 4 bits, or 3, which are then held in 4."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.bits == 8:
@@ -60,8 +61,9 @@ def for_graph(model: nn.Module, runtime: Literal["onnx", "openvino"]) -> nn.Modu
     model = copy.deepcopy(model)
     for layer in model.modules():
         if isinstance(layer, RoundedLinear):
+            layer.widen()
             layer.__class__ = {"onnx": OnnxLinear, "openvino": OpenVinoLinear}[runtime]
             if runtime == "openvino" and layer.bits == 4:
-                q = F.pad(unpacked(layer.q, layer.in_features), (0, -layer.in_features % GROUP))
+                q = F.pad(unpacked(layer.q, layer.in_features, 4), (0, -layer.in_features % GROUP))
                 layer.q = nn.Parameter(q.unflatten(1, (-1, GROUP)), requires_grad=False)
     return model

@@ -16,14 +16,14 @@ from ..checkpoint.format import BasisSelectConfig, factored_weights
 from ..layers.embedding import LowRankEmbedding, RoundedEmbedding, TableEmbedding
 from ..layers.low_rank import LowRankLinear
 from ..layers.rounded import RoundedLinear, SplitColumns, SplitRows
-from ..layers.rounding import GROUP
+from ..layers.rounding import GROUP, row_bytes
 
 FACTOR = re.compile(r"\.[uv](\.head|\.tail)?$")  # what the name of a factor ends in
 Tensors = Mapping[str, torch.Tensor]
 
 
 class Stored(NamedTuple):
-    """A tensor of a checkpoint: the weight of a linear layer or, if that has 8 or 4 bits, its whole numbers or scales.
+    """A tensor of a checkpoint: the weight of a linear layer or, if that is rounded, its whole numbers or scales.
 
     rows: how many outputs the weight has, None for those of the layer that it belongs to; inputs likewise.
     """
@@ -33,12 +33,11 @@ class Stored(NamedTuple):
     rows: int | None
     inputs: int | None
 
-    @property
-    def per(self) -> int | None:
-        """How many inputs of the weight a column stands for, None if there are no columns."""
+    def columns(self, inputs: int) -> int | None:
+        """How many columns so many inputs of the weight have, None if there are no columns."""
         if self.kind == "scale":
-            return None if self.bits == 8 else GROUP
-        return 2 if self.bits == 4 else 1
+            return None if self.bits == 8 else -(-inputs // GROUP)
+        return inputs if self.bits is None else row_bytes(inputs, self.bits)
 
     def dtype(self, of_model: torch.dtype) -> torch.dtype:
         """What it holds: that of whole numbers, or else the model's."""
@@ -49,21 +48,22 @@ class Stored(NamedTuple):
     def shape(self, rows: int, inputs: int) -> tuple[int, ...]:
         """That of a tensor of a layer of so many outputs and inputs."""
         rows, inputs = self.rows or rows, self.inputs or inputs
-        return (rows, -(-inputs // self.per)) if self.per else (rows,)
+        columns = self.columns(inputs)
+        return (rows,) if columns is None else (rows, columns)
 
     def part(self, tensor: torch.Tensor, rows: torch.Tensor, columns: range) -> torch.Tensor:
         """A copy of what these `rows` of the weight and, where its inputs are the layer's, these `columns` are of.
 
-        Raises ValueError where 4 bits have a scale in common with columns that are not among them.
+        Raises ValueError where they have a scale in common with columns that are not among them.
         """
         tensor = tensor[rows]
-        if self.inputs or not self.per:
+        if self.inputs or tensor.dim() == 1:
             return tensor
-        first, last = columns.start // self.per, -(-columns.stop // self.per)
-        if self.bits == 4 and (columns.start % GROUP or (columns.stop % GROUP and last < tensor.shape[1])):
+        first, last = self.columns(columns.start), self.columns(columns.stop)
+        if self.bits not in (None, 8) and (columns.start % GROUP or (columns.stop % GROUP and last < tensor.shape[1])):
             raise ValueError(
-                f"of 4 bits, {GROUP} inputs share a scale: they cannot be parted at {columns.start} and {columns.stop} "
-                "over devices; use fewer of them, or a checkpoint of 8 or 16 bits"
+                f"of {self.bits} bits, {GROUP} inputs share a scale: they cannot be parted at {columns.start} and "
+                f"{columns.stop} over devices; use fewer of them, or a checkpoint of 8 or 16 bits"
             )
         return tensor[:, first:last].contiguous()
 
