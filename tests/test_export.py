@@ -285,7 +285,7 @@ def test_a_trimmed_model_goes_wherever_others_go(tmp_path):
     bs.export(model, "openvino", tmp_path / "openvino", smaller)
     options = genai.GenerationConfig(max_new_tokens=8, do_sample=False, apply_chat_template=False, ignore_eos=True)
     wanted = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=-1)[0, ids.shape[1] :]
-    found = str(genai.LLMPipeline(str(tmp_path / "openvino"), "CPU").generate(TEXT[1], options))
+    found = str(genai.LLMPipeline(str(tmp_path / "openvino"), "CPU", **EXACT).generate(TEXT[1], options))
     assert found == smaller.decode(wanted, skip_special_tokens=True)
 
 
