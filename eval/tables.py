@@ -93,9 +93,9 @@ def parity(result):
 
 
 FRONT = {  # name of the row: method and size in the results, and in which
-    "parent": ("parent", None, "bytes"),
-    "ours": ("default", "45MB", "bytes"),
-    "the dense parent at 4 bits, healed": ("int4", None, "bytes"),
+    "parent": ("parent", None, "own"),
+    "ours": ("default", "45MB", "own"),
+    "the dense parent at 4 bits, healed": ("int4", None, "own"),
     "best published method, SVD-LLM": ("SVD-LLM", "8x", "compare"),
 }
 
@@ -103,7 +103,7 @@ FRONT = {  # name of the row: method and size in the results, and in which
 def front(results):
     """The rows that trained longest of those of one name."""
     tasks, lines = dict.fromkeys(r["task"] for r in results), []
-    found = {"bytes": results, "compare": read(REPO / "eval" / "results" / "compare.jsonl")}
+    found = {"own": results, "compare": read(REPO / "eval" / "results" / "compare.jsonl")}
     for name, (method, size, source) in FRONT.items():
         rows = [r for r in found[source] if (r["method"], r["size"]) == (method, size)]
         rows = [[r for r in rows if r["task"] == task and r["trained"] == _longest(rows)] for task in tasks]
