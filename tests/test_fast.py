@@ -47,7 +47,7 @@ def test_stacked_layers_compute_what_they_did(kind, share, task, ids):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
 def test_rounded_layers_compute_what_they_did(kind, task, ids):
     model = small(kind, task, bits="auto", hidden_size=128, intermediate_size=192)
-    assert {8, 4} <= set(quantized(model).values())
+    assert set(quantized(model).values()) == {8, 4}
     fast = ready(copy.deepcopy(model), compiled=False)
     assert all(isinstance(fast.get_submodule(name), FixedLinear) for name in quantized(fast))
     # Of many tokens the weights are restored, few are multiplied by what is stored.

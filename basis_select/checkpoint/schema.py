@@ -44,8 +44,9 @@ def require_description(description: Any) -> None:
                 f"quantization_config.heads gives {shown(name)} {shown(head)} of its {ranks.get(name)} bases"
             )
     for name, bits in description.get("bits", {}).items():
-        if type(bits) is not int or bits not in get_args(Bits):
-            raise ValueError(f"quantization_config.bits gives {shown(name)} {shown(bits)}, it should be 3, 4 or 8")
+        fits, meant = WIDTH
+        if not fits(bits):
+            raise ValueError(f"quantization_config.bits gives {shown(name)} {shown(bits)}, it should be {meant}")
     for field in ("embedding", "table"):
         if description.get(field) is not None:
             _require_embedding(description[field], field)
@@ -124,4 +125,5 @@ EMBEDDING = {
     "scale": (lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above zero"),
 }
 RANK = {"rank": (lambda x: _counts(x) and x > 0, "a number of bases")}
-BITS = {"bits": (lambda x: type(x) is int and x in get_args(Bits), "3, 4 or 8")}
+WIDTH = (lambda x: type(x) is int and x in get_args(Bits), "3, 4 or 8")
+BITS = {"bits": WIDTH}

@@ -33,7 +33,7 @@ def _arranged_for_cpu(whole: torch.Tensor) -> torch.Tensor:
 
 
 def in_order(
-    q: torch.Tensor, scale: torch.Tensor, inputs: int, bits: int = 4, arrange: Callable = _arranged_for_cpu
+    q: torch.Tensor, scale: torch.Tensor, inputs: int, bits: int, arrange: Callable = _arranged_for_cpu
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(q, scales)` of 4 or 3 bits as a device's kernel for 4 reads them, the inputs filled up to whole groups."""
     whole = F.pad(unpacked(q, inputs, bits), (0, -inputs % GROUP)).int() + 8
