@@ -25,7 +25,7 @@ from conftest import make_task, tiny
 from llama_cpp_check import NEW, PROMPTS, apart, convert, of_tokens, ours, theirs
 from test_trim import TEXT, byte_level, wrapped
 from vllm_check import RESULTS as VLLM
-from vllm_check import bases, few_bits, int8, table, trimmed
+from vllm_check import bases, bits, int8, table, trimmed
 
 import basis_select as bs
 
@@ -34,7 +34,7 @@ PACKAGES = ("torch", "transformers", "peft", "onnxruntime", "openvino", "openvin
 FORMS = {
     "bases of 16 bits": bases,
     "8 bits": int8,
-    "4 and 3 bits": few_bits,
+    "4 and 3 bits": partial(bits, size="3.5x"),
     "trimmed": bases,
     "embedding as bases": table,
 }

@@ -1,12 +1,11 @@
-"""What recipes cost, forecast by `plan`, and what they reached, as a table in recipes/README.md.
+"""What recipes cost, forecast by `plan`, as a table in recipes/README.md.
 
 python eval/recipes_table.py DATA [RECIPE ...]    forecasts all recipes again, or these, into eval/results/recipes.json
-python eval/recipes_table.py                      writes the table from the result files that are there
+python eval/recipes_table.py                      writes the table from that file
 
 DATA as for eval/prepare_data.py, with math/gsm8k/{train,test}.jsonl and math/math500/test.jsonl. Tokens are counted on
 these with the tokenizer of SmolLM2; other models are planned on their public config (public_configs.py). MATH-500's
-problems, over and over, stand in for MATH's training split. What a recipe reached is in eval/results/RECIPE.json, the
-results.json of its run.
+problems, over and over, stand in for MATH's training split.
 """
 
 import json
@@ -20,7 +19,7 @@ from public_configs import MODELS, save
 from basis_select.checkpoint.models import config_and_tokenizer
 from basis_select.data.rows import read_rows
 from basis_select.data.sources import SPLITS
-from basis_select.evaluation.report import cells, markdown
+from basis_select.evaluation.report import markdown
 from basis_select.run import estimates
 from basis_select.run import recipe as recipes
 from basis_select.run.plan import Plan, plan
@@ -126,26 +125,10 @@ def _after(c):
     return f"{c['parameters_m']:,.0f} M to {c['kept_m']:,.0f} M, {c['megabytes']:,} MB"
 
 
-def reached():
-    """Parent and result of every recipe that has a result file."""
-    head = ("recipe", "", "accuracy", "response NLL", "gained / lost (p)", "all parameters", "weight bytes")
-    rows = []
-    for path in sorted((REPO / "recipes").glob("*.yaml")):
-        results = RESULTS / f"{path.stem}.json"
-        if results.exists():
-            found = read_json(results)
-            for name in ("parent", "result"):
-                made = cells(name, found[name])
-                rows.append((f"[{path.stem}]({path.name})", *made[:4], made[6], made[7]))
-    return markdown(head, rows, "lllllrr")
-
-
 def fill(text):
-    """`text` with both tables as the result files say."""
-    for name, lines in (("costs", table(costs())), ("reached", reached())):
-        block = f"<!-- {name} -->\n{lines}<!-- end -->"
-        text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, b=block: b, text, flags=re.DOTALL)
-    return text
+    """`text` with the table as the result file says."""
+    block = f"<!-- costs -->\n{table(costs())}<!-- end -->"
+    return re.sub(r"<!-- costs -->\n.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python eval/tables.py
 
 `<!-- front: FILE -->` is the short table of a comparison at sizes on disk, with the best published method's of another.
+`<!-- gallery: RECIPE -->` is what a recipe has made, `<!-- quotes: RECIPE -->` what its parent and its result answer.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from compare import read
 from compare_report import answered, interval, nll_of, summary
 
-from basis_select.evaluation.report import markdown, table
+from basis_select.evaluation.report import HEAD, cells, markdown
 
 REPO = Path(__file__).parents[1]
 
@@ -213,6 +214,29 @@ def exports(result):
     return markdown(["", "MB", "largest difference, nats"], lines, "lrr")
 
 
+def gallery(run):
+    """Parent, result and compared rows of a recipe, and what it took."""
+    rows = []
+    for name, row in run["results"].items():
+        made = dict(zip(HEAD, cells(name, row), strict=True))
+        rows.append([made[key] for key in ("model", "weight bytes", *HEAD[1:4], "decode tokens/s")])
+    head = ["", "on disk", *HEAD[1:4], "decode tokens/s"]
+    minutes = sum(stage["seconds"] for stage in run["results"]["result"]["stages"]) / 60
+    text = markdown(head, rows, "lrlllr")
+    text += f"\nThe result took {minutes:.0f} minutes, tuning its parent among them ({run['machine']}). "
+    text += f"The training split has {run['examples']:,} examples."
+    if run["other_keys"]:
+        keys = " and ".join(f"`{key}`" for key in run["other_keys"])
+        text += f" This was without the hub: {keys} named local copies."
+    return f"{text}\n"
+
+
+def quotes(run):
+    head = ("prompt", "right", "parent", "result")
+    said = [[f"`{q[key].strip()}`" for key in ("prompt", "answer", "parent", "result")] for q in run["quotes"]]
+    return markdown(head, said, "llll")
+
+
 TABLES = {
     "forms_by_runtime": forms_by_runtime,
     "exports": exports,
@@ -220,7 +244,6 @@ TABLES = {
     "vllm": vllm,
     "vllm_speed": vllm_speed,
     "parity": parity,
-    "quickstart": table,
     "healing_speed": healing_speed,
     "healing_labels": healing_speed,
     "plan_check": plan_check,
@@ -234,14 +257,17 @@ TABLES = {
 def fill(text):
     def block(match):
         kind, source = match[1], REPO / match[2]
-        if source.suffix == ".jsonl":
+        if kind in ("gallery", "quotes"):
+            runs = json.loads((REPO / "eval" / "results" / "gallery.json").read_text())
+            lines = {"gallery": gallery, "quotes": quotes}[kind](runs[match[2]])
+        elif source.suffix == ".jsonl":
             rows = read(source)
             lines = front(rows) if kind == "front" else summary(rows) if source.stem == "compare" else on_disk(rows)
         else:
             lines = TABLES[source.stem](json.loads(source.read_text()))
         return f"<!-- {kind}: {match[2]} -->\n{lines}<!-- end -->"
 
-    return re.sub(r"<!-- (table|front): (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (table|front|gallery|quotes): (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import recipes_table
 import tables
 from conftest import make_tokenizer, tiny
 
@@ -18,6 +19,11 @@ README = (REPO / "README.md").read_text()
 @pytest.mark.parametrize("page", [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))], ids=lambda p: p.name)
 def test_tables_are_those_of_the_result_files(page):
     assert tables.fill(page.read_text()) == page.read_text()
+
+
+def test_costs_of_recipes_are_those_of_the_result_file():
+    page = (REPO / "recipes" / "README.md").read_text()
+    assert recipes_table.fill(page) == page
 
 
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):

@@ -1,0 +1,60 @@
+"""Takes what runs of recipes have found into eval/results/gallery.json, of which tables.py writes docs/gallery.md.
+
+python eval/gallery.py RUN ...
+
+RUN is the folder of a run that has ended, named after its recipe, such as runs/svamp. Of tasks whose rows are
+generated some answers are taken too; rows of data sets are their authors'.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from basis_select.run import recipe as recipes
+from basis_select.run.recipe import PARENT, RESULT
+from basis_select.system.reading import read_json
+from basis_select.system.writing import replace_text
+
+REPO = Path(__file__).parents[1]
+FOUND = REPO / "eval" / "results" / "gallery.json"
+QUOTED = 4  # test items
+
+
+def taken(run: Path) -> dict:
+    """What the gallery says of a run."""
+    recipe, ran = recipes.read(REPO / "recipes" / f"{run.name}.yaml"), recipes.read(run / "recipe.yaml")
+    results, manifest = read_json(run / "results.json"), read_json(run / "manifest.json")
+    return {
+        "results": results,
+        "other_keys": _different(recipes.write(recipe), recipes.write(ran)),
+        "machine": manifest["machine"],
+        "versions": manifest["versions"],
+        "examples": manifest["data"]["train"],
+        "quotes": _quotes(run, results) if ran.task.startswith("reasoning_gym:") else [],
+    }
+
+
+def _different(a: str, b: str) -> list[str]:
+    """The keys in lines that only one of two recipes has."""
+    return sorted({line.split(":")[0].strip() for line in {*a.splitlines()} ^ {*b.splitlines()}})
+
+
+def _quotes(run: Path, results: dict) -> list[dict]:
+    """`[{prompt, answer, parent, result}, ...]` of the first test items."""
+    evaluations = [(read_json(path / "stage.json")["upstream"], path) for path in (run / "stages").glob("evaluate-*")]
+    said = {}
+    for name in (PARENT, RESULT):
+        made = results[name]["stages"][-1]["stage"]
+        (path,) = (path for upstream, path in evaluations if made in upstream)
+        said[name] = read_json(path / "evaluation.json")["items"]
+    pairs = list(zip(said[PARENT], said[RESULT], strict=True))[:QUOTED]
+    return [
+        {"prompt": p["prompt"], "answer": p["answer"], "parent": p["generated"], "result": r["generated"]}
+        for p, r in pairs
+    ]
+
+
+if __name__ == "__main__":
+    found = read_json(FOUND) if FOUND.exists() else {}
+    found |= {run.name: taken(run) for run in map(Path, sys.argv[1:])}
+    replace_text(FOUND, json.dumps(dict(sorted(found.items())), indent=1) + "\n")
