@@ -17,6 +17,7 @@ from basis_select.bits import Form, forms, largest_share
 from basis_select.checkpoint.format import BasisSelectConfig
 from basis_select.checkpoint.targets import targets
 from basis_select.export import to_int8
+from basis_select.layers import rounded
 from basis_select.layers.group import groups
 from basis_select.layers.rounded import RoundedLinear, RoundingLinear, quantized, training
 from basis_select.layers.rounding import (
@@ -125,6 +126,28 @@ def test_what_trains_computes_what_will_be_deployed(bits):
         assert trained.scale.grad.abs().sum() > 0
         expected = y.detach()
     assert torch.allclose(holder["a"](x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 150, 2**16])
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_gradients_of_the_rounding_are_those_of_its_formula(bits, at_once, monkeypatch):
+    """Straight through where a number is in range; as if rounding added a constant, for the scales too."""
+    monkeypatch.setattr(rounded, "AT_ONCE", at_once)
+    torch.manual_seed(0)
+    layer = RoundingLinear.training(RoundedLinear.rounded(torch.nn.Linear(70, 5), bits))
+    with torch.no_grad():
+        layer.weight *= 1.1  # some are out of range now
+    weight, scale = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.scale))
+    by_row = scale.view(5, -1, 1).expand(-1, -1, 70 if bits == 8 else GROUP).flatten(1)[:, :70]
+    x = (weight / by_row).clamp(-LARGEST[bits], LARGEST[bits])
+    expected = (x + (x.round() - x).detach()) * by_row
+    assert (x.abs() == LARGEST[bits]).any()
+    assert torch.allclose(layer.rounded_weight(), expected, atol=1e-6)
+    g = torch.randn(5, 70)
+    layer.rounded_weight().backward(g)
+    expected.backward(g)
+    assert torch.allclose(layer.weight.grad, weight.grad)
+    assert torch.allclose(layer.scale.grad, scale.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (48, 64), (70, 32), (64, 40)])

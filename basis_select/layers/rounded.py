@@ -25,6 +25,7 @@ from .rounding import (
 )
 
 FEW = 4  # tokens up to which the CPU's int8 kernel beats a product with weights that are cast first
+AT_ONCE = 2**16  # numbers of a weight that a CPU rounds at once while it trains
 FEW_ON_CUDA = 64  # and a GPU's int4 kernel; its int8 kernel never does, see eval/results/NOTES.md
 
 
@@ -180,38 +181,51 @@ class RoundedLinear(nn.Module):
 
 
 class _Rounding(torch.autograd.Function):
-    """A weight (out, in) rounded to whole numbers of so many bits times a scale that is rounded to bfloat16.
+    """A weight (out, in) rounded to whole numbers of so many bits times a scale in bfloat16, returned in `dtype`.
 
     Gradients pass through the rounding as if it were none (straight-through, arXiv 1308.3432), and what is outside of
     the range of the whole numbers gets none; those of the scales are LSQ's (arXiv 1902.08153). One function, since the
-    operations it is made of, each with a pass over the weights, would take most of a step.
+    operations it is made of, each with a pass over the weights, would take most of a step; on a CPU some rows at a
+    time, so that what one operation leaves is still in the cache for the next.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-        ctx.bits, ctx.scales, ctx.inputs = bits, scale.shape, weight.shape[1]
-        by_row = _by_row(scale.bfloat16().to(scale.dtype))
-        x = by_group(weight, bits) / by_row
-        ctx.save_for_backward(x)
-        return _whole(x, bits).mul_(by_row).flatten(1)[:, : weight.shape[1]]
+    def forward(ctx: Any, weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.bits = bits
+        by_row, made = _by_row(scale), torch.empty_like(weight, dtype=dtype)
+        for rows in _pieces(weight):
+            x = by_group(weight[rows], bits) / by_row[rows]
+            made[rows] = _whole_(x, bits).mul_(by_row[rows]).flatten(1)[:, : weight.shape[1]]
+        return made
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        (x,) = ctx.saved_tensors
-        grad = by_group(grad, ctx.bits)
-        straight = grad * (x.abs() <= LARGEST[ctx.bits])
-        of_scale = (grad * _whole(x, ctx.bits) - straight * x).sum(-1)
-        return straight.flatten(1)[:, : ctx.inputs], of_scale.view(ctx.scales), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        by_row, of_weight = _by_row(scale), torch.empty_like(weight)
+        of_scale = torch.empty_like(by_row)
+        for rows in _pieces(weight):
+            x, g = by_group(weight[rows], ctx.bits) / by_row[rows], by_group(grad[rows].to(weight.dtype), ctx.bits)
+            inside = x.abs() <= LARGEST[ctx.bits]
+            of_scale[rows] = _whole_(x.clone(), ctx.bits).sub_(x.mul_(inside)).mul_(g).sum(-1, keepdim=True)
+            of_weight[rows] = torch.mul(g, inside, out=x).flatten(1)[:, : weight.shape[1]]
+        return of_weight, of_scale.view(scale.shape), None, None
+
+
+def _pieces(weight: torch.Tensor) -> Iterator[slice]:
+    """Slices of the rows of a weight (out, in), on a CPU of at most AT_ONCE numbers or of one row."""
+    rows = max(1, AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    return (slice(start, start + rows) for start in range(0, len(weight), rows))
 
 
 def _by_row(scale: torch.Tensor) -> torch.Tensor:
-    """(out, groups, 1), as `by_group` has weights."""
-    return scale.view(len(scale), -1, 1)
+    """(out, groups, 1), as `by_group` has weights: scales as they are stored, in bfloat16."""
+    return scale.bfloat16().to(scale.dtype).view(len(scale), -1, 1)
 
 
-def _whole(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """The whole numbers that stand for x."""
-    return x.round().clamp_(-LARGEST[bits], LARGEST[bits])
+def _whole_(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """The whole numbers that stand for x, in its place."""
+    return x.round_().clamp_(-LARGEST[bits], LARGEST[bits])
 
 
 class RoundingLinear(nn.Linear):
@@ -228,20 +242,22 @@ class RoundingLinear(nn.Linear):
 
     @torch.no_grad()
     def deployed(self) -> RoundedLinear:
-        scale = self.scale.bfloat16().to(self.scale.dtype)
-        q = _whole(by_group(self.weight, self.bits) / _by_row(scale), self.bits)
+        q = _whole_(by_group(self.weight, self.bits) / _by_row(self.scale), self.bits)
         q = q.flatten(1)[:, : self.in_features].to(torch.int8)
-        return RoundedLinear.of(self, q, scale, self.bits)
+        return RoundedLinear.of(self, q, self.scale.bfloat16(), self.bits)
 
     def rounded_weight(self) -> torch.Tensor:
-        """(out, in), what the deployed layer's weight will be."""
-        return _Rounding.apply(self.weight, self.scale, self.bits)
+        """(out, in), what the deployed layer's weight will be, in the dtype of products."""
+        device = self.weight.device.type
+        mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if mixed else self.weight.dtype
+        return _Rounding.apply(self.weight, self.scale, self.bits, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.rounded_weight(), self.bias)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, self.rounded_weight())
+        return F.embedding(ids, _Rounding.apply(self.weight, self.scale, self.bits, self.weight.dtype))
 
 
 class _Split(nn.Module):
