@@ -299,6 +299,7 @@ def test_weighted_bases_of_version_1_count_every_error_alike(ids, tmp_path):
     assert all(torch.isfinite(torch.tensor(value)) for _, _, value in forms(groups(model)[0]))
 
 
+@pytest.mark.slow
 def test_a_recipe_says_its_size_in_bytes(tmp_path):
     options = {
         "tune": {"steps": 2, "batch_size": 4},

@@ -319,7 +319,7 @@ def test_the_card_says_what_the_results_say(online, run):
         numbers |= {*bits, "16"}
     numbers |= {str(row["paired"]["gained"]), str(row["paired"]["lost"])}
     numbers |= {f"{row['sizes'][k + '_dense'] / row['sizes'][k]:.2f}" for k in ("targeted", "parameters")}
-    said = set(re.findall(r"\d[\d,]*(?:\.\d+)?", text[text.index("## Size") : text.index("## How")]))
+    said = set(re.findall(r"\d[\d,]*(?:\.\d+)?(?:e-\d+)?", text[text.index("## Size") : text.index("## How")]))
     assert said <= numbers
     sizes = row["sizes"]
     shown = {f"{sizes['bytes']:,}", *(f"{100 * r['accuracy']['value']:.1f}" for r in (row, parent))}
