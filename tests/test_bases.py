@@ -105,6 +105,7 @@ def test_mass_keeps_the_largest_of_each_layer(task):
         assert s[:r].sum() >= 0.3 * s.sum() > s[: r - 1].sum()
 
 
+@pytest.mark.slow
 def test_max_drop_finds_the_smallest_size_that_stays_within_it(task):
     parent, task = tiny(), dataclasses.replace(task, validation=task.train[:16])
     tune(parent, task, steps=40, batch_size=8, lr=1e-2)

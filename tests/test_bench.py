@@ -231,6 +231,7 @@ def test_a_recipe_that_asks_for_a_time_is_planned_and_run(timed_recipe, tmp_path
     assert bs.sizes(bs.load(tmp_path / "run" / "final")[0])["bases"] < 9 * 64
 
 
+@pytest.mark.slow
 def test_the_commands_measure_folders(tmp_path, task):
     bs.save(tiny(), make_tokenizer(), tmp_path / "dense")
     bs.save(cut(tiny(), task), make_tokenizer(), tmp_path / "half")

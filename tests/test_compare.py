@@ -105,6 +105,7 @@ def test_a_grid_is_measured_once_and_reported(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_or_is_at_work_elsewhere_stops_no_other(tmp_path):
     methods = {"too small": {"sizes": ["1KB"], "prune.bits": "auto"}, "int8": {"dense": 8}}
     grid = grid_of(tmp_path, wrapped(byte_level()), sums(), trained=[0], methods=methods)
@@ -122,6 +123,7 @@ def test_a_row_that_fails_or_is_at_work_elsewhere_stops_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("trims", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_base_that_trims_trims_for_all_but_the_parent_and_counts_tokens_as_it_does(trims, tmp_path):
     lines = [{"prompt": line[:-9], "response": line[-9:]} for line in TEXT[:40]]
     methods = {"trimmed": {"dense": 16, "trained": [0]}, "int4": {"dense": 4}, "default": {"prune.bits": "auto"}}

@@ -121,6 +121,7 @@ def test_other_models_of_a_hub_load_as_ever(online, tmp_path):
         bs.load("org/nothing")
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_continued(online, run):
     online.fail = {"PUT /lfs": 1, "POST /api/models/me/small/commit": 1}  # the client tries the first again by itself
     broken = push(run, "me/small")
@@ -134,6 +135,7 @@ def test_a_lost_connection_is_continued(online, run):
     bs.load("me/small")
 
 
+@pytest.mark.slow
 def test_a_later_push_leaves_nothing_of_an_earlier_one(online, run, made, tmp_path):
     push(run, "me/small")
     online.files("me/small").update({"notes.txt": b"x", "chat_template.jinja": b"x", ".gitattributes": b"x"})
@@ -257,6 +259,7 @@ def test_a_model_folder_that_is_gone_is_nobodys_hub_id(online, run):
     assert "a folder that is not here" in push(run, "me/small", "--license", "mit").output
 
 
+@pytest.mark.slow
 def test_a_card_that_was_written_by_hand_stays(online, run):
     hand = b"---\nlicense: mit\n---\nby hand\n"
     online.repositories["me/small"] = {"private": True, "commits": [{"README.md": hand}]}
@@ -353,6 +356,7 @@ def family(run):
     return run
 
 
+@pytest.mark.slow
 def test_all_sizes_of_a_family_are_published_with_an_overview(online, family):
     pushed = push(family, "me/small", "--family").output.split()
     assert pushed == [f"{online.url}/me/small{size}" for size in ("-8x", "-6x", "")]
@@ -375,6 +379,7 @@ def test_all_sizes_of_a_family_are_published_with_an_overview(online, family):
     assert push(family, "me/small", "--family").exit_code == 0  # again, over what is there
 
 
+@pytest.mark.slow
 def test_nothing_of_this_machine_is_in_a_family(online, family):
     push(family, "me/small", "--family")
     here = [str(Path(bs.__file__).parents[1]), str(family.parent), str(Path.home())]

@@ -327,6 +327,7 @@ def test_every_recipe_is_valid_and_survives_writing():
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="other allocators give memory back by themselves or not at all"
 )
+@pytest.mark.slow
 def test_a_stage_does_not_start_with_what_others_have_freed():
     torch.ones(2**23 - 2**10)  # freed at once: from now on glibc keeps blocks of this size
     blocks = [torch.ones(2**18) for _ in range(512)]

@@ -147,6 +147,7 @@ def test_threads_get_their_own_verdicts():
 
 
 @isolated
+@pytest.mark.slow
 def test_a_time_limit_ends_programs_and_tests():
     for program, tests in (("def f(): pass", "while True: f()"), ("while True: pass", "")):
         began = time.monotonic()

@@ -439,6 +439,7 @@ def test_gsm_symbolic_is_near_gsm8k_and_its_training_split_is_not():
     assert sum(tuned_on.near(train, test)) < 10
 
 
+@pytest.mark.slow
 def test_a_trimmed_model_counts_tokens_as_its_parent_does_or_says_that_it_cannot(data, tmp_path):
     tokenizer = wrapped(byte_level())
     rows = [{"prompt": line[:-9], "response": line[-9:]} for line in TEXT[:60]]

@@ -71,6 +71,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
         _ = bs.compress
 
 
+@pytest.mark.slow
 def test_what_the_format_is_made_of_imports_no_transformers():
     """Else it would be half imported when transformers' import asks for the format."""
     source = Path(format.__file__).read_text()
