@@ -15,7 +15,8 @@ to that size with weights of 16 bits, which half of the training heals, then wha
 moments of its own; `sizes` and `trained` stand in place of the grid's. A size is what `prune` takes, such as "45MB";
 without `prune.bits: auto` its weights have 16 bits. `trained` is on how many tokens each row trains, padding not
 counted; 0 is what it starts from. Lengths are taken in the order in which the grid names them. `like: OTHER.yaml` takes
-all that this grid does not say from another.
+all that this grid does not say from another: what is not there, methods with nothing behind their names, and of tasks
+the keys that they lack.
 
 No rate is chosen on test items. A key whose value is a list names candidates; `choose` names the `size` and tokens
 (`trained`) at which to choose, and in `heal` multiples of the rate that heal would take by itself. Of all combinations
@@ -416,9 +417,16 @@ def read(results):
 
 
 def read_grid(path):
-    """The grid of a file, and what it does not say from the one that it is `like`."""
+    """The grid of a file, with what it leaves to the one that it is `like`."""
     grid = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {**read_grid(path.parent / grid.pop("like")), **grid} if "like" in grid else grid
+    if "like" not in grid:
+        return grid
+    other = read_grid(path.parent / grid.pop("like"))
+    for name, own in grid.get("methods", {}).items():
+        grid["methods"][name] = other["methods"][name] if own is None else own
+    for name, own in grid.get("tasks", {}).items():
+        grid["tasks"][name] = {**other["tasks"].get(name, {}), **(own or {})}
+    return {**other, **grid}
 
 
 def main():

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from compare import alone, compare, dense, read, rows, stored
+from compare import alone, compare, dense, read, read_grid, rows, stored
 from compare_report import interval, plot, summary, table
 from conftest import tiny
 from test_trim import TEXT, byte_level, wrapped
@@ -33,6 +33,22 @@ def grid_of(folder, tokenizer, rows, **more):
 
 def sums():
     return [{"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b)} for a in range(12) for b in range(12)]
+
+
+def test_a_grid_takes_what_it_leaves_out_from_another(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "seeds: [0]\nsizes: [2x]\ntasks: {x: {task: x, data.test: 9}, y: {task: y}}\n"
+        "methods: {default: {prune.bits: auto}, int4: {dense: 4}}\n"
+    )
+    (tmp_path / "b.yaml").write_text(
+        "like: a.yaml\nseeds: [1]\ntasks: {x: {data.test: 5}}\nmethods: {int4:, int3: {dense: 3}, default: {}}\n"
+    )
+    assert read_grid(tmp_path / "b.yaml") == {
+        "seeds": [1],
+        "sizes": ["2x"],
+        "tasks": {"x": {"task": "x", "data.test": 5}},
+        "methods": {"int4": {"dense": 4}, "int3": {"dense": 3}, "default": {}},
+    }
 
 
 def mean(row):
