@@ -31,6 +31,7 @@ task the rows that train, or are dense, answer too.
 import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -51,7 +52,7 @@ from basis_select.checkpoint.files import save
 from basis_select.checkpoint.targets import targets
 from basis_select.decompose import decompose
 from basis_select.evaluation.accuracy import generated
-from basis_select.heal import heal, suitable_rate
+from basis_select.heal import heal, probes, suitable_rate
 from basis_select.layers.embedding import round_table
 from basis_select.layers.group import groups
 from basis_select.layers.rounded import RoundedLinear
@@ -67,7 +68,7 @@ from basis_select.statistics.moments import TABLE, second_moments
 from basis_select.statistics.readers import same_input
 from basis_select.system.writing import replace_text
 from basis_select.training.loss import response_nll, response_nlls
-from basis_select.training.soft_labels import SoftLabels, soft_labels
+from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 
 OWN = ("dense", "learned", "first", "sizes", "trained")  # keys of a method that are no recipe's
 TOGETHER = 200  # test items that are answered at once
@@ -157,9 +158,14 @@ def home_of(folder, name, seed):
     return folder / f"{name}-{seed}"
 
 
-def bench_of(grid, name, seed, folder):
-    """The Bench of a task, as in `compare`."""
-    return Bench(base_of(grid, name, seed), home_of(folder, name, seed))
+def bench_of(grid, name, seed, folder, steps=0):
+    """The Bench of a task, as in `compare`; steps: how many are trained at least."""
+    lengths = [n for g in (grid, *grid["methods"].values(), grid.get("choose", {})) for n in _list(g.get("trained", 0))]
+    return Bench(base_of(grid, name, seed), home_of(folder, name, seed), max(lengths), steps)
+
+
+def _list(x):
+    return x if isinstance(x, list) else [x]
 
 
 class Bench:
@@ -169,7 +175,7 @@ class Bench:
     many and each is done in minutes.
     """
 
-    def __init__(self, base: Recipe, home: Path):
+    def __init__(self, base: Recipe, home: Path, tokens: int, steps: int):
         self.base, self.home = base, home
         self.disk = OnDisk(base, home, moments=self.moments_for)
         with alone(home, "stages"):
@@ -178,12 +184,24 @@ class Bench:
             view = self.disk.view(base, self.state)
             self.tokenizer, self.task = view.tokenizer, view.task
             self.parent = load_here(self.state["parent"] / "model")[0]
-            self.labels = self._labels(home / f"labels-{self.state['parent'].name}")
+            self.labels = self._labels(self._trained_on(max(steps, self.steps(tokens))))
 
-    def _labels(self, folder: Path) -> SoftLabels:
+    def _trained_on(self, steps: int) -> list[int]:
+        """Indices of the training examples that so many steps see, of learning, of healing, and of healing twice."""
+        r, task = self.base, self.task
+        found = seen(task, r.learn.batch_size, steps, r.seed)
+        for seed in (r.seed, r.seed + 1):
+            found.update(probes(task, seed), seen(task, r.heal.batch_size, steps, seed + 1))
+        return sorted(found)
+
+    def _labels(self, examples: list[int]) -> SoftLabels:
+        """What the parent says of these examples; `home` keeps it."""
+        digest = hashlib.sha256(repr(examples).encode()).hexdigest()[:10]
+        folder = self.home / f"labels-{self.state['parent'].name}-{digest}"
         if not folder.exists():
+            task = dataclasses.replace(self.task, train=[self.task.train[i] for i in examples])
             with tempfile.TemporaryDirectory(dir=self.home) as place:
-                soft_labels(self.parent, self.task).save(place)
+                soft_labels(self.parent, task).save(place)
                 Path(place).rename(folder)
                 Path(place).mkdir()
         return SoftLabels.load(folder)

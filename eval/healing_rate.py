@@ -27,7 +27,7 @@ def main():
     grid = yaml.safe_load(path.read_text(encoding="utf-8"))
     for spec in sys.argv[4:]:
         name, method, size, rates = spec.split(":")
-        bench = bench_of(grid, name, 0, folder)
+        bench = bench_of(grid, name, 0, folder, STEPS)
         task, teacher = bench.task, bench.labels
         r, start, _, _ = started(bench, grid["methods"][method], method, size, 0)
         kl = distance(start, task, teacher)

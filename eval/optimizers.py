@@ -53,14 +53,14 @@ def start(a):
     folder = home_of(a.folder, a.task, 0) / f"cut-{a.size}"
     if not folder.exists():
         grid = yaml.safe_load(a.grid.read_text(encoding="utf-8"))
-        bench = bench_of(grid, a.task, 0, a.folder)
+        bench = bench_of(grid, a.task, 0, a.folder, STEPS)
         save(started(bench, grid["methods"]["default"], "default", a.size, 0)[1], bench.tokenizer, folder)
     return folder
 
 
 def child(a, seed, kind):
     """Heal once and append the row to the results."""
-    bench = bench_of(yaml.safe_load(a.grid.read_text(encoding="utf-8")), a.task, 0, a.folder)
+    bench = bench_of(yaml.safe_load(a.grid.read_text(encoding="utf-8")), a.task, 0, a.folder, STEPS)
     task, teacher, model = bench.task, bench.labels, load(start(a))[0]
     steps, lr = max(1, STEPS // a.shorten), suitable_rate(model, task, teacher)
     options = {"steps": steps, "batch_size": bench.base.heal.batch_size, "lr": lr}
