@@ -4,8 +4,8 @@ python eval/waiting.py OUT.json [--rounds 7] [--threads 2]
 
 Every way to wait is a process of its own, with the environment below, in which a random model is healed for three steps
 and then writes 16 tokens. They take turns, and so do "alone" and "beside": with one more process that computes without
-end. Seconds are medians of one step, and of one token. torch's wheels carry libgomp, so that what Intel's library reads
-(KMP_BLOCKTIME) changes nothing there. "load" is the system's at the start: other work makes "alone" a wish.
+end. Seconds are medians of one step, and of one token. torch's wheels carry libgomp, which reads GOMP_SPINCOUNT. "load" is
+the system's at the start: other work makes "alone" a wish.
 """
 
 import argparse
@@ -22,8 +22,9 @@ WAYS = {
     "as set up": {},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
-    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
-    "KMP_BLOCKTIME=0": {"KMP_BLOCKTIME": "0"},
+    "GOMP_SPINCOUNT=3000": {"GOMP_SPINCOUNT": "3000"},
+    "GOMP_SPINCOUNT=5000": {"GOMP_SPINCOUNT": "5000"},
+    "GOMP_SPINCOUNT=20000": {"GOMP_SPINCOUNT": "20000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 STEPS, TOKENS, WIDTH, LAYERS, VOCABULARY = 3, 16, 384, 4, 4096

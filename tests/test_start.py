@@ -45,12 +45,18 @@ print(sorted({{"torch", "transformers", "datasets", "numpy"}} & sys.modules.keys
     assert fresh(code) == ("[]\n", "")
 
 
-def test_threads_sleep_while_they_wait_unless_the_user_wants_it_otherwise(monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "PASSIVE 3000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"), ({"GOMP_SPINCOUNT": "9"}, "None 9")],
+)
+def test_threads_spin_for_a_moment_while_they_wait_unless_the_user_wants_it_otherwise(given, found, monkeypatch):
     code = "import os, sys; from basis_select.cli import main; sys.argv = ['', '--help']\ntry: main()\n"
-    code += "finally: print(os.environ['OMP_WAIT_POLICY'])"
-    for given, found in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        monkeypatch.setenv("OMP_WAIT_POLICY", given) if given else monkeypatch.delenv("OMP_WAIT_POLICY", False)
-        assert fresh(code)[0].endswith(f"\n{found}\n")
+    code += "finally: print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert fresh(code)[0].endswith(f"\n{found}\n")
 
 
 @pytest.mark.parametrize("name", bs.__all__)
