@@ -35,7 +35,7 @@ def _set_up() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of loading and saving; stages keep theirs
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         # Threads that spin without end slow each other beside other processes, those that never do are slow to wake
-        # (eval/waiting.py). libgomp, which torch has on Linux, goes by the second of these, other libraries by the first.
+        # (eval/waiting.py). libgomp, torch's on Linux, goes by the second of these, other libraries by the first.
         os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
     for name, words in SILENT.items():
         logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())

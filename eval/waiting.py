@@ -4,8 +4,8 @@ python eval/waiting.py OUT.json [--rounds 7] [--threads 2]
 
 Every way to wait is a process of its own, with the environment below, in which a random model is healed for three steps
 and then writes 16 tokens. They take turns, and so do "alone" and "beside": with one more process that computes without
-end. Seconds are medians of one step, and of one token. torch's wheels carry libgomp, which reads GOMP_SPINCOUNT. "load" is
-the system's at the start: other work makes "alone" a wish.
+end. Seconds are medians of one step, and of one token. torch's wheels carry libgomp, which reads GOMP_SPINCOUNT.
+"load" is the system's at the start: other work makes "alone" a wish.
 """
 
 import argparse
