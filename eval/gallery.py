@@ -6,8 +6,10 @@ RUN is the folder of a run that has ended, named after its recipe, such as runs/
 generated some answers are taken too; rows of data sets are their authors'.
 """
 
+import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from basis_select.run import recipe as recipes
@@ -26,7 +28,7 @@ def taken(run: Path) -> dict:
     results, manifest = read_json(run / "results.json"), read_json(run / "manifest.json")
     return {
         "results": results,
-        "other_keys": _different(recipes.write(recipe), recipes.write(ran)),
+        "other_keys": _different(recipe, ran),
         "machine": manifest["machine"],
         "versions": manifest["versions"],
         "examples": manifest["data"]["train"],
@@ -34,9 +36,18 @@ def taken(run: Path) -> dict:
     }
 
 
-def _different(a: str, b: str) -> list[str]:
-    """The keys in lines that only one of two recipes has."""
-    return sorted({line.split(":")[0].strip() for line in {*a.splitlines()} ^ {*b.splitlines()}})
+def _different(a: object, b: object) -> list[str]:
+    """The keys in which two recipes differ."""
+    a, b = dict(_keys(vars(a))), dict(_keys(vars(b)))
+    return [key for key in a if a[key] != b[key]]
+
+
+def _keys(values: dict, before: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            yield from _keys(vars(value), f"{before}{name}.")
+        else:
+            yield before + name, value
 
 
 def _quotes(run: Path, results: dict) -> list[dict]:
