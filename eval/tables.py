@@ -232,9 +232,11 @@ def gallery(run):
 
 
 def quotes(run):
-    head = ("prompt", "right", "parent", "result")
-    said = [[f"`{q[key].strip()}`" for key in ("prompt", "answer", "parent", "result")] for q in run["quotes"]]
-    return markdown(head, said, "llll")
+    lines = []
+    for quote in run["quotes"]:
+        prompt, right, parent, result = (f"`{quote[key].strip()}`" for key in ("prompt", "answer", "parent", "result"))
+        lines.append(f"- {prompt}<br>right {right}, parent {parent}, result {result}\n")
+    return "".join(lines)
 
 
 TABLES = {
