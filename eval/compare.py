@@ -93,11 +93,15 @@ def rows(grid):
     """All rows, the parents first, then by lengths of training and by methods as the grid orders them."""
     for seed in grid["seeds"]:
         yield from (Row(task, seed, "parent", None, 0) for task in grid["tasks"])
-        lengths = dict.fromkeys(n for g in (grid, *grid["methods"].values()) for n in g.get("trained", []))
-        for trained, (method, own), task in itertools.product(lengths, grid["methods"].items(), grid["tasks"]):
+        for trained, (method, own), task in itertools.product(lengths(grid), grid["methods"].items(), grid["tasks"]):
             if trained in own.get("trained", grid["trained"]) and (trained or not {"learned", "first"} & own.keys()):
                 of = [None] if "dense" in own else own.get("sizes", grid["sizes"])
                 yield from (Row(task, seed, method, size, trained) for size in of)
+
+
+def lengths(grid):
+    """All lengths of training, in the order in which the grid names them."""
+    return list(dict.fromkeys(n for g in (grid, *grid["methods"].values()) for n in g.get("trained", [])))
 
 
 def compare(grid, folder, results):
@@ -160,12 +164,8 @@ def home_of(folder, name, seed):
 
 def bench_of(grid, name, seed, folder, steps=0):
     """The Bench of a task, as in `compare`; steps: how many are trained at least."""
-    lengths = [n for g in (grid, *grid["methods"].values(), grid.get("choose", {})) for n in _list(g.get("trained", 0))]
-    return Bench(base_of(grid, name, seed), home_of(folder, name, seed), max(lengths), steps)
-
-
-def _list(x):
-    return x if isinstance(x, list) else [x]
+    longest = max(*lengths(grid), grid.get("choose", {}).get("trained", 0))
+    return Bench(base_of(grid, name, seed), home_of(folder, name, seed), longest, steps)
 
 
 class Bench:

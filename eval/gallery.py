@@ -14,6 +14,7 @@ from pathlib import Path
 
 from basis_select.run import recipe as recipes
 from basis_select.run.recipe import PARENT, RESULT
+from basis_select.run.report import Run
 from basis_select.system.reading import read_json
 from basis_select.system.writing import replace_text
 
@@ -32,7 +33,7 @@ def taken(run: Path) -> dict:
         "machine": manifest["machine"],
         "versions": manifest["versions"],
         "examples": manifest["data"]["train"],
-        "quotes": _quotes(run, results) if ran.task.startswith("reasoning_gym:") else [],
+        "quotes": _quotes(Run(run, results, {})) if ran.task.startswith("reasoning_gym:") else [],
     }
 
 
@@ -50,15 +51,9 @@ def _keys(values: dict, before: str = "") -> Iterator[tuple[str, object]]:
             yield before + name, value
 
 
-def _quotes(run: Path, results: dict) -> list[dict]:
+def _quotes(run: Run) -> list[dict]:
     """`[{prompt, answer, parent, result}, ...]` of the first test items."""
-    evaluations = [(read_json(path / "stage.json")["upstream"], path) for path in (run / "stages").glob("evaluate-*")]
-    said = {}
-    for name in (PARENT, RESULT):
-        made = results[name]["stages"][-1]["stage"]
-        (path,) = (path for upstream, path in evaluations if made in upstream)
-        said[name] = read_json(path / "evaluation.json")["items"]
-    pairs = list(zip(said[PARENT], said[RESULT], strict=True))[:QUOTED]
+    pairs = zip(*(run.evaluation(name)["items"][:QUOTED] for name in (PARENT, RESULT)), strict=True)
     return [
         {"prompt": p["prompt"], "answer": p["answer"], "parent": p["generated"], "result": r["generated"]}
         for p, r in pairs
