@@ -27,6 +27,7 @@ from .tune import trainable
 log = logging.getLogger(__name__)
 PROBES = 64  # examples on which the distance to the parent is measured
 LORA_RATE = 10  # adapters start at zero and are scaled by 1: they need about ten times the rate of the weights
+ROUNDED_RATE = 3  # and weights that train with their rounding three times the rate of others
 
 
 @checked
@@ -127,17 +128,26 @@ def _merge_adapters(model: PreTrainedModel) -> None:
 
 
 def suitable_rate(model: PreTrainedModel, task: Task, teacher: Teacher | None, seed: int = 0) -> float:
-    """A learning rate for how far `model` is from its parent: `1e-4 * distance^0.7`, between 1e-5 and 1e-3.
-
-    A good start is harmed by what a broken one needs. The rule was fitted to searches over the rate, see
-    eval/results/healing_rate.jsonl.
-    """
+    """`rate_at` of how far `model` is from its parent now."""
     if teacher is None:
         raise ValueError("how fast to heal is read off the distance to the dense parent: pass a teacher or lr")
     far = distance(model, task, teacher, seed)
-    rate = min(max(1e-4 * max(far, 0.0) ** 0.7, 1e-5), 1e-3)  # rounding can leave a KL of zero below it
+    rate = rate_at(far, bool(quantized(model)))
     log.info("KL to the parent %.3g nats per token: healing at a rate of %.2g", far, rate)
     return processes.agreed(lambda: rate)
+
+
+def rate_at(far: float, rounded: bool) -> float:
+    """A learning rate for a model `far` nats from its parent: `1e-4 * far^0.7`, between 1e-5 and 1e-3.
+
+    A good start is harmed by what a broken one needs. If its weights are `rounded`, so that many a small step leaves
+    what they are rounded to as it was, three times that. docs/results.md has what that costs on validation splits.
+
+        >>> rate_at(1.0, rounded=False)
+        0.0001
+    """
+    rate = min(max(1e-4 * max(far, 0.0) ** 0.7, 1e-5), 1e-3)  # rounding can leave a KL of zero below it
+    return ROUNDED_RATE * rate if rounded else rate
 
 
 def probes(task: Task, seed: int) -> list[int]:

@@ -21,8 +21,8 @@ the keys that they lack.
 No rate is chosen on test items. A key whose value is a list names candidates; `choose` names the `size` and tokens
 (`trained`) at which to choose, and in `heal` multiples of the rate that heal would take by itself. Of all combinations
 each method takes, on every task and seed, the one with the least NLL on the validation split, and keeps it at all
-others. Its rows hold what was chosen and, in `candidates`, the validation NLL of all, null where the loss did not stay
-finite.
+others. Its rows hold what was chosen, where (`chosen_at`) and, in `candidates`, of all: the KL to the parent before
+healing, the rate, and the validation NLL, null where the loss did not stay finite.
 
 The likelihood of every row is per token of the untrimmed tokenizer. `answers` is how many test items of a
 task the rows that train, or are dense, answer too.
@@ -43,19 +43,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from transformers import PreTrainedModel
 
 from basis_select.checkpoint.files import save
 from basis_select.checkpoint.targets import targets
 from basis_select.decompose import decompose
 from basis_select.evaluation.accuracy import generated
-from basis_select.heal import heal, probes, suitable_rate
+from basis_select.heal import distance, heal, probes, rate_at
 from basis_select.layers.embedding import round_table
 from basis_select.layers.group import groups
-from basis_select.layers.rounded import RoundedLinear
+from basis_select.layers.rounded import RoundedLinear, quantized
 from basis_select.layers.rounding import stored_bytes
 from basis_select.linalg.metrics import METRICS
 from basis_select.run.disk import OnDisk
@@ -273,7 +275,8 @@ def choice_of(grid, bench, method, own):
 
 
 def choose(bench, own, method, ladder):
-    """`{chosen: {recipe key: value}, heal: times its rate, candidates: [...]}` by NLL on the validation split."""
+    """What a row says of its choice, by NLL on the validation split: `chosen` values of recipe keys, `heal` times its
+    rate, `chosen_at` which size and length, and all `candidates`."""
     lists = {key: value for key, value in own.items() if isinstance(value, list) and key not in OWN}
     if lists and not ladder:
         raise ValueError(
@@ -291,11 +294,13 @@ def choose(bench, own, method, ladder):
             nll = end[1]["validation_nll"]["healed"] if end else math.nan
             nll = round(nll, 4) if math.isfinite(nll) else None
             logging.warning("%s, %s, heal %g times: validation NLL %s", method, chosen, factor, nll)
-            found.append({**chosen, "heal": factor, "validation_nll": nll})
+            kl, lr = (round(start.far, 4), factor * start.lr) if start else (None, None)
+            found.append({**chosen, "heal": factor, "kl": kl, "lr": lr, "validation_nll": nll})
     best = min(found, key=lambda c: math.inf if c["validation_nll"] is None else c["validation_nll"])
     if best["validation_nll"] is None:
         raise FloatingPointError(f"none of the rates of {method} leaves a finite loss: {found}")
-    return {"chosen": {key: best[key] for key in lists}, "heal": best["heal"], "candidates": found}
+    at = {key: ladder[key] for key in ("size", "trained")}
+    return {"chosen": {key: best[key] for key in lists}, "heal": best["heal"], "chosen_at": at, "candidates": found}
 
 
 def finite(verb, *args):
@@ -307,8 +312,19 @@ def finite(verb, *args):
         return None
 
 
+class Start(NamedTuple):
+    """What healing starts from; far: nats to the parent, lr: what heal would take by itself, taken: steps by stage."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    clock: dict
+    far: float
+    lr: float
+    taken: dict
+
+
 def started(bench, own, method, size, steps):
-    """`(recipe, model, seconds, heal's rate, steps)` before healing, which takes what others have left of `steps`."""
+    """The Start of a row before healing, which takes what other stages have left of `steps`."""
     clock, learned = {}, round(own.get("learned", 0) * steps)
     r = override(bench.base, {k: v for k, v in own.items() if k not in OWN}, method)
     r = override(r, {"learn.steps": learned, "heal.steps": steps - learned - r.refine.steps * (steps > 0)}, method)
@@ -321,11 +337,11 @@ def started(bench, own, method, size, steps):
             r = override(r, {"heal.steps": r.heal.steps - r.heal.steps // 2}, method)
             model = cut_before(bench, r, first, clock)
         model = bench.row(r, clock, model, after="derivatives", until="refine" if steps else "prune")
-    rate = r.heal.lr or suitable_rate(model, bench.task, bench.labels, r.seed)
-    if not math.isfinite(rate):
+    far = distance(model, bench.task, bench.labels, r.seed)
+    if not math.isfinite(far):
         raise FloatingPointError(f"{method}: what healing would start from is not finite")
     torch.cuda.empty_cache()  # moments took half of what was free
-    return r, model, clock, rate, taken
+    return Start(r, model, clock, far, r.heal.lr or rate_at(far, bool(quantized(model))), taken)
 
 
 def cut_before(bench, r, size, clock):
@@ -350,8 +366,8 @@ def dense(model, bits):
 
 def healed(bench, start, factor):
     """`(model, facts)` of what `started` has made, which stays as it is."""
-    r, model, clock, rate, taken = start
-    model, clock, task, lr = copy.deepcopy(model), dict(clock), bench.task, factor * rate
+    r, task, lr = start.recipe, bench.task, factor * start.lr
+    model, clock = copy.deepcopy(start.model), dict(start.clock)
     before = after = response_nll(model, task.validation, task.pad_id)
     if r.heal.steps:
         model = bench.row(override(r, {"heal.lr": lr}, "heal"), clock, model)
@@ -359,7 +375,7 @@ def healed(bench, start, factor):
     return model, {
         "validation_nll": {"unhealed": before, "healed": after},
         "lr": lr,
-        "steps": taken,
+        "steps": start.taken,
         "seconds": clock,
         "device": str(model.device),
     }

@@ -11,6 +11,7 @@ import re
 import statistics
 from pathlib import Path
 
+import healing_rate
 from compare import read
 from compare_report import answered, interval, nll_of, summary
 
@@ -259,7 +260,9 @@ TABLES = {
 def fill(text):
     def block(match):
         kind, source = match[1], REPO / match[2]
-        if kind in ("gallery", "quotes"):
+        if kind == "rates":
+            lines = healing_rate.table(sorted(source.glob("*.jsonl")))
+        elif kind in ("gallery", "quotes"):
             runs = json.loads((REPO / "eval" / "results" / "gallery.json").read_text())
             lines = {"gallery": gallery, "quotes": quotes}[kind](runs[match[2]])
         elif source.suffix == ".jsonl":
@@ -269,7 +272,7 @@ def fill(text):
             lines = TABLES[source.stem](json.loads(source.read_text()))
         return f"<!-- {kind}: {match[2]} -->\n{lines}<!-- end -->"
 
-    return re.sub(r"<!-- (table|front|gallery|quotes): (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (table|front|rates|gallery|quotes): (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from test_trim import TEXT, byte_level, wrapped
 
 import basis_select as bs
 from basis_select.checkpoint.targets import targets
+from basis_select.heal import rate_at
 
 
 def grid_of(folder, tokenizer, rows, **more):
@@ -92,10 +93,14 @@ def test_a_grid_is_measured_once_and_reported(tmp_path):
     assert sizes == sorted(sizes, reverse=True)
     for name, count in (("FWSVD", 2), ("learned", 4)):
         row = by_name[name, "2x", 100]
-        tried = {tuple(c.items())[:-1]: c["validation_nll"] for c in row["candidates"]}
+        own = {**row["chosen"], "heal": row["heal"]}
+        tried = {tuple(c[key] for key in own): c["validation_nll"] for c in row["candidates"]}
         assert len(tried) == count
         best = min(nll for nll in tried.values() if nll is not None)
-        assert tried[tuple({**row["chosen"], "heal": row["heal"]}.items())] == best
+        assert tried[tuple(own.values())] == best
+        assert row["chosen_at"] == {"size": "2x", "trained": 100}
+        times = [c["lr"] / rate_at(c["kl"], rounded=False) for c in row["candidates"] if c["lr"]]
+        assert times == [pytest.approx(c["heal"], rel=0.01) for c in row["candidates"] if c["lr"]]
         # the row at the size of the choice is that candidate once more
         assert row["validation_nll"]["healed"] == pytest.approx(best, abs=1e-4)
     assert None in tried.values()  # a rate at which nothing stays finite

@@ -13,6 +13,7 @@ from basis_select import decompose, heal, learn, load, prune, refine, save, tune
 from basis_select.checkpoint.verify import probe_logits
 from basis_select.heal import add_adapters, suitable_rate
 from basis_select.layers.group import groups, table_of
+from basis_select.layers.rounded import RoundedLinear
 from basis_select.run.work import load_teacher
 from basis_select.system import processes
 from basis_select.training import precision
@@ -249,6 +250,9 @@ def test_the_further_from_the_parent_the_faster_it_heals(task):
     rates = [suitable_rate(parent, task, sharper(times)) for times in (1, 8, 20, 1000)]
     assert rates == sorted(rates)
     assert rates[0] == 1e-5 < rates[1] < rates[2] < rates[3] <= 1e-3
+    rounded = copy.deepcopy(parent)
+    rounded.set_submodule("lm_head", RoundedLinear.rounded(rounded.lm_head, 8))
+    assert suitable_rate(rounded, task, sharper(8)) == pytest.approx(3 * rates[1], rel=0.1)
     with pytest.raises(ValueError, match="pass a teacher or lr"):
         heal(parent, task, steps=1)
 
