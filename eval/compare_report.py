@@ -132,10 +132,10 @@ def table(results):
     return "\n".join(lines)
 
 
-def summary(results, sizes=("4x", "8x")):
-    """The NLL alone, as one Markdown table of all comparisons at some sizes; those not factored have their own."""
+def summary(results):
+    """The NLL alone, as one Markdown table of all comparisons and sizes; those not factored have their own."""
     cells = {title: _cells(rows) for title, rows in comparisons(results).items()}
-    columns = [(title, size) for title in cells for size in sizes if any(s == size for _, s in cells[title])]
+    columns = [(title, size) for title in cells for size in dict.fromkeys(s for _, s in cells[title] if s)]
     lines = []
     for method, dense in dict.fromkeys((r["method"], not r["size"]) for r in results):
         found = [cells[title].get((method, None if dense else size)) for title, size in columns]

@@ -1,12 +1,13 @@
-"""A dense model and its cut version in every runtime: bytes, memory, response NLL, first token, decoding.
+"""A dense model and what it was made into, in every runtime: bytes, memory, response NLL, first token, decoding.
 
-python eval/runtimes.py DENSE CUT RECIPE FOLDER OUT.json [--llama-cpp SOURCE] [--items N] [--tokens N] [--rounds N]
-    [--threads N] [--prompts 32,128,512] [--batches 1,8,32]
+python eval/runtimes.py DENSE RECIPE FOLDER OUT.json RESULT ... [--llama-cpp SOURCE] [--items N] [--tokens N]
+    [--rounds N] [--threads N] [--prompts 32,128,512] [--batches 1,8,32]
 
-RECIPE names the task. FOLDER keeps the exports, so that a killed run does not repeat them. In a round each row reads a
-prompt of each length at batch 1, and at each batch size decodes `--tokens` tokens after prompts of 16, all rows in
-turn. Needs llama-cpp-python, built for this machine, and its source, whose converter writes the GGUF files; nncf; and
-the package's `export` extra. eval/tables.py writes the table.
+RECIPE names the task, a RESULT is a checkpoint made from DENSE; its rows are named by its size on disk. FOLDER keeps
+the exports, so that a killed run does not repeat them. In a round each row reads a prompt of each length at batch 1,
+and at each batch size decodes `--tokens` tokens after prompts of 16, all rows in turn. Needs llama-cpp-python, built
+for this machine, and its source, whose converter writes the GGUF files; nncf; torchao; and the package's `export`
+extra. eval/tables.py writes the table.
 """
 
 import argparse
@@ -30,6 +31,8 @@ import openvino
 import torch
 from llama_cpp_check import convert
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import StaticCache
 
 from basis_select import export, load, load_task
@@ -52,6 +55,8 @@ class OpenVino:
 
     def __init__(self, graph, threads):
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        if threads == 1:  # in bfloat16 one thread ends in a division by zero (openvinotoolkit/openvino#33300)
+            options["INFERENCE_PRECISION_HINT"] = "f32"
         self.request = openvino.compile_model(graph, "CPU", options).create_infer_request()
 
     def __call__(self, input_ids, cache=None):
@@ -108,10 +113,10 @@ class LlamaCpp:
 
 
 class Fast:
-    """What `load(fast=True)` gives, with a cache of fixed size."""
+    """A transformers model with a cache of fixed size; `step` is what computes one token after others."""
 
-    def __init__(self, model, longest):
-        self.model, self.longest = model, longest
+    def __init__(self, model, step, longest):
+        self.model, self.step, self.longest = model, step, longest
 
     def __call__(self, input_ids, cache=None):
         past, cache = cache or (0, StaticCache(self.model.config, max(self.longest, input_ids.shape[1])))
@@ -125,7 +130,8 @@ class Fast:
             logits_to_keep=0 if past == 0 else 1,
             is_first_iteration=past == 0,
         )
-        return SimpleNamespace(logits=self.model(**inputs, return_dict=True).logits, cache=(end, cache))
+        call = self.step if past else self.model
+        return SimpleNamespace(logits=call(**inputs, return_dict=True).logits, cache=(end, cache))
 
 
 def eager(source, a, dtype=None):
@@ -135,7 +141,24 @@ def eager(source, a, dtype=None):
 
 def fast(source, a):
     model = load(source, fast=True)[0]
-    return Fast(model, 16 + a.tokens), size_of(source, "*.safetensors")
+    return Fast(model, model, 16 + a.tokens), size_of(source, "*.safetensors")
+
+
+def torch_ao(source, a, config):
+    """As torchao's pages have it: linear layers of a bfloat16 model rounded, the step of one token compiled.
+
+    Its int4 kernel wants multiples of 16 outputs, which a head of trimmed tokens may not have.
+    """
+    model = load(source, "bfloat16")[0]
+    quantize_(model, config, lambda m, _: isinstance(m, torch.nn.Linear) and m.out_features % 16 == 0)
+    size = sum(_bytes_of(p) for p in model.parameters())
+    return Fast(model, torch.compile(model.forward, dynamic=False), 16 + a.tokens), size
+
+
+def _bytes_of(weight):
+    """Of a plain tensor, or of those that one of torchao's consists of."""
+    names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else []
+    return sum(getattr(weight, name).nbytes for name in names) if names else weight.nbytes
 
 
 def onnx_runtime(source, a, bits=None):
@@ -178,26 +201,40 @@ def llama(source, a, kind):
     return LlamaCpp(out, a.threads, max(a.longest, 16 + a.tokens)), out.stat().st_size
 
 
-ROWS = {
-    "dense, eager float32": ("dense", eager, "float32"),
-    "dense, load(fast=True)": ("dense", fast),
-    "dense, ONNX Runtime float32": ("dense", onnx_runtime),
-    "dense, ONNX Runtime int8": ("dense", onnx_runtime, 8),
-    "dense, ONNX Runtime int4": ("dense", onnx_runtime, 4),
-    "dense, OpenVINO float16": ("dense", open_vino),
-    "dense, OpenVINO int8": ("dense", open_vino, "INT8_ASYM"),
-    "dense, OpenVINO int4": ("dense", open_vino, "INT4_SYM"),
-    "dense, llama.cpp Q8_0": ("dense", llama, "Q8_0"),
-    "dense, llama.cpp Q4_K_M": ("dense", llama, "Q4_K_M"),
-    "dense, llama.cpp Q4_0": ("dense", llama, "Q4_0"),
-    "cut, eager as stored": ("cut", eager),
-    "cut, load(fast=True)": ("cut", fast),
+DENSE = {
+    "eager float32": (eager, "float32"),
+    "load(fast=True)": (fast,),
+    "torchao int8": (torch_ao, Int8WeightOnlyConfig()),
+    "torchao int4": (torch_ao, PrototypeInt4WeightOnlyConfig(group_size=GROUP)),
+    "ONNX Runtime float32": (onnx_runtime,),
+    "ONNX Runtime int8": (onnx_runtime, 8),
+    "ONNX Runtime int4": (onnx_runtime, 4),
+    "OpenVINO float16": (open_vino,),
+    "OpenVINO int8": (open_vino, "INT8_ASYM"),
+    "OpenVINO int4": (open_vino, "INT4_SYM"),
+    "llama.cpp Q8_0": (llama, "Q8_0"),
+    "llama.cpp Q4_K_M": (llama, "Q4_K_M"),
+    "llama.cpp Q4_0": (llama, "Q4_0"),
+}
+RESULT = {
+    "eager as stored": (eager,),
+    "load(fast=True)": (fast,),
+    "ONNX Runtime": (onnx_runtime,),
+    "OpenVINO": (open_vino,),
 }
 
 
+def rows_of(a):
+    """`{name of a row: (source, how to make it)}`."""
+    found = {f"dense, {name}": (a.dense, *how) for name, how in DENSE.items()}
+    for source in a.results:
+        size = size_of(source, "*.safetensors") / 1e6
+        found |= {f"{size:.0f} MB, {name}": (source, *how) for name, how in RESULT.items()}
+    return found
+
+
 def name_of(source):
-    path = Path(source)
-    return path.parent.name if path.name == "model" else path.name
+    return "-".join(Path(source).resolve().parts[-2:])  # of two runs' folders, "final" alone would name both
 
 
 def exported(source, to, folder):
@@ -256,10 +293,9 @@ def decoding(model, batch, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("dense", "cut", "recipe"):
-        parser.add_argument(name)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("out", type=Path)
+    for name, kind in (("dense", str), ("recipe", str), ("folder", Path), ("out", Path)):
+        parser.add_argument(name, type=kind)
+    parser.add_argument("results", nargs="+")
     parser.add_argument("--llama-cpp")
     for name, default in (("items", 32), ("tokens", 16), ("rounds", 7), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -273,10 +309,10 @@ def main():
     examples = load_task(recipe.task, load(a.dense)[1], recipe.seed, **data).test
     a.longest = max(*a.prompts, *(len(example.input_ids) for example in examples))
     rows, runs = {}, {}
-    for name, (which, make, *how) in ROWS.items():
+    for name, (source, make, *how) in rows_of(a).items():
         forget_peak_memory()
         before, began = resident_memory(), time.perf_counter()
-        model, size = make(getattr(a, which), a, *how)
+        model, size = make(source, a, *how)
         ready = time.perf_counter() - began
         nll = score(model, examples)
         gc.collect()

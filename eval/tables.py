@@ -98,14 +98,14 @@ FRONT = {  # name of the row: method and size in the results, and in which
     "parent": ("parent", None, "own"),
     "ours": ("default", "45MB", "own"),
     "the dense parent at 4 bits, healed": ("int4", None, "own"),
-    "best published method, SVD-LLM": ("SVD-LLM", "8x", "compare"),
+    "best published method, SVD-LLM": ("SVD-LLM", "67MB", "short"),
 }
 
 
 def front(results):
     """The rows that trained longest of those of one name."""
     tasks, lines = dict.fromkeys(r["task"] for r in results), []
-    found = {"own": results, "compare": read(REPO / "eval" / "results" / "compare.jsonl")}
+    found = {"own": results, "short": read(REPO / "eval" / "results" / "short.jsonl")}
     for name, (method, size, source) in FRONT.items():
         rows = [r for r in found[source] if (r["method"], r["size"]) == (method, size)]
         rows = [[r for r in rows if r["task"] == task and r["trained"] == _longest(rows)] for task in tasks]
@@ -267,7 +267,7 @@ def fill(text):
             lines = {"gallery": gallery, "quotes": quotes}[kind](runs[match[2]])
         elif source.suffix == ".jsonl":
             rows = read(source)
-            lines = front(rows) if kind == "front" else summary(rows) if source.stem == "compare" else on_disk(rows)
+            lines = front(rows) if kind == "front" else summary(rows) if source.stem == "short" else on_disk(rows)
         else:
             lines = TABLES[source.stem](json.loads(source.read_text()))
         return f"<!-- {kind}: {match[2]} -->\n{lines}<!-- end -->"

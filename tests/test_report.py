@@ -319,11 +319,11 @@ def test_letters_and_lines_stand_out_from_what_is_behind_them():
 
 @pytest.mark.slow
 def test_a_comparison_gets_a_page_of_the_same_kind():
-    results = read(REPO / "eval" / "results" / "compare.jsonl")
-    page = checked(compared(results, "compare"))
+    results = read(REPO / "eval" / "results" / "short.jsonl")
+    page = checked(compared(results, "short"))
     titles = [re.sub(r"\W+", "-", title) for title in comparisons(results)]
     assert page.headings() == [*titles, "how-to-read-it"]
-    markdown = (REPO / "eval" / "results" / "compare.md").read_text(encoding="utf-8")
+    markdown = (REPO / "eval" / "results" / "short.md").read_text(encoding="utf-8")
     lines = [re.sub(r"\*(\w+)\*", r"\1", line) for line in markdown.splitlines() if line.startswith("| ")]
     shown = [" ".join(f"| {' | '.join(line)} |".split()) for table in page.tables for line in table]
     assert shown == [" ".join(line.split()) for line in lines]
