@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from .checkpoint.targets import is_plain
 from .data.tasks import Task
+from .layers import kernels
 from .layers.embedding import RoundedEmbedding
 from .layers.group import groups, table_of
 from .layers.rounded import quantized, require_wide, training
 from .options import BatchSize, Checkpointing, Natural, Positive, Weight, checked
 from .system import processes
+from .system.machine import cache
 from .training.collage import Precision
 from .training.data import Batches, require_fit
 from .training.engine import train
@@ -83,6 +85,11 @@ def heal(
         if precision != "fp32" and processes.is_sharded(model):
             raise ValueError("FSDP cannot measure a model in fp32 and then train it in another precision: pass lr")
         lr = suitable_rate(model, task, teacher, seed) * (LORA_RATE if lora else 1)
+    if steps and quantized(model) and model.device.type == "cpu":
+        try:
+            kernels.load(cache() / "kernels")
+        except RuntimeError as error:
+            log.warning("%s; rounded weights train without it, more slowly", error)
     with training(model), CastOnce(teacher):
         if lora:
             add_adapters(model, lora)

@@ -17,7 +17,7 @@ from basis_select.bits import Form, forms, largest_share
 from basis_select.checkpoint.format import BasisSelectConfig
 from basis_select.checkpoint.targets import targets
 from basis_select.export import to_int8
-from basis_select.layers import rounded
+from basis_select.layers import kernels, rounded
 from basis_select.layers.group import groups
 from basis_select.layers.rounded import RoundedLinear, RoundingLinear, quantized, training
 from basis_select.layers.rounding import (
@@ -36,6 +36,7 @@ from basis_select.linalg.budget import best_for, rising
 from basis_select.run.pipeline import run
 from basis_select.run.plan import plan, text
 from basis_select.run.recipe import read
+from basis_select.system.machine import cache
 from basis_select.target import target
 from basis_select.training.loss import response_nll
 
@@ -128,11 +129,15 @@ def test_what_trains_computes_what_will_be_deployed(bits):
     assert torch.allclose(holder["a"](x), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("at_once", [1, 150, 2**16])
+@pytest.mark.parametrize("at_once", [1, 150, 2**16, "all by the kernel"])
 @pytest.mark.parametrize("bits", [8, 4, 3])
 def test_gradients_of_the_rounding_are_those_of_its_formula(bits, at_once, monkeypatch):
     """Straight through where a number is in range; as if rounding added a constant, for the scales too."""
-    monkeypatch.setattr(rounded, "AT_ONCE", at_once)
+    if isinstance(at_once, str):
+        kernels.load(cache() / "kernels")
+    else:
+        monkeypatch.setattr(rounded, "AT_ONCE", at_once)
+        monkeypatch.setattr(rounded, "_has_kernel", lambda weight, dtype: False)
     torch.manual_seed(0)
     layer = RoundingLinear.training(RoundedLinear.rounded(torch.nn.Linear(70, 5), bits))
     with torch.no_grad():
@@ -148,6 +153,27 @@ def test_gradients_of_the_rounding_are_those_of_its_formula(bits, at_once, monke
     expected.backward(g)
     assert torch.allclose(layer.weight.grad, weight.grad)
     assert torch.allclose(layer.scale.grad, scale.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (5, 33), (64, 96)])
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_the_kernel_rounds_what_trains_as_torch_does(bits, outputs, inputs, dtype, monkeypatch):
+    kernels.load(cache() / "kernels")
+    torch.manual_seed(0)
+    weight, g = torch.randn(outputs, inputs), torch.randn(outputs, inputs, dtype=dtype)
+    scale = 0.7 * nearest(weight, bits)[1]  # some are out of range
+    found = []
+    for there in (True, False):
+        monkeypatch.setattr(rounded, "_has_kernel", lambda weight, dtype, there=there: there)
+        w, s = (x.clone().requires_grad_() for x in (weight, scale))
+        made = rounded._Rounding.apply(w, s, bits, dtype)
+        made.backward(g)
+        found.append((made, w.grad, s.grad))
+    (made, of_weight, of_scale), expected = found
+    assert torch.equal(made, expected[0])
+    assert torch.equal(of_weight, expected[1])
+    assert torch.allclose(of_scale, expected[2], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (48, 64), (70, 32), (64, 40)])

@@ -1,6 +1,7 @@
-"""Products with weights of few bits as they are stored, by C++ that is compiled once for a machine (kernels.cpp).
+"""Products with weights of few bits as they are stored, and their rounding while they train (rounded.py), by C++ that
+is compiled once for a machine (kernels.cpp).
 
-3 bits are held in 4 here.
+3 bits are held in 4 by products.
 
 PyTorch's own kernels for such weights take bfloat16 and reach half the speed for one token, and each factor would be a
 call of its own, with a cost as large as a short product's (eval/results/NOTES.md).
@@ -22,7 +23,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def load(folder: Path) -> None:
-    """Let PyTorch know the operator `basis_select::product`, compiled into `folder` where they are not there yet.
+    """Let PyTorch know the operators of kernels.cpp, compiled into `folder` where they are not there yet.
 
     Raises RuntimeError with what the compiler said, or that there is none.
     """

@@ -186,14 +186,18 @@ class _Rounding(torch.autograd.Function):
     Gradients pass through the rounding as if it were none (straight-through, arXiv 1308.3432), and what is outside of
     the range of the whole numbers gets none; those of the scales are LSQ's (arXiv 1902.08153). One function, since the
     operations it is made of, each with a pass over the weights, would take most of a step; on a CPU some rows at a
-    time, so that what one operation leaves is still in the cache for the next.
+    time, so that what one operation leaves is still in the cache for the next, or in one pass by kernels.cpp where
+    that is loaded.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
         ctx.save_for_backward(weight, scale)
-        ctx.bits = bits
-        by_row, made = _by_row(scale), torch.empty_like(weight, dtype=dtype)
+        ctx.bits, by_row = bits, _by_row(scale)
+        if _has_kernel(weight, dtype):
+            scales = by_row.squeeze(-1)
+            return torch.ops.basis_select.rounded_weight(weight, scales, LARGEST[bits], dtype == torch.bfloat16)
+        made = torch.empty_like(weight, dtype=dtype)
         for rows in _pieces(weight):
             x = by_group(weight[rows], bits) / by_row[rows]
             made[rows] = _whole_(x, bits).mul_(by_row[rows]).flatten(1)[:, : weight.shape[1]]
@@ -202,14 +206,25 @@ class _Rounding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         weight, scale = ctx.saved_tensors
-        by_row, of_weight = _by_row(scale), torch.empty_like(weight)
-        of_scale = torch.empty_like(by_row)
+        by_row = _by_row(scale)
+        if _has_kernel(weight, grad.dtype):
+            options = by_row.squeeze(-1), grad.contiguous(), LARGEST[ctx.bits]
+            of_weight, of_scale = torch.ops.basis_select.rounded_weight_backward(weight, *options)
+            return of_weight, of_scale.view(scale.shape), None, None
+        of_weight, of_scale = torch.empty_like(weight), torch.empty_like(by_row)
         for rows in _pieces(weight):
             x, g = by_group(weight[rows], ctx.bits) / by_row[rows], by_group(grad[rows].to(weight.dtype), ctx.bits)
             inside = x.abs() <= LARGEST[ctx.bits]
             of_scale[rows] = _whole_(x.clone(), ctx.bits).sub_(x.mul_(inside)).mul_(g).sum(-1, keepdim=True)
             of_weight[rows] = torch.mul(g, inside, out=x).flatten(1)[:, : weight.shape[1]]
         return of_weight, of_scale.view(scale.shape), None, None
+
+
+def _has_kernel(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels.cpp is loaded (`kernels.load`) and rounds such a weight to such a dtype."""
+    known = weight.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16)
+    here = weight.device.type == "cpu" and weight.is_contiguous()
+    return known and here and hasattr(torch.ops.basis_select, "rounded_weight")
 
 
 def _pieces(weight: torch.Tensor) -> Iterator[slice]:
