@@ -4,7 +4,8 @@ python eval/kernel_speed.py OUT.json [--rounds N]
 
 One thread. Every product takes the next of 40 MB of weights, as in a model, so that they come from memory and not
 from a cache. All kernels take turns; the figures are billions of weights times tokens a second. eval/tables.py writes
-the table.
+the table. `rounding` in OUT.json is the other kernel, of weights that train: seconds of rounding 40 MB of float32
+weights and of their gradients, by it and by torch's operations.
 """
 
 import argparse
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from basis_select.evaluation.speed import take_turns
-from basis_select.layers import kernels
-from basis_select.layers.rounded import RoundedLinear, in_order
+from basis_select.layers import kernels, rounded
+from basis_select.layers.rounded import RoundedLinear, RoundingLinear, in_order
 from basis_select.layers.rounding import GROUP
 from basis_select.system.machine import cache
 from basis_select.system.writing import replace_text
@@ -49,6 +50,27 @@ def float32(layer):
 KERNELS = {"ours": ours, "PyTorch's, inputs in bfloat16": of_pytorch, "float32, not rounded": float32}
 
 
+def rounding(bits, rounds):
+    """`{by what: median seconds}` of rounding weights that train, to bfloat16, and of their gradients."""
+    rows, inputs = SHAPES["1536 x 256"]
+    count = round(BYTES / (rows * inputs * 4))
+    of = [RoundedLinear.rounded(torch.nn.Linear(inputs, rows, bias=False), bits) for _ in range(count)]
+    layers, grad = [RoundingLinear.training(layer) for layer in of], torch.randn(rows, inputs).bfloat16()
+    by_kernel = rounded._has_kernel
+
+    def run(found):
+        rounded._has_kernel = found
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer in layers:
+                layer.weight.grad = layer.scale.grad = None
+                layer.rounded_weight().backward(grad)
+        rounded._has_kernel = by_kernel
+
+    ways = {"kernel": by_kernel, "torch": lambda weight, dtype: False}
+    seconds = take_turns({name: partial(partial, run, found) for name, found in ways.items()}, rounds)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -73,7 +95,8 @@ def main():
                 for name, times in seconds.items():
                     speed = count * rows * inputs * tokens / statistics.median(times) / 1e9
                     found.setdefault(name, {}).setdefault(f"{bits} bits, {tokens} tokens", {})[shape] = speed
-    replace_text(a.out, json.dumps({"rounds": a.rounds, "speeds": found}, indent=1) + "\n")
+    training = {f"{bits} bits": rounding(bits, a.rounds) for bits in (8, 4)}
+    replace_text(a.out, json.dumps({"rounds": a.rounds, "speeds": found, "rounding": training}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
