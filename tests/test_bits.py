@@ -155,6 +155,18 @@ def test_gradients_of_the_rounding_are_those_of_its_formula(bits, at_once, monke
     assert torch.allclose(layer.scale.grad, scale.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_without_a_compiler_rounded_weights_train_all_the_same(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(kernels, "_is_loaded", lambda: False)
+    monkeypatch.setattr(rounded, "_has_kernel", lambda weight, dtype: False)
+    task, model = make_task(), tiny()
+    model.set_submodule("model.layers.0.mlp.up_proj", RoundedLinear.rounded(model.model.layers[0].mlp.up_proj, 8))
+    before = model.model.layers[0].mlp.up_proj.weight
+    bs.heal(model, task, tiny(), steps=2, batch_size=4, lr=1e-2)
+    assert "there is no no-such-compiler" in caplog.text
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (5, 33), (64, 96)])
 @pytest.mark.parametrize("bits", [8, 4, 3])

@@ -36,7 +36,8 @@ def load(folder: Path) -> None:
     if not library.exists():
         _compile([compiler, *options], library)
     torch.ops.load_library(library)
-    torch.library.register_fake("basis_select::product", _shape)
+    for name, of in (("product", _product), ("rounded_weight", _rounded), ("rounded_weight_backward", _gradients)):
+        torch.library.register_fake(f"basis_select::{name}", of)
 
 
 def _is_loaded() -> bool:
@@ -72,8 +73,21 @@ def _compile(command: list[str], library: Path) -> None:
         made.replace(library)
 
 
-def _shape(x: torch.Tensor, packed: torch.Tensor, layout: list[int], bias: torch.Tensor | None) -> torch.Tensor:
+# What the operators return, for tensors that have shapes alone.
+
+
+def _product(x: torch.Tensor, packed: torch.Tensor, layout: list[int], bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], layout[-2])
+
+
+def _rounded(weight: torch.Tensor, scale: torch.Tensor, largest: float, in_bfloat16: bool) -> torch.Tensor:
+    return torch.empty_like(weight, dtype=torch.bfloat16 if in_bfloat16 else torch.float32)
+
+
+def _gradients(
+    weight: torch.Tensor, scale: torch.Tensor, grad: torch.Tensor, largest: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(weight), torch.empty_like(scale)
 
 
 def pack(weights: list[RoundedLinear]) -> tuple[torch.Tensor, list[int]]:
