@@ -114,6 +114,12 @@ def test_a_grid_is_measured_once_and_reported(tmp_path):
     assert read(results)[:-1] == found
     assert read(results)[-1]["method"] == "int8"
 
+    # another grid with the same folder makes its own choices
+    method = {"FWSVD": {"decompose.metric": "fisher", "decompose.share": False, "trained": [100]}}
+    other = {**grid, "choose": {"size": "2x", "trained": 100, "heal": [1]}, "methods": method}
+    compare(other, tmp_path / "runs", tmp_path / "other.jsonl")
+    assert [row["heal"] for row in read(tmp_path / "other.jsonl")[1:]] == [1]
+
     lines = table(found).splitlines()
     assert sum(line.startswith("| learned |") for line in lines) == 2  # its likelihood, its answers
     value = mean(by_name["Taylor", "2x", 100])
