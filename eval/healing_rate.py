@@ -12,7 +12,7 @@ from pathlib import Path
 from compare import read
 
 from basis_select.evaluation.report import markdown
-from basis_select.heal import rate_at
+from basis_select.heal import ROUNDED_RATE, rate_at
 
 TIMES = (0.3, 1, 3, 10, 30)
 NAMES = ("heal", "kl", "lr", "validation_nll")  # of a candidate; its other keys are what else was to choose
@@ -53,7 +53,7 @@ def table(paths):
     for trial in sorted(trials(paths), key=lambda t: (t["rounded"], t["name"][4], t["kl"] or 0.0)):
         task, seed, what, size, trained = trial["name"]
         kl = "under 0.04" if trial["kl"] is None else f"{trial['kl']:.2g}"
-        own = rate_at(1.0, trial["rounded"]) / rate_at(1.0, rounded=False)
+        own = ROUNDED_RATE if trial["rounded"] else 1
         cells = [f"{trial['above'][n]:.3f}" if n in trial["above"] else "" for n in TIMES]
         cells = [f"**{cell}**" if n == own and cell else cell for n, cell in zip(TIMES, cells, strict=True)]
         where = f"{what}, {size}" if size else what
