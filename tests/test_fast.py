@@ -15,8 +15,8 @@ import basis_select as bs
 from basis_select.checkpoint.fast import ready
 from basis_select.checkpoint.files import save
 from basis_select.layers import kernels
-from basis_select.layers.rounded import RoundedLinear, quantized
-from basis_select.layers.stacking import FixedLinear, Part
+from basis_select.layers.rounded import RoundedLinear, quantized, split
+from basis_select.layers.stacking import FixedLinear, FixedProduct, Part
 from basis_select.system.machine import cache, fast_bf16
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -70,13 +70,28 @@ def test_the_kernels_multiply_by_what_is_stored(bits, outputs, inputs):
         expected = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
         far = (fixed(x).double() - expected).abs()
         assert (far <= 1e-4 * (x.double().norm(dim=-1, keepdim=True) * layer.weight.norm(dim=1) + 1e-3)).all()
-        narrow = fixed(x.bfloat16())
+        narrow, wide = fixed(x.bfloat16()), fixed(x.bfloat16().float())
         assert narrow.dtype == torch.bfloat16
-        torch.testing.assert_close(narrow, fixed(x.bfloat16().float()).bfloat16())
+        size = x.norm(dim=-1, keepdim=True) * layer.weight.norm(dim=1) + layer.bias.abs()
+        assert ((narrow.float() - wide).abs() <= 2**-7 * size).all()  # bfloat16 has eight bits
         for bad in (torch.nan, torch.inf, -torch.inf):
             x[1, -1, -1] = bad
             assert not fixed(x)[1, -1].isfinite().any()
             assert fixed(x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_multiply_by_factors_in_two_parts(tokens, dtype):
+    kernels.load(cache() / "kernels")
+    torch.manual_seed(0)
+    factors = torch.nn.Linear(95, 40, bias=False), torch.nn.Linear(40, 33)
+    v, u = (split(f, 7, (8, 4), RoundedLinear.rounded, dim) for dim, f in enumerate(factors))
+    x = torch.randn(tokens, 95).to(dtype)
+    wide = u(v(x.float()))
+    found = FixedProduct(v, u)(x)
+    assert found.dtype == dtype
+    assert (found.float() - wide).norm() < (1e-4 if dtype == torch.float32 else 1e-2) * wide.norm()
 
 
 PORTABLE = """

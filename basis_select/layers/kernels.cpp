@@ -3,7 +3,7 @@
 //
 // Inputs become whole numbers of 16 bits with one scale for every GROUP of them, which is 100 times as precise as
 // bfloat16; products of whole numbers are summed exactly within a group, groups in float32. Of many tokens the
-// weights are restored in float32 first: from there on a library's product is faster.
+// weights are restored first, in the dtype of the inputs: from there on a library's product is faster.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -22,10 +22,11 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t GROUP = 32;       // inputs that share a scale at 4 bits
-constexpr int64_t FEW = 32;         // tokens up to which weights are not restored
-constexpr int64_t AHEAD = 2048;     // bytes from where weights are read to where memory is asked for more
-constexpr int64_t GRAIN = 1 << 17;  // products of two numbers below which a second thread costs more than it saves
+constexpr int64_t GROUP = 32;            // inputs that share a scale at 4 bits
+constexpr int64_t FEW = 32;              // tokens up to which weights are not restored
+constexpr int64_t FEW_IN_BFLOAT16 = 16;  // and where inputs are in bfloat16
+constexpr int64_t AHEAD = 2048;          // bytes from where weights are read to where memory is asked for more
+constexpr int64_t GRAIN = 1 << 17;       // products of two numbers below which a second thread costs more than it saves
 
 int64_t groups_of(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
 
@@ -58,6 +59,38 @@ struct Sum {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
 };
+
+// The upper halves of numbers in float32, to the nearest; none of them is infinite or no number.
+__m256i upper_halves(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x), last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff))), 16);
+}
+
+// The weights of a group in order, times `by`.
+template <typename Q, typename To>
+void restore_group(const Q* from, float by, To* to) {
+  __m128i whole[2] = {_mm_loadu_si128((const __m128i*)from)};
+  if constexpr (std::is_same_v<Q, int8_t>) {
+    whole[1] = _mm_loadu_si128((const __m128i*)(from + 16));
+  } else {
+    const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    const __m128i even = _mm_and_si128(whole[0], low), odd = _mm_and_si128(_mm_srli_epi16(whole[0], 4), low);
+    whole[0] = _mm_sub_epi8(_mm_unpacklo_epi8(even, odd), eight);
+    whole[1] = _mm_sub_epi8(_mm_unpackhi_epi8(even, odd), eight);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m256 scale = _mm256_set1_ps(by);
+    const __m256 a = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(whole[i])), scale);
+    const __m256 b = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(whole[i], 8))), scale);
+    if constexpr (std::is_same_v<To, float>) {
+      _mm256_storeu_ps(to + 16 * i, a);
+      _mm256_storeu_ps(to + 16 * i + 8, b);
+    } else {
+      const __m256i pairs = _mm256_packus_epi32(upper_halves(a), upper_halves(b));
+      _mm256_storeu_si256((__m256i*)(to + 16 * i), _mm256_permute4x64_epi64(pairs, 0b11011000));
+    }
+  }
+}
 
 // A group of inputs as whole numbers; returns their scale, which is no number where one of them is none.
 float rounded(const float* x, int16_t* to) {
@@ -105,6 +138,14 @@ struct Sum {
   }
   float total() const { return whole; }
 };
+
+template <typename Q, typename To>
+void restore_group(const Q* from, float by, To* to) {
+  for (int i = 0; i < GROUP; ++i) {
+    const int whole = std::is_same_v<Q, int8_t> ? from[i] : (i % 2 ? from[i / 2] >> 4 : from[i / 2] & 15) - 8;
+    to[i] = static_cast<To>(whole * by);
+  }
+}
 
 float rounded(const float* x, int16_t* to) {
   float whole = 0;
@@ -210,71 +251,87 @@ void add_few(const float* x, int64_t tokens, const Stored& w, float* y) {
   for (; t < tokens; ++t) add_few<1, Q>(in, t, w, y);
 }
 
-// The weight (rows, inputs) in float32.
-Tensor restored(const Stored& w) {
-  const int64_t inputs = w.inputs, groups = groups_of(inputs);
-  Tensor made = at::empty({w.rows, inputs}, at::kFloat);
-  float* to = made.mutable_data_ptr<float>();
-  at::parallel_for(0, w.rows, std::max<int64_t>(1, GRAIN / inputs), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      if (w.bits == 8) {
-        const int8_t* from = (const int8_t*)w.q + r * w.bytes;
-        for (int64_t i = 0; i < inputs; ++i) to[r * inputs + i] = from[i] * w.scale[r];
-      } else {
-        const uint8_t* from = (const uint8_t*)w.q + r * w.bytes;
-        for (int64_t g = 0; g < groups; ++g, from += GROUP / 2) {
-          const float by = w.scale[r * groups + g];
-          const int64_t size = std::min(GROUP, inputs - g * GROUP);
-          float found[GROUP];
-          for (int64_t i = 0; i < (size + 1) / 2; ++i) {
-            found[2 * i] = ((from[i] & 15) - 8) * by;
-            found[2 * i + 1] = ((from[i] >> 4) - 8) * by;
-          }
-          std::memcpy(to + r * inputs + g * GROUP, found, size * sizeof(float));
-        }
-      }
+// The weight (rows, inputs), its rows `stride` numbers apart.
+template <typename Q, typename To>
+void restore(const Stored& w, To* to, int64_t stride) {
+  constexpr bool WIDE = std::is_same_v<Q, int8_t>;
+  constexpr int64_t SIZE = WIDE ? GROUP : GROUP / 2;  // bytes of a group
+  const int64_t groups = groups_of(w.inputs), whole = w.inputs / GROUP;
+  at::parallel_for(0, w.rows, std::max<int64_t>(1, GRAIN / w.inputs), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const Q* from = (const Q*)w.q + r * w.bytes;
+      const float* by = w.scale + r * (WIDE ? 1 : groups);
+      To* row = to + r * stride;
+      for (int64_t g = 0; g < whole; ++g) restore_group(from + g * SIZE, by[WIDE ? 0 : g], row + g * GROUP);
+      if (whole == groups) continue;
+      Q last[SIZE] = {};
+      To found[GROUP];
+      std::memcpy(last, from + whole * SIZE, w.bytes - whole * SIZE);
+      restore_group(last, by[WIDE ? 0 : whole], found);
+      std::memcpy(row + whole * GROUP, found, (w.inputs - whole * GROUP) * sizeof(To));
+    }
   });
-  return made;
+}
+
+template <typename To>
+void restore(const Stored& w, To* to, int64_t stride) {
+  w.bits == 8 ? restore<int8_t>(w, to, stride) : restore<uint8_t>(w, to, stride);
+}
+
+// `product` with weights restored in the dtype of x; those of pairs are one v (all bases, inputs) and one u.
+template <typename To>
+Tensor product_of_many(const Tensor& x, const std::vector<Stored>& weights, const std::optional<Tensor>& bias) {
+  const auto in_dtype = [&](std::initializer_list<int64_t> sizes) { return at::empty(sizes, x.options()); };
+  const auto of = [](const Tensor& made) { return made.mutable_data_ptr<To>(); };
+  std::optional<Tensor> last;
+  if (bias) last = bias->to(x.scalar_type());
+  if (weights.size() == 1) {
+    const Tensor w = in_dtype({weights[0].rows, weights[0].inputs});
+    restore(weights[0], of(w), weights[0].inputs);
+    return at::linear(x, w, last);
+  }
+  int64_t bases = 0, first = 0;
+  for (size_t i = 0; i < weights.size(); i += 2) bases += weights[i].rows;
+  const Tensor v = in_dtype({bases, weights[0].inputs}), u = in_dtype({weights[1].rows, bases});
+  for (size_t i = 0; i < weights.size(); first += weights[i].rows, i += 2) {
+    restore(weights[i], of(v) + first * weights[i].inputs, weights[i].inputs);
+    restore(weights[i + 1], of(u) + first, bases);
+  }
+  return at::linear(at::linear(x, v), u, last);
 }
 
 // y: (tokens, rows) += x W^T, x: (tokens, inputs)
 void add_product(const float* x, int64_t tokens, const Stored& w, float* y) {
-  if (tokens > FEW) {
-    Tensor sum = at::from_blob(y, {tokens, w.rows}, at::kFloat);
-    sum.addmm_(at::from_blob(const_cast<float*>(x), {tokens, w.inputs}, at::kFloat), restored(w).t());
-  } else if (w.bits == 8) {
-    add_few<int8_t>(x, tokens, w, y);
-  } else {
-    add_few<uint8_t>(x, tokens, w, y);
-  }
+  w.bits == 8 ? add_few<int8_t>(x, tokens, w, y) : add_few<uint8_t>(x, tokens, w, y);
 }
 
 // `x W^T + bias` of one weight, or `sum of u[i](v[i](x)) + bias` of pairs; x: (..., inputs).
 // packed: what is Stored, one after the other: W, or v[0], u[0], v[1] ...; layout: (bits, rows, inputs) of each.
 Tensor product(const Tensor& x, const Tensor& packed, at::IntArrayRef layout, const std::optional<Tensor>& bias) {
-  const Tensor held = x.scalar_type() == at::kFloat && x.is_contiguous() ? x : x.to(at::kFloat).contiguous();
-  const float* in = held.const_data_ptr<float>();
-  const int64_t tokens = x.numel() / x.size(-1), out = layout[layout.size() - 2];
+  std::vector<Stored> weights;
+  for (size_t i = 0; i < layout.size(); i += 3) {
+    const uint8_t* at = weights.empty() ? packed.const_data_ptr<uint8_t>() : weights.back().end();
+    weights.emplace_back(at, layout[i], layout[i + 1], layout[i + 2]);
+  }
+  const int64_t tokens = x.numel() / x.size(-1), out = weights.back().rows;
+  if (x.scalar_type() == at::kBFloat16 && tokens > FEW_IN_BFLOAT16)
+    return product_of_many<at::BFloat16>(x, weights, bias);
+  if (tokens > FEW) return product_of_many<float>(x.to(at::kFloat), weights, bias).to(x.scalar_type());
+  const Tensor held = x.to(at::kFloat).contiguous();
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = out;
-  Tensor y = at::empty(sizes, at::kFloat);
+  Tensor y = at::empty(sizes, held.options());
   float* to = y.mutable_data_ptr<float>();
   if (bias)
     y.copy_(*bias);
   else
     std::fill_n(to, tokens * out, 0.0f);
-  const uint8_t* at = packed.const_data_ptr<uint8_t>();
-  for (size_t i = 0; i < layout.size(); i += 6) {
-    const Stored first(at, layout[i], layout[i + 1], layout[i + 2]);
-    if (layout.size() == 3) {
-      add_product(in, tokens, first, to);
-      break;
-    }
-    const Stored second(first.end(), layout[i + 3], layout[i + 4], layout[i + 5]);
-    std::vector<float> z(tokens * first.rows);
-    add_product(in, tokens, first, z.data());
-    add_product(z.data(), tokens, second, to);
-    at = second.end();
+  const float* in = held.const_data_ptr<float>();
+  if (weights.size() == 1) add_product(in, tokens, weights[0], to);
+  for (size_t i = 0; i + 1 < weights.size(); i += 2) {
+    std::vector<float> z(tokens * weights[i].rows);
+    add_product(in, tokens, weights[i], z.data());
+    add_product(z.data(), tokens, weights[i + 1], to);
   }
   return y.to(x.scalar_type());
 }
