@@ -18,7 +18,7 @@ from basis_select.run.work import load_teacher
 from basis_select.system import processes
 from basis_select.training import precision
 from basis_select.training.collage import VARIANTS
-from basis_select.training.data import Batches
+from basis_select.training.data import AT_ONCE, Batches
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +232,20 @@ def test_adapters_leave_the_bases_of_the_embedding_alone(task):
     model = heal(copy.deepcopy(start), task, parent, steps=2, batch_size=8, lr=1e-2, lora=2)
     assert torch.equal(table_of(model).leader.u.weight, table_of(start).leader.u.weight)
     assert not torch.equal(groups(model)[0].leader.u.weight, groups(start)[0].leader.u.weight)
+
+
+def test_a_batch_in_parts_trains_as_one_does(task, broken, monkeypatch, in_fp32, tmp_path):
+    parent, small = broken
+    models, losses = [], []
+    for at_once in (2**11, 64):
+        monkeypatch.setitem(AT_ONCE, "cpu", at_once)
+        model, folder = copy.deepcopy(small), tmp_path / str(at_once)
+        models.append(heal(model, task, parent, folder, steps=3, batch_size=8, lr=1e-3))
+        losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1] != losses[0]
+    for one, other in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_healing_brings_the_loss_down(task, broken, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 
 import pytest
@@ -12,7 +13,7 @@ import basis_select as bs
 from basis_select.data.answers import exact, number
 from basis_select.data.encoding import Encoder
 from basis_select.data.tasks import load_task
-from basis_select.training.data import Batches
+from basis_select.training.data import AT_ONCE, Batches
 
 SIZES = {"train": 50, "validation": 10, "test": 10}
 
@@ -134,6 +135,19 @@ def test_processes_share_the_rows_of_a_batch(task, world):
         assert (part["tokens"], part["responses"]) == (batch["real"].sum(), (batch["targets"] >= 0).sum())
         assert len(part["targets"]) % 64 == 0 < len(part["targets"])
     predicted = sorted(t for part in parts for t in part["targets"].tolist() if t >= 0)
+    assert predicted == sorted(t for t in batch["targets"].tolist() if t >= 0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 9])
+def test_a_batch_that_is_too_large_comes_in_parts(task, world, monkeypatch):
+    """All its rows, however many processes share them; each of these has as many parts."""
+    batch = Batches(task.train, 7, 6, seed=3)[0]
+    rows, length = batch["input_ids"].shape
+    monkeypatch.setitem(AT_ONCE, "cpu", 2 * length)
+    found = [Batches(task.train, 7, 6, seed=3, process=i, processes=world).parts(0, "cpu") for i in range(world)]
+    assert {len(parts) for parts in found} == {math.ceil(math.ceil(rows / world) / 2)}
+    assert max(len(part["input_ids"]) for parts in found for part in parts) <= 2
+    predicted = sorted(t for parts in found for part in parts for t in part["targets"].tolist() if t >= 0)
     assert predicted == sorted(t for t in batch["targets"].tolist() if t >= 0)
 
 

@@ -20,7 +20,7 @@ from ..statistics.derivatives import PROBES
 from ..statistics.moments import EXAMPLES_TOGETHER, moment_bytes, moment_room, passes
 from ..system import processes
 from ..training.cost import Cost, moments_step, training_step
-from ..training.data import Batches
+from ..training.data import Batches, rows_at_once
 from ..tune import trainable
 from . import measuring, room
 from .measuring import Estimate
@@ -229,19 +229,29 @@ def _training(
 
 
 def _steps(options: Any, task: Task, seed: int, step_at: Callable, machine: Machine, sharded: bool) -> Estimate:
-    processes = machine.processes
-    shape, share, tokens = _batch_shapes(task, options.batch_size, options.steps, seed, processes)
+    count = machine.processes
+    shape, share, tokens = _batch_shapes(task, options.batch_size, options.steps, seed, count)
     how = {"precision": options.precision, "checkpointing": options.checkpointing}
     how["taught"] = getattr(options, "kl", 0) > 0
-    step = step_at(shape, **how)
-    flops = options.steps * processes * _average(step, share)
-    parts = processes if sharded else 1
+    step = _in_parts(step_at, shape, **how)
+    flops = options.steps * count * _average(step, share)
+    parts = count if sharded else 1
     memory = _memory(step, parts, step.held)
-    later = _batch_shapes(task, options.batch_size, options.steps, seed, processes, first=1)[0]
+    later = _batch_shapes(task, options.batch_size, options.steps, seed, count, first=1)[0]
     if later != shape:  # the largest batch comes first, before there are optimizer states
-        after = step_at(later, **how)
+        after = _in_parts(step_at, later, **how)
         memory = max(_memory(step, parts, step.held - step.states), _memory(after, parts, after.held))
-    return Estimate(options.steps, options.steps * tokens, flops, flops / machine.rates["train"] / processes, memory)
+    return Estimate(options.steps, options.steps * tokens, flops, flops / machine.rates["train"] / count, memory)
+
+
+def _in_parts(step_at: Callable, shape: tuple[int, int, int], **how: Any) -> Cost:
+    """The Cost of a step on a batch of `shape`, in the parts in which it passes here."""
+    rows, length, responses = shape
+    size = rows_at_once(rows, length, processes.device().type)
+    step, parts = step_at((size, length, -(-responses * size // rows)), **how), rows / size
+    passing = step.passing + step.gradients * (parts > 1)  # those of the parts before it
+    flops = {key: round(getattr(step, key) * parts) for key in ("flops", "head_flops")}
+    return dataclasses.replace(step, passing=passing, **flops)
 
 
 def _memory(step: Cost, parts: int, held: int) -> float:

@@ -15,6 +15,8 @@ from ..data.tasks import Example, Task
 LENGTH_MULTIPLE = 16  # tokens; on CPUs every new matmul shape costs the library a freshly generated kernel
 RESPONSE_MULTIPLE = 64
 WINDOW = 16  # batches that are sorted by length together
+AT_ONCE = {"cpu": 2**11}  # tokens of a batch, padding counted, that a device passes forward and backward together:
+ELSEWHERE = 2**14  # more are no faster, and memory grows with them
 
 
 def require_fit(model: PreTrainedModel, task: Task) -> None:
@@ -76,15 +78,23 @@ class Batches:
         return self.steps
 
     def __getitem__(self, step: int) -> dict:
+        return self.parts(step, None)[0]
+
+    def parts(self, step: int, device: str | None) -> list[dict]:
+        """The batch of a step in as few parts of equal size as `device` passes at once, those of all processes as many;
+        None: in one. The losses and gradients of the parts sum up to those of the batch.
+        """
         if not 0 <= step < self.steps:
             raise IndexError(step)
         rows = [self.examples[i] for i in self.rows(step)]
-        batch = self.collate(rows[self.process :: self.processes] or [_without_response(rows[0])])
-        return {
-            **batch,
+        most, length = -(-len(rows) // self.processes), max(len(e.input_ids) for e in rows)
+        size = most if device is None else rows_at_once(most, _round_up(length, LENGTH_MULTIPLE), device)
+        own, empty = rows[self.process :: self.processes], [_without_response(rows[0])]
+        count = {
             "tokens": sum(len(e.input_ids) for e in rows),
             "responses": sum(len(e.input_ids) - e.start for e in rows),
         }
+        return [{**self.collate(own[i : i + size] or empty), **count} for i in range(0, most, size)]
 
     def rows(self, step: int) -> list[int]:
         """Indices of the examples of a step, those of all processes."""
@@ -121,6 +131,16 @@ class Batches:
             "positions": torch.tensor(positions + [0] * padding),
             "targets": torch.tensor(targets + [-100] * padding),
         }
+
+
+def rows_at_once(rows: int, length: int, device: str) -> int:
+    """How many of so many rows of `length` tokens a device passes forward and backward together.
+
+    >>> rows_at_once(24, 176, "cpu")
+    8
+    """
+    at_once = max(1, AT_ONCE.get(device, ELSEWHERE) // length)
+    return -(-rows // -(-rows // at_once))
 
 
 def drawn(examples: Sequence[Example], count: int) -> list[Example]:

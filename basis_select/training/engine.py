@@ -76,6 +76,7 @@ def train(
     step w - 1 is at lr. `name` is what the progress bar calls this. `precision`: "fp32", or one of collage.VARIANTS,
     with which the model is in bfloat16 while it trains (basis weights stay fp32) and comes back in its own dtype:
     parameters that trained with all that was carried for them, other parameters rounded, buffers as they were.
+    A batch that is more than data.AT_ONCE tokens passes in parts, which its size then costs no memory.
     `checkpointing` keeps only the inputs of the decoder layers and computes the rest anew in the backward pass.
     `beside` is asked before every step, and may end the training; what it keeps is part of the checkpoints.
     `folder` (default: a temporary one) receives `metrics.jsonl` and the checkpoints from which a second call with the
@@ -147,11 +148,11 @@ def _run(
         return time.monotonic() - saved > SAVE_EVERY
 
     for i in progress(range(done, steps), name, "step", total=steps, done=done, quiet=processes.index() > 0):
-        batch = batches[i]
+        parts = batches.parts(i, model.device.type)
         if beside and beside.before_step(i, optimizer):
             break
         began = time.monotonic()
-        values = _step(model, optimizer, batch, i, rates[i], loss)
+        values = _step(model, optimizer, parts, i, rates[i], loss)
         rows.append({"step": i + 1, **values, "seconds": round(time.monotonic() - began, 4)})
         if processes.index() == 0:
             with (folder / "metrics.jsonl").open("a") as file:
@@ -163,28 +164,31 @@ def _run(
 
 
 def _step(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict, i: int, rate: float, loss: Callable
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, parts: list[dict], i: int, rate: float, loss: Callable
 ) -> dict:
-    """Step i, in place; returns the metrics of the whole batch."""
+    """Step i on a batch in parts, in place; returns the metrics of the whole batch."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     if isinstance(optimizer, CollageAdamW):
         optimizer.measure = i % MEASURE_EVERY == 0
     model.train()
-    parts = loss(batch)
-    values = dict(zip(("loss", "ce", "kl"), processes.total(torch.stack(parts).detach()).tolist(), strict=True))
+    losses = 0
+    for part in parts:
+        values = torch.stack(loss(part))
+        (values[0] * processes.count()).backward()  # gradients are averaged over processes
+        losses += values.detach()
+    values = dict(zip(("loss", "ce", "kl"), processes.total(losses).tolist(), strict=True))
     if not math.isfinite(values["loss"]):
         raise FloatingPointError(
             f"the loss became {values['loss']} at step {i + 1}; "
             f"the state before it is kept, a learning rate below {optimizer.defaults['lr']:g} may help"
         )
-    (parts[0] * processes.count()).backward()  # gradients are averaged over processes
     processes.average_gradients(model.parameters())
     nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
     optimizer.step()
     model.zero_grad()
     lost = optimizer.quality if getattr(optimizer, "measure", False) else {}
-    return {**values, "tokens": batch["tokens"], "lr": rate, **lost}
+    return {**values, "tokens": parts[0]["tokens"], "lr": rate, **lost}
 
 
 def _recorded(path: Path, steps: int) -> list[dict]:
