@@ -29,9 +29,9 @@ TOKENS = (1, 4, 8, 32, 128)
 BYTES = 40e6
 
 
-def ours(layer):
+def ours(layer, dtype=torch.float32):
     packed, layout = kernels.pack([layer])
-    return lambda x: torch.ops.basis_select.product(x, packed, layout, None)
+    return lambda x: torch.ops.basis_select.product(x.to(dtype), packed, layout, None).float()
 
 
 def of_pytorch(layer):
@@ -47,7 +47,12 @@ def float32(layer):
     return lambda x: F.linear(x, weight)
 
 
-KERNELS = {"ours": ours, "PyTorch's, inputs in bfloat16": of_pytorch, "float32, not rounded": float32}
+KERNELS = {
+    "ours": ours,
+    "ours, inputs in bfloat16": partial(ours, dtype=torch.bfloat16),
+    "PyTorch's, inputs in bfloat16": of_pytorch,
+    "float32, not rounded": float32,
+}
 
 
 def rounding(bits, rounds):
