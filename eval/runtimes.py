@@ -4,10 +4,10 @@ python eval/runtimes.py DENSE RECIPE FOLDER OUT.json RESULT ... [--llama-cpp SOU
     [--rounds N] [--threads N] [--prompts 32,128,512] [--batches 1,8,32]
 
 RECIPE names the task, a RESULT is a checkpoint made from DENSE; its rows are named by its size on disk. FOLDER keeps
-the exports, so that a killed run does not repeat them. In a round each row reads a prompt of each length at batch 1,
-and at each batch size decodes `--tokens` tokens after prompts of 16, all rows in turn. Needs llama-cpp-python, built
-for this machine, and its source, whose converter writes the GGUF files; nncf; torchao; and the package's `export`
-extra. eval/tables.py writes the table.
+the exports, so that a killed run does not repeat them. In a round each row reads a prompt of each length at batch 1 and
+one of a length that it has not read before, and at each batch size decodes `--tokens` tokens after prompts of 16, all
+rows in turn. Needs llama-cpp-python, built for this machine, and its source, whose converter writes the GGUF files;
+nncf; torchao; and the package's `export` extra. eval/tables.py writes the table.
 """
 
 import argparse
@@ -273,6 +273,12 @@ def reading(model, length):
     return lambda: run
 
 
+def reading_anew(model, lengths):
+    """The same, of another length every time."""
+    lengths = iter(lengths)
+    return lambda: reading(model, next(lengths))()
+
+
 def decoding(model, batch, tokens):
     """What `take_turns` prepares and times, of anything called like a model: greedy tokens after prompts of 16."""
 
@@ -307,7 +313,9 @@ def main():
     recipe = read(a.recipe)
     data = copy.copy(vars(recipe.data)) | {"test": a.items}
     examples = load_task(recipe.task, load(a.dense)[1], recipe.seed, **data).test
-    a.longest = max(*a.prompts, *(len(example.input_ids) for example in examples))
+    seen = {*a.prompts, *(len(example.input_ids) for example in examples)}
+    a.longest = max(seen)
+    unseen = [n for n in range(min(a.prompts) + 1, a.longest) if n not in seen]
     rows, runs = {}, {}
     for name, (source, make, *how) in rows_of(a).items():
         forget_peak_memory()
@@ -318,6 +326,7 @@ def main():
         gc.collect()
         rows[name] = {"bytes": size, "resident": resident_memory() - before, "ready in": ready, "nll": nll}
         runs |= {(name, f"first token of {n}"): reading(model, n) for n in a.prompts}
+        runs[name, f"first token of lengths unseen from {unseen[0]}"] = reading_anew(model, unseen)
         runs |= {(name, f"decode at batch {n}"): decoding(model, n, a.tokens) for n in a.batches}
         print(name, json.dumps(rows[name]), flush=True)
     for (name, what), seconds in take_turns(runs, a.rounds).items():

@@ -80,7 +80,7 @@ def test_the_kernels_multiply_by_what_is_stored(bits, outputs, inputs):
             assert fixed(x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("tokens", [3, 40, 1200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_multiply_by_factors_in_two_parts(tokens, dtype):
     kernels.load(cache() / "kernels")

@@ -278,26 +278,47 @@ void restore(const Stored& w, To* to, int64_t stride) {
   w.bits == 8 ? restore<int8_t>(w, to, stride) : restore<uint8_t>(w, to, stride);
 }
 
-// `product` with weights restored in the dtype of x; those of pairs are one v (all bases, inputs) and one u.
+// How many of so many tokens are multiplied at once. oneDNN, which multiplies in bfloat16, writes code for each shape, so
+// that prompts of every length would each cost a hundred milliseconds and 50 MB: there they are of three sizes.
+template <typename To>
+int64_t tokens_at_once(int64_t tokens) {
+  if (std::is_same_v<To, float>) return tokens;
+  return tokens >= 1024 ? 1024 : tokens > 64 ? 128 : 64;
+}
+
+// `product` with weights restored in the dtype of x: (tokens, inputs); those of pairs are one v (all bases, inputs) and
+// one u.
 template <typename To>
 Tensor product_of_many(const Tensor& x, const std::vector<Stored>& weights, const std::optional<Tensor>& bias) {
   const auto in_dtype = [&](std::initializer_list<int64_t> sizes) { return at::empty(sizes, x.options()); };
   const auto of = [](const Tensor& made) { return made.mutable_data_ptr<To>(); };
+  std::vector<Tensor> factors;  // the one that is multiplied first comes first
+  if (weights.size() == 1) {
+    factors = {in_dtype({weights[0].rows, weights[0].inputs})};
+    restore(weights[0], of(factors[0]), weights[0].inputs);
+  } else {
+    int64_t bases = 0, first = 0;
+    for (size_t i = 0; i < weights.size(); i += 2) bases += weights[i].rows;
+    factors = {in_dtype({bases, weights[0].inputs}), in_dtype({weights[1].rows, bases})};
+    for (size_t i = 0; i < weights.size(); first += weights[i].rows, i += 2) {
+      restore(weights[i], of(factors[0]) + first * weights[i].inputs, weights[i].inputs);
+      restore(weights[i + 1], of(factors[1]) + first, bases);
+    }
+  }
   std::optional<Tensor> last;
   if (bias) last = bias->to(x.scalar_type());
-  if (weights.size() == 1) {
-    const Tensor w = in_dtype({weights[0].rows, weights[0].inputs});
-    restore(weights[0], of(w), weights[0].inputs);
-    return at::linear(x, w, last);
+  const int64_t tokens = x.size(0);
+  Tensor y = in_dtype({tokens, weights.back().rows});
+  for (int64_t start = 0; start < tokens;) {
+    const int64_t size = tokens_at_once<To>(tokens - start), here = std::min(size, tokens - start);
+    Tensor z = x.narrow(0, start, here);
+    if (here < size) z = at::constant_pad_nd(z, {0, 0, 0, size - here});
+    for (const Tensor& factor : factors)
+      z = at::linear(z, factor, &factor == &factors.back() ? last : std::nullopt);
+    y.narrow(0, start, here).copy_(z.narrow(0, 0, here));
+    start += here;
   }
-  int64_t bases = 0, first = 0;
-  for (size_t i = 0; i < weights.size(); i += 2) bases += weights[i].rows;
-  const Tensor v = in_dtype({bases, weights[0].inputs}), u = in_dtype({weights[1].rows, bases});
-  for (size_t i = 0; i < weights.size(); first += weights[i].rows, i += 2) {
-    restore(weights[i], of(v) + first * weights[i].inputs, weights[i].inputs);
-    restore(weights[i + 1], of(u) + first, bases);
-  }
-  return at::linear(at::linear(x, v), u, last);
+  return y;
 }
 
 // y: (tokens, rows) += x W^T, x: (tokens, inputs)
@@ -314,12 +335,13 @@ Tensor product(const Tensor& x, const Tensor& packed, at::IntArrayRef layout, co
     weights.emplace_back(at, layout[i], layout[i + 1], layout[i + 2]);
   }
   const int64_t tokens = x.numel() / x.size(-1), out = weights.back().rows;
-  if (x.scalar_type() == at::kBFloat16 && tokens > FEW_IN_BFLOAT16)
-    return product_of_many<at::BFloat16>(x, weights, bias);
-  if (tokens > FEW) return product_of_many<float>(x.to(at::kFloat), weights, bias).to(x.scalar_type());
-  const Tensor held = x.to(at::kFloat).contiguous();
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = out;
+  if (x.scalar_type() == at::kBFloat16 && tokens > FEW_IN_BFLOAT16)
+    return product_of_many<at::BFloat16>(x.reshape({tokens, -1}), weights, bias).view(sizes);
+  const Tensor held = x.to(at::kFloat).contiguous();
+  if (tokens > FEW)
+    return product_of_many<float>(held.view({tokens, -1}), weights, bias).view(sizes).to(x.scalar_type());
   Tensor y = at::empty(sizes, held.options());
   float* to = y.mutable_data_ptr<float>();
   if (bias)
