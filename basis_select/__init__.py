@@ -17,6 +17,7 @@ here; each is imported when it is first used, because torch and transformers tak
 
 import ast
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,10 @@ _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
 _PLACES = {
     name.name: f".{line.module}" for line in _STUB.body if isinstance(line, ast.ImportFrom) for name in line.names
 }
+
+# oneDNN writes code for every shape of a product, and once it has more than it keeps, it writes the same again. Bases
+# have many ranks: of the 1,024 that it keeps by itself, two lengths of batches take all. It asks at its first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 __version__ = "0.1.0"
 __all__ = sorted(_PLACES)

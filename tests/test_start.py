@@ -59,6 +59,15 @@ def test_threads_spin_for_a_moment_while_they_wait_unless_the_user_wants_it_othe
     assert fresh(code)[0].endswith(f"\n{found}\n")
 
 
+@pytest.mark.parametrize(("given", "found"), [(None, "8192"), ("16", "16")])
+def test_code_is_kept_for_many_shapes_unless_the_user_wants_it_otherwise(given, found, monkeypatch):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(name, given)
+    assert fresh(f"import os, basis_select; print(os.environ['{name}'])")[0] == f"{found}\n"
+
+
 @pytest.mark.parametrize("name", bs.__all__)
 def test_a_public_name_is_a_function_or_a_class(name):
     assert name in dir(bs)
