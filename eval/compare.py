@@ -267,7 +267,7 @@ def measured(grid, bench, row):
 
 def choice_of(grid, bench, method, own):
     """What `choose` has found for a method, once for all its rows."""
-    digest = hashlib.sha256(repr((own, grid.get("choose"))).encode()).hexdigest()[:10]
+    digest = hashlib.sha256(repr((own, grid.get("choose"), bench.base)).encode()).hexdigest()[:10]
     path = bench.home / f"choice-{plain(method)}-{digest}.json"
     if not path.exists():
         with alone(bench.home, f"choice {method}"):
