@@ -80,7 +80,7 @@ class _ShortAttention(TorchFunctionMode):
 
 
 class _CausalAttention(torch.autograd.Function):
-    """`softmax(scale * q k^T) v`, q: (rows, heads, tokens, d), k and v: (rows, fewer heads, each for several, tokens, d).
+    """`softmax(scale * q k^T) v`; q: (rows, heads, tokens, d), k and v: (rows, heads that some share, tokens, d).
 
     Forward by torch's kernel, which leaves log-sum-exps of the scores: (rows, heads, tokens). Backward by products, of
     ROWS queries and the keys up to them at a time, so that what lies between products is still in the cache; queries
