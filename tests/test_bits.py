@@ -22,7 +22,7 @@ from basis_select.layers.group import groups
 from basis_select.layers.rounded import RoundedLinear, RoundingLinear, quantized, training
 from basis_select.layers.rounding import (
     GROUP,
-    LARGEST,
+    RANGE,
     basis_costs,
     factors,
     nearest,
@@ -144,9 +144,9 @@ def test_gradients_of_the_rounding_are_those_of_its_formula(bits, at_once, monke
         layer.weight *= 1.1  # some are out of range now
     weight, scale = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.scale))
     by_row = scale.view(5, -1, 1).expand(-1, -1, 70 if bits == 8 else GROUP).flatten(1)[:, :70]
-    x = (weight / by_row).clamp(-LARGEST[bits], LARGEST[bits])
+    x = (weight / by_row).clamp(*RANGE[bits])
     expected = (x + (x.round() - x).detach()) * by_row
-    assert (x.abs() == LARGEST[bits]).any()
+    assert (x == RANGE[bits][0]).any()
     assert torch.allclose(layer.rounded_weight(), expected, atol=1e-6)
     g = torch.randn(5, 70)
     layer.rounded_weight().backward(g)
@@ -210,11 +210,12 @@ def test_few_bits_by_the_kernel_are_what_their_weight_computes(bits, device, inp
 def test_rounding_is_to_the_nearest_and_takes_the_bytes_that_it_says(rows, inputs, bits, seed):
     weight = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
     q, scale = nearest(weight, bits)
-    largest = LARGEST[bits]
-    assert q.abs().max() <= largest
+    lowest, highest = RANGE[bits]
+    assert q.min() >= lowest
+    assert q.max() <= highest
     each = scale[:, None] if bits == 8 else scale.repeat_interleave(GROUP, 1)[:, :inputs]
-    inside = weight.abs() <= largest * each  # others are cut off
-    assert ((restored(q, scale) - weight).abs() <= 0.5001 * each)[inside].all()
+    inside = (weight / each >= lowest) & (weight / each <= highest)  # others are cut off
+    assert ((restored(q, scale) - weight).abs() <= 0.5001 * each.abs())[inside].all()
     held = q if bits == 8 else packed(q, bits)
     assert bits == 8 or torch.equal(unpacked(held, inputs, bits), q)
     layer = RoundedLinear.of(torch.nn.Linear(inputs, rows, bias=False), q, scale, bits)

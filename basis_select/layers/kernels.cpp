@@ -370,47 +370,54 @@ void for_groups(const Tensor& weight, const Tensor& scale, Each each) {
   });
 }
 
-float whole(float x, float largest) { return std::min(std::max(std::nearbyint(x), -largest), largest); }
+// The range of the whole numbers.
+struct Range {
+  float lowest, highest;
+  float whole(float x) const { return std::min(std::max(std::nearbyint(x), lowest), highest); }
+  bool has(float x) const { return x >= lowest && x <= highest; }
+};
 
-// weight: (rows, inputs) rounded to whole numbers up to `largest` times `scale`: (rows, groups), all float32.
+// weight: (rows, inputs) rounded to whole numbers times `scale`: (rows, groups), all float32.
 template <typename To>
-void round_to(const Tensor& weight, const Tensor& scale, float largest, Tensor& made) {
+void round_to(const Tensor& weight, const Tensor& scale, Range range, Tensor& made) {
   const float *w = weight.const_data_ptr<float>(), *s = scale.const_data_ptr<float>();
   To* to = made.mutable_data_ptr<To>();
   for_groups(weight, scale, [=](int64_t start, int64_t size, int64_t g) {
-    for (int64_t i = start; i < start + size; ++i) to[i] = static_cast<To>(whole(w[i] / s[g], largest) * s[g]);
+    for (int64_t i = start; i < start + size; ++i) to[i] = static_cast<To>(range.whole(w[i] / s[g]) * s[g]);
   });
 }
 
-Tensor rounded_weight(const Tensor& weight, const Tensor& scale, double largest, bool in_bfloat16) {
+Tensor rounded_weight(const Tensor& weight, const Tensor& scale, double lowest, double highest, bool in_bfloat16) {
+  const Range range{static_cast<float>(lowest), static_cast<float>(highest)};
   Tensor made = at::empty(weight.sizes(), in_bfloat16 ? at::kBFloat16 : at::kFloat);
-  in_bfloat16 ? round_to<at::BFloat16>(weight, scale, largest, made) : round_to<float>(weight, scale, largest, made);
+  in_bfloat16 ? round_to<at::BFloat16>(weight, scale, range, made) : round_to<float>(weight, scale, range, made);
   return made;
 }
 
 // Of a group: the gradients of its weights, and returns that of its scale.
 template <typename From>
-float group_gradients(const float* w, const From* grad, float by, float largest, float* to, int64_t size) {
+float group_gradients(const float* w, const From* grad, float by, Range range, float* to, int64_t size) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < size; ++i) {
     const float x = w[i] / by, g = static_cast<float>(grad[i]);
-    const bool inside = std::abs(x) <= largest;
+    const bool inside = range.has(x);
     to[i] = inside ? g : 0.0f;
-    sum += (whole(x, largest) - (inside ? x : 0.0f)) * g;
+    sum += (range.whole(x) - (inside ? x : 0.0f)) * g;
   }
   return sum;
 }
 
 // Gradients of the weight, as if there were no rounding, none beyond the range, and of the scales (LSQ).
 std::tuple<Tensor, Tensor> rounded_weight_backward(
-    const Tensor& weight, const Tensor& scale, const Tensor& grad, double largest) {
+    const Tensor& weight, const Tensor& scale, const Tensor& grad, double lowest, double highest) {
+  const Range range{static_cast<float>(lowest), static_cast<float>(highest)};
   Tensor of_weight = at::empty_like(weight), of_scale = at::empty_like(scale);
   const float *w = weight.const_data_ptr<float>(), *s = scale.const_data_ptr<float>();
   float *to = of_weight.mutable_data_ptr<float>(), *sums = of_scale.mutable_data_ptr<float>();
   const auto from = [&](const auto* g) {
     for_groups(weight, scale, [=](int64_t start, int64_t size, int64_t i) {
-      sums[i] = group_gradients(w + start, g + start, s[i], static_cast<float>(largest), to + start, size);
+      sums[i] = group_gradients(w + start, g + start, s[i], range, to + start, size);
     });
   };
   if (grad.scalar_type() == at::kBFloat16)
@@ -424,8 +431,8 @@ std::tuple<Tensor, Tensor> rounded_weight_backward(
 
 TORCH_LIBRARY(basis_select, m) {
   m.def("product(Tensor x, Tensor packed, int[] layout, Tensor? bias) -> Tensor");
-  m.def("rounded_weight(Tensor weight, Tensor scale, float largest, bool in_bfloat16) -> Tensor");
-  m.def("rounded_weight_backward(Tensor weight, Tensor scale, Tensor grad, float largest) -> (Tensor, Tensor)");
+  m.def("rounded_weight(Tensor weight, Tensor scale, float lowest, float highest, bool in_bfloat16) -> Tensor");
+  m.def("rounded_weight_backward(Tensor weight, Tensor scale, Tensor grad, float lowest, float highest) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(basis_select, CPU, m) {

@@ -80,12 +80,14 @@ def _product(x: torch.Tensor, packed: torch.Tensor, layout: list[int], bias: tor
     return x.new_empty(*x.shape[:-1], layout[-2])
 
 
-def _rounded(weight: torch.Tensor, scale: torch.Tensor, largest: float, in_bfloat16: bool) -> torch.Tensor:
+def _rounded(
+    weight: torch.Tensor, scale: torch.Tensor, lowest: float, highest: float, in_bfloat16: bool
+) -> torch.Tensor:
     return torch.empty_like(weight, dtype=torch.bfloat16 if in_bfloat16 else torch.float32)
 
 
 def _gradients(
-    weight: torch.Tensor, scale: torch.Tensor, grad: torch.Tensor, largest: float
+    weight: torch.Tensor, scale: torch.Tensor, grad: torch.Tensor, lowest: float, highest: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(weight), torch.empty_like(scale)
 

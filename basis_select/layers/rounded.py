@@ -13,7 +13,7 @@ from torch import nn
 
 from .rounding import (
     GROUP,
-    LARGEST,
+    RANGE,
     by_group,
     nearest,
     packed,
@@ -196,7 +196,7 @@ class _Rounding(torch.autograd.Function):
         ctx.bits, by_row = bits, _by_row(scale)
         if _has_kernel(weight, dtype):
             scales = by_row.squeeze(-1)
-            return torch.ops.basis_select.rounded_weight(weight, scales, LARGEST[bits], dtype == torch.bfloat16)
+            return torch.ops.basis_select.rounded_weight(weight, scales, *RANGE[bits], dtype == torch.bfloat16)
         made = torch.empty_like(weight, dtype=dtype)
         for rows in _pieces(weight):
             x = by_group(weight[rows], bits) / by_row[rows]
@@ -208,13 +208,14 @@ class _Rounding(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         by_row = _by_row(scale)
         if _has_kernel(weight, grad.dtype):
-            options = by_row.squeeze(-1), grad.contiguous(), LARGEST[ctx.bits]
+            options = by_row.squeeze(-1), grad.contiguous(), *RANGE[ctx.bits]
             of_weight, of_scale = torch.ops.basis_select.rounded_weight_backward(weight, *options)
             return of_weight, of_scale.view(scale.shape), None, None
         of_weight, of_scale = torch.empty_like(weight), torch.empty_like(by_row)
         for rows in _pieces(weight):
             x, g = by_group(weight[rows], ctx.bits) / by_row[rows], by_group(grad[rows].to(weight.dtype), ctx.bits)
-            inside = x.abs() <= LARGEST[ctx.bits]
+            lowest, highest = RANGE[ctx.bits]
+            inside = (x >= lowest) & (x <= highest)
             of_scale[rows] = _whole_(x.clone(), ctx.bits).sub_(x.mul_(inside)).mul_(g).sum(-1, keepdim=True)
             of_weight[rows] = torch.mul(g, inside, out=x).flatten(1)[:, : weight.shape[1]]
         return of_weight, of_scale.view(scale.shape), None, None
@@ -240,7 +241,7 @@ def _by_row(scale: torch.Tensor) -> torch.Tensor:
 
 def _whole_(x: torch.Tensor, bits: int) -> torch.Tensor:
     """The whole numbers that stand for x, in its place."""
-    return x.round_().clamp_(-LARGEST[bits], LARGEST[bits])
+    return x.round_().clamp_(*RANGE[bits])
 
 
 class RoundingLinear(nn.Linear):

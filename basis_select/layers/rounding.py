@@ -1,6 +1,7 @@
 """Weights of 8, 4 or 3 bits: what they are rounded to, and what that costs. Functions of tensors.
 
-Values are whole numbers times a scale: at 8 bits one scale a row, below that one for GROUP inputs of a row. Scales are
+Values are whole numbers times a scale: at 8 bits one scale a row, below that one for GROUP inputs of a row, which is
+negative where the largest weight of a group is positive, since the range has one number more below zero. Scales are
 bfloat16 numbers, in whatever dtype they are held.
 """
 
@@ -10,7 +11,7 @@ import torch
 
 GROUP = 32  # inputs that share a scale below 8 bits
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the scale that holds the largest weight of a group below 8 bits
-LARGEST = {8: 127, 4: 7, 3: 3, 2: 1}  # whole numbers go from minus that to that; no checkpoint has 2 bits
+RANGE = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}  # of the whole numbers; no checkpoint has 2 bits
 
 Bits = Literal[8, 4, 3]
 
@@ -45,14 +46,18 @@ def nearest(weight: torch.Tensor, bits: int, cost: torch.Tensor | None = None) -
 
     cost: (inputs,), what a squared error of each input costs, 1 without it. Below 8 bits a group's scale is the one
     of SHRINK with the least cost: a few large weights are worth less than the precision of all others.
+
+    >>> nearest(torch.tensor([[4.0, -3, 2, -1]]), 3)
+    (tensor([[-4,  3, -2,  1]], dtype=torch.int8), tensor([[-1.]]))
     """
     grouped, cost = by_group(weight.float(), bits), _costs(cost, weight, bits)
-    largest = grouped.abs().amax(-1, keepdim=True) / LARGEST[bits]
+    largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
+    largest = (largest.abs() if bits == 8 else -largest) / -RANGE[bits][0]
     best = None
     for share in SHRINK if bits < 8 else SHRINK[:1]:
         scale = (largest * share).bfloat16().float()
-        scale = torch.where(scale > 0, scale, 1)
-        q = (grouped / scale).round().clamp(-LARGEST[bits], LARGEST[bits])
+        scale = torch.where(scale != 0, scale, 1)
+        q = (grouped / scale).round().clamp(*RANGE[bits])
         error = ((q * scale - grouped).square() * cost).sum(-1, keepdim=True)
         if best is None:
             best = [error, scale, q]
