@@ -56,8 +56,7 @@ class Form:
         if self.rank is None:
             group.to_dense(model, self.bits)
         else:
-            group.take(group.best(self.rank))
-            group.round(model, self.head, (self.more, self.bits))
+            group.round(model, self.rank, self.head, (self.more, self.bits))
 
 
 def _tensor(name: str, rows: int, columns: int, bits: int) -> int:
@@ -214,9 +213,9 @@ def forms(group: Group, multiple_of: int = 16, rounding: float = 1.0) -> list[tu
     s = group.s[order].double().cpu()
     u = torch.cat([layer.u.weight for layer in group.layers])[:, order].float()
     v = group.leader.v.weight[order].float()
-    output_cost, input_cost = _entry_costs(group)
+    outputs, inputs = group.sides()
     energy = _sums(s.square())
-    lost = {b: _sums(basis_costs(u, s.to(u), v, b, output_cost, input_cost)) for b in WIDTHS}
+    lost = {b: _sums(basis_costs(u, s.to(u), v, b, outputs, inputs)) for b in WIDTHS}
     found = []
     for rank in range(multiple_of, group.rank + 1, multiple_of):
         found += [(Form(rank, bits), energy[rank] - rounding * lost[bits][rank]) for bits in WIDTHS]
@@ -226,18 +225,9 @@ def forms(group: Group, multiple_of: int = 16, rounding: float = 1.0) -> list[tu
                 found.append((Form(rank, bits, head, more), energy[rank] - rounding * rounded))
     weight = (u * s.to(u)) @ v
     for bits in WIDTHS:
-        rounded = dense_cost(weight, bits, output_cost, input_cost)
+        rounded = dense_cost(weight, bits, outputs, inputs)
         found.append((Form(None, bits), energy[-1] - rounding * rounded))
     return [(form, form.price(group), float(value)) for form, value in found]
-
-
-def _entry_costs(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(output_cost: (sum out,), input_cost: (in,))` of a group of weighted bases."""
-    leader = group.leader
-    outputs = [layer.output_cost for layer in group.layers]
-    ones = leader.v.weight.new_ones
-    outputs = [ones(m.out_features) if c is None else c for m, c in zip(group.layers, outputs, strict=True)]
-    return torch.cat(outputs), ones(leader.in_features) if leader.input_cost is None else leader.input_cost
 
 
 def _sums(x: torch.Tensor) -> torch.Tensor:

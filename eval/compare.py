@@ -9,7 +9,7 @@ labels; the same order of examples. FOLDER keeps what rows share: parents, label
 done is one line of RESULTS.jsonl, measured after it was saved and loaded again; its bytes are those of that file.
 
 A method is a dict of recipe keys that differ from `base`. Keys of its own: `dense: BITS` is the dense parent with
-weights of so many bits (16, 8, 4, 3 or 2, its table 8), which trains with its rounding known, as ours does;
+weights of so many bits (16, 8, 4, 3 or 2, its table 8; below 8 by GPTQ), which trains with its rounding known, as ours;
 `learned: SHARE` is the share of the training that goes to `learn`, the rest is healing; `first: SIZE` cuts twice, first
 to that size with weights of 16 bits, which half of the training heals, then what has come of that, decomposed anew with
 moments of its own; `sizes` and `trained` stand in place of the grid's. A size is what `prune` takes, such as "45MB";
@@ -56,7 +56,7 @@ from basis_select.decompose import decompose
 from basis_select.evaluation.accuracy import generated
 from basis_select.heal import distance, heal, probes, rate_at
 from basis_select.layers.embedding import round_table
-from basis_select.layers.group import groups
+from basis_select.layers.group import groups, table_of
 from basis_select.layers.rounded import RoundedLinear, quantized
 from basis_select.layers.rounding import stored_bytes
 from basis_select.linalg.metrics import METRICS
@@ -222,16 +222,21 @@ class Bench:
         mean = statistics.fmean(len(e.input_ids) for e in self.task.train)
         return math.ceil(tokens / (mean * self.base.heal.batch_size))
 
+    def weighted(self, r):
+        """The last stage of row `r` that is on disk, and what it has made: the model as weighted bases."""
+        after = "decompose" if r.learn.steps else "derivatives"
+        with alone(self.home, "stages"):
+            folders = self.disk.row(r, until=after)
+        state = {"model": load_here(folders["model"] / "model")[0]}
+        if "derivatives" in folders:
+            state["derivatives"] = read_derivatives(folders["derivatives"])
+        return after, state
+
     def row(self, r, clock, model=None, after="refine", until="heal"):
         """The model of row `r` behind the stage `until`, from `model`, as it is behind `after`, or from disk."""
         state = {"model": model}
         if model is None:
-            after = "decompose" if r.learn.steps else "derivatives"
-            with alone(self.home, "stages"):
-                folders = self.disk.row(r, until=after)
-            state = {"model": load_here(folders["model"] / "model")[0]}
-            if "derivatives" in folders:
-                state["derivatives"] = read_derivatives(folders["derivatives"])
+            after, state = self.weighted(r)
         state |= {"parent": self.parent, "teacher": self.labels}
         runner = InMemory(lambda row, *_: self.disk.view(row, self.state), clock)
         return walk(r, runner, state, after=after, until=until, given=("teacher",))["model"]
@@ -331,7 +336,7 @@ def started(bench, own, method, size, steps):
     r = override(r, {"learn.steps": learned, "heal.steps": steps - learned - r.refine.steps * (steps > 0)}, method)
     taken = {stage: getattr(r, stage).steps for stage in ("learn", "refine", "heal")}
     if bits := own.get("dense"):
-        model = dense(copy.deepcopy(bench.parent), bits)
+        model = copy.deepcopy(bench.parent) if bits == 16 else dense(bench.weighted(r)[1]["model"], bits)
     else:
         r, model = r.at(size), None
         if first := own.get("first"):
@@ -357,11 +362,11 @@ def cut_before(bench, r, size, clock):
 
 
 def dense(model, bits):
-    """The layers of a dense model rounded to so many bits, the table to 8, in place; 16: none of them."""
-    if bits < 16:
-        for name, linear in targets(model).items():
-            model.set_submodule(name, RoundedLinear.rounded(linear, bits))
-        round_table(model, 8)
+    """A model of weighted bases with layers that are dense again, in place, rounded to so many bits, its table to 8."""
+    for group in (*groups(model), table_of(model)):
+        if group is not None:
+            group.to_dense(model, bits)
+    round_table(model, 8)
     return model
 
 

@@ -23,8 +23,11 @@ from basis_select.layers.rounded import RoundedLinear, RoundingLinear, quantized
 from basis_select.layers.rounding import (
     GROUP,
     RANGE,
+    Side,
     basis_costs,
+    dense_cost,
     factors,
+    fed_back,
     nearest,
     packed,
     restored,
@@ -226,18 +229,55 @@ def test_rounding_is_to_the_nearest_and_takes_the_bytes_that_it_says(rows, input
     assert stored_bytes(rows, inputs, bits) == held.numel() + 2 * scale.numel()
 
 
-def test_costs_of_rounding_are_the_loss_in_the_metric_that_it_makes():
+def moment(n, samples):
+    x = torch.randn(n, samples)
+    return (x @ x.T / samples + 0.05 * torch.eye(n)).double()
+
+
+def lost(error, g, a):
+    """`tr(error^T G error A)`"""
+    return float((error.double().T @ g @ error.double() * a).sum())
+
+
+@pytest.mark.parametrize("fed", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 48), (48, 64)])
+def test_costs_of_rounding_are_the_loss_in_the_metric_that_it_makes(outputs, inputs, fed):
     torch.manual_seed(0)
-    a, g = (x @ x.T / 40 + 0.05 * torch.eye(n) for n, x in ((48, torch.randn(48, 40)), (64, torch.randn(64, 40))))
-    w = torch.randn(64, 48)
-    u, s, v = metrics.decompose([w], [g.double()], a.double())
+    a, g = moment(inputs, inputs // 2), moment(outputs, outputs // 2)
+    w = torch.randn(outputs, inputs)
+    u, s, v = metrics.decompose([w], [g], a)
+    of_g, of_a = Side(g.diagonal()), Side(a.diagonal())
+    if fed:
+        of_g, of_a = Side.of(of_g.alone, u.T), Side.of(of_a.alone, v)
+    bases = Side(torch.ones(48))
     for bits in (8, 4, 3):
         wide, long = factors(u.float(), s.float(), v.float())
-        rounded = restored(*nearest(wide, bits)) @ restored(*nearest(long, bits, a.diagonal()))
-        error = (rounded - w).double()
-        actual = float((error.T @ g.double() @ error * a.double()).sum())
-        said = float(basis_costs(u.float(), s.float(), v.float(), bits, g.diagonal(), a.diagonal()).sum())
-        assert 0.7 < said / actual < 1.4
+        rounded = restored(*fed_back(wide, bits, bases, of_g)) @ restored(*fed_back(long, bits, of_a, bases))
+        said = float(basis_costs(u.float(), s.float(), v.float(), bits, of_g, of_a).sum())
+        assert 0.7 < said / lost(rounded - w, g, a) < 1.4
+        made = fed_back(w, bits, of_a, of_g)
+        assert 0.7 < dense_cost(w, bits, of_g, of_a) / lost(restored(*made) - w, g, a) < 1.4
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 70), (70, 96)])
+def test_errors_that_are_fed_back_cost_less(outputs, inputs, bits):
+    """On the side whose second moment all bases give; in as many bytes."""
+    torch.manual_seed(0)
+    a, g = moment(inputs, 20), moment(outputs, 20)
+    w = torch.randn(outputs, inputs)
+    u, _, v = metrics.decompose([w], [g], a)
+    of_g, of_a = Side.of(g.diagonal(), u.T), Side.of(a.diagonal(), v)
+    assert (of_a.root is None) == (inputs > outputs)
+    assert (of_g.root is None) == (outputs > inputs)
+    for side, exact in ((of_g, g), (of_a, a)):
+        if side.root is not None:
+            assert torch.allclose(side.root.T @ side.root @ exact, torch.eye(len(exact)).double(), atol=1e-6)
+            assert torch.equal(side.root, side.root.triu())
+    found = [fed_back(w, bits, of_a, of_g), fed_back(w, bits, Side(of_a.alone), Side(of_g.alone))]
+    fed, nearest_ = (lost(restored(*made) - w, g, a) for made in found)
+    assert fed < 0.6 * nearest_
+    assert [x.shape for x in found[0]] == [x.shape for x in found[1]]
 
 
 def test_prices_are_the_bytes_of_tensors_and_values_grow_with_bits(bases):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compare import alone, compare, dense, read, read_grid, rows, stored
 from compare_report import interval, plot, summary, table
-from conftest import tiny
+from conftest import make_task, tiny
 from test_trim import TEXT, byte_level, wrapped
 
 import basis_select as bs
@@ -172,7 +172,8 @@ def test_a_base_that_trims_trims_for_all_but_the_parent_and_counts_tokens_as_it_
 def test_a_dense_competitor_is_as_large_as_its_bits_and_its_table_has_8(bits, tied, tokenizer, tmp_path):
     before = tiny(tied=tied)
     weight, inner = before.get_input_embeddings().weight, [m.weight for m in targets(before).values()]
-    model, facts = stored(dense(tiny(tied=tied), bits), tokenizer, tmp_path / "model")
+    bases = bs.decompose(tiny(tied=tied), make_task(), metric="plain")
+    model, facts = stored(dense(bases, bits), tokenizer, tmp_path / "model")
     table = model.get_input_embeddings()
     scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16().float()
     expected = torch.where(scale > 0, (weight / scale).round() * scale, 0)

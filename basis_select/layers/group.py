@@ -1,7 +1,7 @@
 """Layers that read the same tensor: they share one `v` and one `s`, and are decomposed, priced and cut together."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from .embedding import LowRankEmbedding, module_name, set_table, table_to_dense
 from .learning import LearningLinear
 from .low_rank import LowRankLinear, resize
 from .rounded import RoundedLinear, split
+from .rounding import Side, fed_back
 from .shape import Shape
 
 
@@ -67,6 +68,17 @@ def balanced(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     a, s, b = torch.linalg.svd(r_u @ r_v.T, full_matrices=False)
     root = s.sqrt()
     return q_u @ (a * root), root[:, None] * (b @ q_v.T)
+
+
+def _parted(q: torch.Tensor, scale: torch.Tensor, shape: Shape) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Whole numbers and scales of stacked layers as those of each."""
+    return list(zip(q.split(shape.outputs), scale.split(shape.outputs), strict=True))
+
+
+def _as_made(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable:
+    """What `split` makes of parts whose whole numbers and scales are these, in order."""
+    left = iter(parts)
+    return lambda part, bits: RoundedLinear.of(part, *next(left), bits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,35 +189,56 @@ class Group:
         self._deploy(model, deployed)
 
     @torch.no_grad()
-    def round(self, model: nn.Module, head: int, bits: tuple[int, int]) -> None:
-        """Replace these layers of `model` by deployed ones: the `head` bases of largest `s` have the first of these
-        `bits`, the others the second.
+    def sides(self) -> tuple[Side, Side]:
+        """`(outputs, inputs)`: what errors cost there, as weighted bases say; all of them know it best."""
+        leader = self.leader
+        u, v = torch.cat([layer.u.weight for layer in self.layers]), leader.v.weight
+        costs = [layer.output_cost for layer in self.layers]
+        costs = [v.new_ones(m.out_features) if c is None else c for m, c in zip(self.layers, costs, strict=True)]
+        own = v.new_ones(leader.in_features) if leader.input_cost is None else leader.input_cost
+        return Side.of(torch.cat(costs), u.T), Side.of(own, v)
+
+    @torch.no_grad()
+    def round(self, model: nn.Module, rank: int, head: int, bits: tuple[int, int]) -> None:
+        """Replace these layers of `model` by deployed ones with the `rank` bases of largest `s`, of which the `head`
+        largest have the first of these `bits`, the others the second.
 
         `s` is merged as `rounding.factors` says; there must be no new bases.
         """
-        leader, order = self.leader, self.best(self.rank)
+        leader, order, (outputs, inputs) = self.leader, self.best(rank), self.sides()
         u = torch.cat([layer.u.weight for layer in self.layers])[:, order].float()
         u, v = rounding.factors(u, self.s[order].float(), leader.v.weight[order].float())
-        own, cost = leader.v.weight.dtype, leader.input_cost
-        resize(leader.v, v.to(own))
+        bases = Side(u.new_ones(rank))  # errors of any of them cost alike: they are orthonormal in the metric
+        made = {"u": [], "v": []}
+        for part, width in ((slice(head), bits[0]), (slice(head, None), bits[1])):
+            if u[:, part].numel():
+                made["u"].append(_parted(*fed_back(u[:, part], width, Side(bases.alone[part]), outputs), self.shape))
+                made["v"].append(fed_back(v[part], width, inputs, bases))
+        resize(leader.v, v.to(leader.v.weight.dtype))
         deployed = []
-        for layer, block in zip(self.layers, u.split(self.shape.outputs), strict=True):
-            resize(layer.u, block.to(own))
+        for i, (layer, block) in enumerate(zip(self.layers, u.split(self.shape.outputs), strict=True)):
+            resize(layer.u, block.to(leader.v.weight.dtype))
             deployed.append(LowRankLinear.of(layer, deployed[0] if deployed else None))
-            deployed[-1].u = split(layer.u, head, bits, RoundedLinear.rounded, 1)
-        deployed[0].v = split(leader.v, head, bits, lambda part, width: RoundedLinear.rounded(part, width, cost), 0)
+            deployed[-1].u = split(layer.u, head, bits, _as_made([parts[i] for parts in made["u"]]), 1)
+        deployed[0].v = split(leader.v, head, bits, _as_made(made["v"]), 0)
         self._deploy(model, deployed)
 
+    @torch.no_grad()
     def to_dense(self, model: nn.Module, bits: int = 16) -> None:
         """Replace these layers of `model` by the equivalent nn.Linear, the token embedding's by an nn.Embedding.
 
-        bits: 16, or 8, 4 or 3 to round layers that are not the token embedding's.
+        bits: 16, or 8, 4, 3 or 2 to round layers of weighted bases that are not the token embedding's.
         """
         if self._is_table(model):
             table_to_dense(model)
             return
-        cost, dense = self.leader.input_cost if bits < 16 else None, [layer.to_linear() for layer in self.layers]
-        self._replace(model, dense if bits == 16 else [RoundedLinear.rounded(m, bits, cost) for m in dense])
+        dense = [layer.to_linear() for layer in self.layers]
+        if bits < 16:
+            outputs, inputs = self.sides()
+            made = fed_back(torch.cat([m.weight for m in dense]), bits, inputs, outputs)
+            parts = zip(dense, _parted(*made, self.shape), strict=True)
+            dense = [RoundedLinear.of(layer, *part, bits) for layer, part in parts]
+        self._replace(model, dense)
 
     def _is_table(self, model: nn.Module) -> bool:
         return any(isinstance(m, LowRankEmbedding) and m.bases is self.leader for m in model.modules())

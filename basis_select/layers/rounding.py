@@ -5,6 +5,7 @@ negative where the largest weight of a group is positive, since the range has on
 bfloat16 numbers, in whatever dtype they are held.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,7 +14,33 @@ GROUP = 32  # inputs that share a scale below 8 bits
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the scale that holds the largest weight of a group below 8 bits
 RANGE = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}  # of the whole numbers; no checkpoint has 2 bits
 
+LINES = 64  # that are rounded one after the other before all that follow make up for their errors
+
 Bits = Literal[8, 4, 3]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What errors cost at the inputs, or at the outputs, of a weight, where their second moment is M: (n, n).
+
+    alone: (n,), the diagonal of M, what a squared error of each entry costs by itself. root: (n, n), where M is known,
+    the upper triangle R of `M^-1 = R^T R`: then entries that are not rounded yet make up for errors (`fed_back`).
+    """
+
+    alone: torch.Tensor
+    root: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, alone: torch.Tensor, bases: torch.Tensor) -> "Side":
+        """bases: (r, n), orthonormal in M. If there are n of them `M^-1 = bases^T bases`, whose root their QR has."""
+        if len(bases) < bases.shape[1]:
+            return cls(alone)
+        root = torch.linalg.qr(bases.double(), mode="r").R
+        return cls(alone, root * root.diagonal().sign()[:, None])
+
+    def cost(self, bits: int) -> torch.Tensor:
+        """(n,), what a squared error of each entry costs after what makes up for it."""
+        return self.alone if self.root is None or bits == 8 else self.root.diagonal() ** -2
 
 
 def scale_shape(rows: int, inputs: int, bits: int) -> tuple[int, ...]:
@@ -67,6 +94,37 @@ def nearest(weight: torch.Tensor, bits: int, cost: torch.Tensor | None = None) -
     _, scale, q = best
     q = q.flatten(1)[:, : weight.shape[1]].to(torch.int8)
     return q, scale.view(scale_shape(*weight.shape, bits)).to(weight.dtype)
+
+
+def fed_back(weight: torch.Tensor, bits: int, inputs: Side, outputs: Side) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(q, scale)` as of `nearest`, where inputs, or else outputs, not rounded yet make up for errors of the others.
+
+    That is GPTQ (arXiv 2210.17323), here with outputs in turn too where only their second moment is known. Of 8 bits,
+    and where neither is known, it is `nearest`.
+    """
+    q, scale = nearest(weight, bits, inputs.cost(bits))
+    if bits == 8 or (inputs.root is None and outputs.root is None):
+        return q, scale
+    w, each = weight.float(), scale.float().repeat_interleave(GROUP, 1)[:, : weight.shape[1]]
+    if inputs.root is None:
+        return _in_turn(w, each, bits, outputs.root), scale
+    return _in_turn(w.T, each.T, bits, inputs.root).T.contiguous(), scale
+
+
+def _in_turn(w: torch.Tensor, scale: torch.Tensor, bits: int, root: torch.Tensor) -> torch.Tensor:
+    """Whole numbers for w: (n, m), line by line, with a scale for each; root: (n, n) of the Side along the lines."""
+    w, scale, root = w.contiguous().clone(), scale.contiguous(), root.to(w.dtype)
+    q = torch.empty_like(w, dtype=torch.int8)
+    for start in range(0, len(w), LINES):
+        end = min(len(w), start + LINES)
+        errors = w.new_empty(end - start, w.shape[1])
+        for i in range(start, end):
+            whole = (w[i] / scale[i]).round_().clamp_(*RANGE[bits])
+            q[i] = whole
+            torch.div(w[i] - whole * scale[i], root[i, i], out=errors[i - start])
+            w[i + 1 : end].addcmul_(root[i, i + 1 : end, None], errors[i - start], value=-1)
+        w[end:].addmm_(root[start:end, end:].T, errors, alpha=-1)
+    return q
 
 
 def restored(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -134,14 +192,15 @@ def factors(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Te
 
 
 def basis_costs(
-    u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, bits: int, output_cost: torch.Tensor, input_cost: torch.Tensor
+    u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, bits: int, outputs: Side, inputs: Side
 ) -> torch.Tensor:
     """What it costs in the metric to round each basis `s_i u_i v_i` to so many bits: (r,), float64.
 
-    output_cost: (out,), input_cost: (in,): the diagonals of G and A. Errors of rounding are as good as independent, so
-    that `tr(dW^T G dW A)` needs no more of the two. Of basis i it is `(du^T G du) (v A v^T) + (u^T G u) (dv A dv^T)`,
-    and in the metric `u^T G u = v A v^T = 1`.
+    outputs, inputs: of G and A. Errors of rounding are as good as independent, so that `tr(dW^T G dW A)` needs no
+    more of the two than the cost of each. Of basis i it is `(du^T G du) (v A v^T) + (u^T G u) (dv A dv^T)`, and in the
+    metric `u^T G u = v A v^T = 1`.
     """
+    output_cost, input_cost = outputs.cost(bits), inputs.cost(bits)
     norm = u.norm(dim=0).double().clamp_min(torch.finfo(torch.float32).tiny)
     wide, long = factors(u.float(), s.float(), v.float())
     du = (restored(*nearest(wide, bits)) - wide).double().square()
@@ -152,7 +211,9 @@ def basis_costs(
     return s.double().square() * du / a.square() + dv * a.square()
 
 
-def dense_cost(weight: torch.Tensor, bits: int, output_cost: torch.Tensor, input_cost: torch.Tensor) -> float:
-    """What it costs in the metric to round a dense weight (out, in) to so many bits."""
+def dense_cost(weight: torch.Tensor, bits: int, outputs: Side, inputs: Side) -> float:
+    """What it costs in the metric to round a dense weight (out, in) to so many bits, fed back along one side."""
+    input_cost = inputs.cost(bits)
+    output_cost = outputs.cost(bits) if inputs.root is None else outputs.alone
     error = (restored(*nearest(weight.float(), bits, input_cost)) - weight.float()).double().square()
     return float(output_cost.double() @ error @ input_cost.double())
