@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 HEADS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # bases of more bits before those of fewer
 WIDTHS = get_args(Bits)
+ROUNDING = (
+    0.5  # of the loss by rounding counts: what it costs is overestimated, and mended first, eval/results/NOTES.md
+)
 TABLE = 8  # bits of the token embedding, and of its bases: few bits hurt it most, eval/results/NOTES.md
 ENTRY = 90  # bytes that a safetensors header takes for a tensor, without its name
 
@@ -70,7 +73,7 @@ def prune_to_bytes(
     task: Task | None,
     dtype: Dtype,
     keep_embedding: float | None = None,
-    rounding: float = 1.0,
+    rounding: float = ROUNDING,
 ) -> None:
     """Let the groups of a decomposed `model` become what together avoids most loss within a size on disk, in place.
 
@@ -204,7 +207,7 @@ def _rank(
 
 
 @torch.no_grad()
-def forms(group: Group, multiple_of: int = 16, rounding: float = 1.0) -> list[tuple[Form, int, float]]:
+def forms(group: Group, multiple_of: int = 16, rounding: float = ROUNDING) -> list[tuple[Form, int, float]]:
     """`[(what a group of weighted bases may become, bytes, the loss in the metric that it avoids), ...]`.
 
     rounding: how many times the loss that rounding makes counts.

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from .bits import prune_to_bytes
+from .bits import ROUNDING, prune_to_bytes
 from .data.tasks import Task
 from .linalg.scores import SCORES, ScoreName
 from .options import Count, Fraction, Positive, checked
@@ -76,10 +76,10 @@ def prune(
     rounding: Annotated[
         Fraction,
         Field(
-            description="With bits=auto, the share of the loss by rounding that counts. Healing mends rounding, the "
-            "more the longer it trains; below 1, more bases of fewer bits are chosen."
+            description="With bits=auto, the share of the loss by rounding that counts. The less, the more bases of fewer "
+            "bits are chosen; healing mends rounding, the more the longer it trains."
         ),
-    ] = 1.0,
+    ] = ROUNDING,
     keep_embedding: Annotated[
         Fraction | None,
         Field(
@@ -131,7 +131,7 @@ def prune(
     if bits == "auto":
         prune_to_bytes(model, asked, rule, task, dtype, keep_embedding, rounding)
         return model
-    if rounding != 1:
+    if rounding != ROUNDING:
         raise ValueError(f"rounding={rounding} weighs what bits=auto rounds: leave it out, or choose bits=auto")
     for group, index in select(model, asked, rule, task, dtype, costs, keep_embedding):
         if index is None:

@@ -17,6 +17,7 @@ import pydantic.dataclasses
 import yaml
 from pydantic import Field
 
+from ..bits import ROUNDING
 from ..data.tasks import load_task
 from ..decompose import decompose
 from ..extend import extend
@@ -183,7 +184,7 @@ def _check_together(r: Recipe) -> None:
         raise ValueError("sizes is a list of further sizes: prune itself needs keep or size then")
     if r.prune.budget != "mass" and asked.name == "mass":
         raise ValueError("prune.mass is a share of every layer's scores: it goes with prune.budget=mass")
-    if r.prune.rounding != 1 and r.prune.bits == 16:
+    if r.prune.rounding != ROUNDING and r.prune.bits == 16:
         raise ValueError("prune.rounding weighs what prune.bits=auto rounds: it goes with that")
     if asked.name == "latency" and (r.prune.costs is None or r.prune.budget != "global"):
         raise ValueError("prune.latency needs prune.costs, a file of basis-select profile, and prune.budget=global")
