@@ -76,8 +76,8 @@ def prune(
     rounding: Annotated[
         Fraction,
         Field(
-            description="With bits=auto, the share of the loss by rounding that counts. The less, the more bases of fewer "
-            "bits are chosen; healing mends rounding, the more the longer it trains."
+            description="With bits=auto, the share of the loss by rounding that counts. The less, the more bases of "
+            "fewer bits are chosen; healing mends rounding, the more the longer it trains."
         ),
     ] = ROUNDING,
     keep_embedding: Annotated[
