@@ -9,14 +9,14 @@ labels; the same order of examples. FOLDER keeps what rows share: parents, label
 done is one line of RESULTS.jsonl, measured after it was saved and loaded again; its bytes are those of that file.
 
 A method is a dict of recipe keys that differ from `base`. Keys of its own: `dense: BITS` is the dense parent with
-weights of so many bits (16, 8, 4, 3 or 2, its table 8; below 8 by GPTQ), which trains with its rounding known, as ours;
-`learned: SHARE` is the share of the training that goes to `learn`, the rest is healing; `first: SIZE` cuts twice, first
-to that size with weights of 16 bits, which half of the training heals, then what has come of that, decomposed anew with
-moments of its own; `sizes` and `trained` stand in place of the grid's. A size is what `prune` takes, such as "45MB";
-without `prune.bits: auto` its weights have 16 bits. `trained` is on how many tokens each row trains, padding not
-counted; 0 is what it starts from. Lengths are taken in the order in which the grid names them. `like: OTHER.yaml` takes
-all that this grid does not say from another: what is not there, methods with nothing behind their names, and of tasks
-the keys that they lack.
+weights of so many bits (16, 8, 4, 3 or 2, its table 8), rounded as ours are or, if `autoround: ITERATIONS` is given,
+by AutoRound (autoround.py), which trains with its rounding known; `learned: SHARE` is the share of the training that
+goes to `learn`, the rest is healing; `first: SIZE` cuts twice, first to that size with weights of 16 bits, which half
+of the training heals, then what has come of that, decomposed anew with moments of its own; `sizes` and `trained` stand
+in place of the grid's. A size is what `prune` takes, such as "45MB"; without `prune.bits: auto` its weights have 16
+bits. `trained` is on how many tokens each row trains, padding not counted; 0 is what it starts from. Lengths are taken
+in the order in which the grid names them. `like: OTHER.yaml` takes all that this grid does not say from another: what
+is not there, methods with nothing behind their names, and of tasks the keys that they lack.
 
 No rate is chosen on test items. A key whose value is a list names candidates; `choose` names the `size` and tokens
 (`trained`) at which to choose, and in `heal` multiples of the rate that heal would take by itself. Of all combinations
@@ -72,7 +72,7 @@ from basis_select.system.writing import replace_text
 from basis_select.training.loss import response_nll, response_nlls
 from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 
-OWN = ("dense", "learned", "first", "sizes", "trained")  # keys of a method that are no recipe's
+OWN = ("dense", "autoround", "learned", "first", "sizes", "trained")  # keys of a method that are no recipe's
 TOGETHER = 200  # test items that are answered at once
 FAILURES = (ArithmeticError, OSError, RuntimeError, ValueError)  # of one row: others go on
 
@@ -232,6 +232,23 @@ class Bench:
             state["derivatives"] = read_derivatives(folders["derivatives"])
         return after, state
 
+    def dense(self, r, bits, iterations):
+        """The parent with weights of so many bits, by as many iterations of AutoRound, or else by our own rounding."""
+        if bits == 16:
+            return copy.deepcopy(self.parent)
+        if not iterations:
+            return dense(self.weighted(r)[1]["model"], bits)
+        folder = self.home / f"autoround-{self.state['parent'].name}-{bits}-{iterations}"
+        with alone(self.home, folder.name):
+            if not folder.exists():
+                from autoround import auto_rounded
+
+                model = auto_rounded(copy.deepcopy(self.parent), self.tokenizer, self.task, bits, iterations)
+                round_table(model, 8)
+                with tempfile.TemporaryDirectory(dir=self.home) as place:
+                    save(model, self.tokenizer, Path(place) / "model", "bfloat16").rename(folder)
+        return load_here(folder, "float32")[0]
+
     def row(self, r, clock, model=None, after="refine", until="heal"):
         """The model of row `r` behind the stage `until`, from `model`, as it is behind `after`, or from disk."""
         state = {"model": model}
@@ -336,7 +353,7 @@ def started(bench, own, method, size, steps):
     r = override(r, {"learn.steps": learned, "heal.steps": steps - learned - r.refine.steps * (steps > 0)}, method)
     taken = {stage: getattr(r, stage).steps for stage in ("learn", "refine", "heal")}
     if bits := own.get("dense"):
-        model = copy.deepcopy(bench.parent) if bits == 16 else dense(bench.weighted(r)[1]["model"], bits)
+        model = bench.dense(r, bits, own.get("autoround"))
     else:
         r, model = r.at(size), None
         if first := own.get("first"):
