@@ -23,11 +23,13 @@ Bits = Literal[8, 4, 3]
 class Side:
     """What errors cost at the inputs, or at the outputs, of a weight, where their second moment is M: (n, n).
 
-    alone: (n,), the diagonal of M, what a squared error of each entry costs by itself. root: (n, n), where M is known,
-    the upper triangle R of `M^-1 = R^T R`: then entries that are not rounded yet make up for errors (`fed_back`).
+    alone: (n,), the diagonal of M, what a squared error of each entry costs by itself. order: (n,), where M is known,
+    the entries as they are rounded, the most costly first, and root: (n, n), the upper triangle R of `M^-1 = R^T R` in
+    that order: entries that are not rounded yet make up for errors (`fed_back`).
     """
 
     alone: torch.Tensor
+    order: torch.Tensor | None = None
     root: torch.Tensor | None = None
 
     @classmethod
@@ -35,12 +37,15 @@ class Side:
         """bases: (r, n), orthonormal in M. If there are n of them `M^-1 = bases^T bases`, whose root their QR has."""
         if len(bases) < bases.shape[1]:
             return cls(alone)
-        root = torch.linalg.qr(bases.double(), mode="r").R
-        return cls(alone, root * root.diagonal().sign()[:, None])
+        order = alone.argsort(descending=True, stable=True)
+        root = torch.linalg.qr(bases.double()[:, order], mode="r").R
+        return cls(alone, order, root * root.diagonal().sign()[:, None])
 
     def cost(self, bits: int) -> torch.Tensor:
         """(n,), what a squared error of each entry costs after what makes up for it."""
-        return self.alone if self.root is None or bits == 8 else self.root.diagonal() ** -2
+        if self.root is None or bits == 8:
+            return self.alone
+        return (self.root.diagonal() ** -2)[self.order.argsort()]
 
 
 def scale_shape(rows: int, inputs: int, bits: int) -> tuple[int, ...]:
@@ -107,13 +112,13 @@ def fed_back(weight: torch.Tensor, bits: int, inputs: Side, outputs: Side) -> tu
         return q, scale
     w, each = weight.float(), scale.float().repeat_interleave(GROUP, 1)[:, : weight.shape[1]]
     if inputs.root is None:
-        return _in_turn(w, each, bits, outputs.root), scale
-    return _in_turn(w.T, each.T, bits, inputs.root).T.contiguous(), scale
+        return _in_turn(w, each, bits, outputs), scale
+    return _in_turn(w.T, each.T, bits, inputs).T.contiguous(), scale
 
 
-def _in_turn(w: torch.Tensor, scale: torch.Tensor, bits: int, root: torch.Tensor) -> torch.Tensor:
-    """Whole numbers for w: (n, m), line by line, with a scale for each; root: (n, n) of the Side along the lines."""
-    w, scale, root = w.contiguous().clone(), scale.contiguous(), root.to(w.dtype)
+def _in_turn(w: torch.Tensor, scale: torch.Tensor, bits: int, side: Side) -> torch.Tensor:
+    """Whole numbers for w: (n, m), with a scale for each, line by line in the order of the side along them."""
+    w, scale, root = w[side.order], scale[side.order], side.root.to(w.dtype)
     q = torch.empty_like(w, dtype=torch.int8)
     for start in range(0, len(w), LINES):
         end = min(len(w), start + LINES)
@@ -124,7 +129,7 @@ def _in_turn(w: torch.Tensor, scale: torch.Tensor, bits: int, root: torch.Tensor
             torch.div(w[i] - whole * scale[i], root[i, i], out=errors[i - start])
             w[i + 1 : end].addcmul_(root[i, i + 1 : end, None], errors[i - start], value=-1)
         w[end:].addmm_(root[start:end, end:].T, errors, alpha=-1)
-    return q
+    return q[side.order.argsort()]
 
 
 def restored(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
