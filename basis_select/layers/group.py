@@ -191,8 +191,8 @@ class Group:
     @torch.no_grad()
     def sides(self) -> tuple[Side, Side]:
         """`(outputs, inputs)`: what errors cost there, as weighted bases say; all of them know it best."""
-        leader = self.leader
-        u, v = torch.cat([layer.u.weight for layer in self.layers]), leader.v.weight
+        leader, us = self.leader, [layer.u.weight for layer in self.layers]
+        u, v = us[0] if len(us) == 1 else torch.cat(us), leader.v.weight  # a table's is not copied
         costs = [layer.output_cost for layer in self.layers]
         costs = [v.new_ones(m.out_features) if c is None else c for m, c in zip(self.layers, costs, strict=True)]
         own = v.new_ones(leader.in_features) if leader.input_cost is None else leader.input_cost

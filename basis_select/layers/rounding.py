@@ -39,6 +39,8 @@ class Side:
             return cls(alone)
         order = alone.argsort(descending=True, stable=True)
         root = torch.linalg.qr(bases.double()[:, order], mode="r").R
+        if not root.diagonal().all():  # bases that are not independent, as rounding to bfloat16 can leave them
+            return cls(alone)
         return cls(alone, order, root * root.diagonal().sign()[:, None])
 
     def cost(self, bits: int) -> torch.Tensor:
