@@ -1,6 +1,7 @@
 """What rounding costs before healing: to the nearest numbers, and with errors fed back (layers/rounding.py).
 
-python eval/rounding.py DECOMPOSED TASK OUT.json SIZE ...     as eval/forms.py
+python eval/rounding.py DECOMPOSED RECIPE OUT.json SIZE ...     DECOMPOSED: a checkpoint of weighted bases, such as the
+                                                                `decompose` stage of a run of the recipe
 
 Rows are the validation NLL and the bytes of the dense model at 4 and at 3 bits and of `bits=auto` at each size, where
 losses by rounding count wholly, half, or a tenth.
@@ -16,6 +17,7 @@ from basis_select.layers import group
 from basis_select.layers.embedding import round_table
 from basis_select.layers.group import groups, table_of
 from basis_select.layers.rounding import Side
+from basis_select.run.recipe import read
 from basis_select.sizes import sizes
 from basis_select.training.loss import response_nll
 
@@ -46,12 +48,13 @@ def made(model, task, size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("decomposed")
-    parser.add_argument("task")
+    parser.add_argument("recipe")
     parser.add_argument("out", type=Path)
     parser.add_argument("sizes", nargs="+")
     a = parser.parse_args()
     model, tokenizer = load(a.decomposed)
-    task = load_task(a.task, tokenizer, validation=60, max_length=1024)
+    recipe = read(a.recipe)
+    task = load_task(recipe.task, tokenizer, recipe.seed, **vars(recipe.data))
     rows = []
     for name, side in SIDES.items():
         group.Side = type("Side", (Side,), {"of": staticmethod(side)})
