@@ -158,6 +158,14 @@ def forms(rows):
     return markdown(["", *sizes], lines, "l" + "r" * len(sizes))
 
 
+def rounding(rows):
+    """Validation NLL of every form, ways of rounding as columns."""
+    ways = dict.fromkeys(row["rounding"] for row in rows)
+    found = {(row["what"], row["rounding"]): f"{row['validation_nll']:.3f}" for row in rows}
+    lines = [[what, *(found[what, way] for way in ways)] for what in dict.fromkeys(row["what"] for row in rows)]
+    return markdown(["", *ways], lines, "l" + "r" * len(ways))
+
+
 def vllm(result):
     """How far what vLLM computes is from what `load` does: the largest difference in nats."""
     rows = [(row, row["form"]) for row in result["cases"]]
@@ -254,6 +262,7 @@ TABLES = {
     "kernel_speed": kernel_speed,
     "bench": bench,
     "forms": forms,
+    "rounding": rounding,
 }
 
 
