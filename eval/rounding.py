@@ -12,10 +12,10 @@ import copy
 import json
 from pathlib import Path
 
+from compare import dense
+
 from basis_select import load, load_task, prune
 from basis_select.layers import group
-from basis_select.layers.embedding import round_table
-from basis_select.layers.group import groups, table_of
 from basis_select.layers.rounding import Side
 from basis_select.run.recipe import read
 from basis_select.sizes import sizes
@@ -28,18 +28,10 @@ SIDES = {"nearest": lambda alone, bases: Side(alone), "fed back": Side.of}
 def made(model, task, size):
     """`{what: a function that returns the model}`"""
 
-    def dense(bits):
-        found = copy.deepcopy(model)
-        for each in (*groups(found), table_of(found)):
-            if each is not None:
-                each.to_dense(found, bits)
-        round_table(found, 8)
-        return found
-
     def cut(size, share):
         return prune(copy.deepcopy(model), task, size=size, bits="auto", rounding=share)
 
-    ways = {f"dense, {bits} bits": lambda bits=bits: dense(bits) for bits in (4, 3)}
+    ways = {f"dense, {bits} bits": lambda bits=bits: dense(copy.deepcopy(model), bits) for bits in (4, 3)}
     for each in size:
         ways |= {f"{each}, rounding counts {s:g} times": lambda at=each, s=s: cut(at, s) for s in SHARES}
     return ways

@@ -89,9 +89,9 @@ class RoundedLinear(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def rounded(cls, linear: nn.Linear, bits: int, cost: torch.Tensor | None = None) -> "RoundedLinear":
-        """The nearest to an nn.Linear. cost: (in,), what an error of each input costs, see `nearest`."""
-        return cls.of(linear, *nearest(linear.weight, bits, cost), bits)
+    def rounded(cls, linear: nn.Linear, bits: int) -> "RoundedLinear":
+        """The nearest to an nn.Linear."""
+        return cls.of(linear, *nearest(linear.weight, bits), bits)
 
     @classmethod
     @torch.no_grad()
@@ -293,9 +293,6 @@ class _Split(nn.Module):
             weight = torch.cat([self.head.rounded_weight(), self.tail.rounded_weight()], self.dim)
             return F.linear(x, weight, self.bias)
         return self.by_parts(x)
-
-    def by_parts(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
 
 
 class SplitRows(_Split):
