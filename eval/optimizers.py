@@ -20,7 +20,8 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import yaml
-from compare import bench_of, home_of, read, started
+from compare import bench_of, home_of, read
+from compare_rows import started
 
 from basis_select.checkpoint.files import save
 from basis_select.checkpoint.models import load

@@ -12,7 +12,7 @@ import copy
 import json
 from pathlib import Path
 
-from compare import dense
+from compare_rows import dense
 
 from basis_select import load, load_task, prune
 from basis_select.layers import group

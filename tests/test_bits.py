@@ -158,6 +158,26 @@ def test_gradients_of_the_rounding_are_those_of_its_formula(bits, at_once, monke
     assert torch.allclose(layer.scale.grad, scale.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_rounded_together_are_those_rounded_one_by_one():
+    torch.manual_seed(0)
+    sizes = [(70, 5, 4), (64, 3, 4), (96, 8, 4), (64, 3, 3), (70, 5, 8), (70, 2, 8), (64, 3, 8)]
+    layers = [RoundedLinear.rounded(torch.nn.Linear(n, out), bits) for n, out, bits in sizes]
+    layers = [RoundingLinear.training(layer) for layer in layers]
+    alone = copy.deepcopy(layers)
+    for _ in range(2):  # once more after a step
+        rounded._round_together(layers)
+        for layer, other in zip(layers, alone, strict=True):
+            assert torch.equal(layer.rounded_weight(), other.rounded_weight())
+        for some in (layers, alone):
+            sum(m.rounded_weight().square().sum() for m in some).backward()
+            torch.optim.SGD([p for m in some for p in (m.weight, m.scale)], lr=0.03).step()
+        for layer, other in zip(layers, alone, strict=True):
+            assert torch.equal(layer.weight.grad, other.weight.grad)
+            assert torch.allclose(layer.scale.grad, other.scale.grad)
+            assert torch.equal(layer.rounded_weight(), other.rounded_weight())  # nothing of before the step is left
+            layer.load_state_dict(other.state_dict())
+
+
 def test_without_a_compiler_rounded_weights_train_all_the_same(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(kernels, "_is_loaded", lambda: False)

@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from compare import alone, compare, dense, read, read_grid, rows, stored
+from compare import compare, read, read_grid, rows, stored
 from compare_report import interval, plot, summary, table
+from compare_rows import alone, dense
 from conftest import make_task, tiny
 from test_trim import TEXT, byte_level, wrapped
 

@@ -4,7 +4,7 @@ What the bits stand for says layers/rounding.py.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .rounding import (
 
 FEW = 4  # tokens up to which the CPU's int8 kernel beats a product with weights that are cast first
 AT_ONCE = 2**16  # numbers of a weight that a CPU rounds at once while it trains
+SMALL = 2**20  # numbers of a weight up to which a GPU, while it trains, rounds it with others: one by one, calls take longest
 FEW_ON_CUDA = 64  # and a GPU's int4 kernel; its int8 kernel never does, see eval/results/NOTES.md
 
 
@@ -247,6 +248,8 @@ def _whole_(x: torch.Tensor, bits: int) -> torch.Tensor:
 class RoundingLinear(nn.Linear):
     """An nn.Linear that computes with its weight rounded, while weight and `scale` train."""
 
+    _made: tuple = None, None  # of which version, and what `_round_together` has made of it
+
     @classmethod
     @torch.no_grad()
     def training(cls, layer: RoundedLinear) -> "RoundingLinear":
@@ -264,16 +267,38 @@ class RoundingLinear(nn.Linear):
 
     def rounded_weight(self) -> torch.Tensor:
         """(out, in), what the deployed layer's weight will be, in the dtype of products."""
-        device = self.weight.device.type
-        mixed = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if mixed else self.weight.dtype
+        dtype, (version, made) = _products_dtype(self.weight), self._made
+        if version == self._version() and made.dtype == dtype:
+            return made
         return _Rounding.apply(self.weight, self.scale, self.bits, dtype)
+
+    def _version(self) -> tuple[int, int]:
+        return self.weight._version, self.scale._version
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.rounded_weight(), self.bias)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, _Rounding.apply(self.weight, self.scale, self.bits, self.weight.dtype))
+
+
+def _products_dtype(weight: torch.Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _round_together(layers: Iterable[RoundingLinear]) -> None:
+    """Make what `rounded_weight` of each gives, all weights that have bits and scales alike by the same operations."""
+    alike = {}
+    for m in layers:
+        by_groups = m.bits < 8 and m.in_features % GROUP == 0
+        alike.setdefault((m.bits, GROUP if by_groups else m.in_features), []).append(m)
+    for (bits, width), some in alike.items():
+        weights = [m.weight.view(-1, width) for m in some]
+        scales = torch.cat([m.scale.view(len(w), -1) for m, w in zip(some, weights, strict=True)])
+        made = _Rounding.apply(torch.cat(weights), scales, bits, _products_dtype(scales))
+        for m, part in zip(some, made.split([len(w) for w in weights]), strict=True):
+            m._made = m._version(), part.view_as(m.weight)
 
 
 class _Split(nn.Module):
@@ -356,9 +381,13 @@ def training(model: nn.Module) -> Iterator[None]:
     """
     apart = {m.bases for m in model.modules() if isinstance(getattr(m, "bases", None), RoundedLinear)}
     replace(model, RoundedLinear, lambda layer: layer if layer in apart else RoundingLinear.training(layer))
+    trained = [m for m in model.modules() if isinstance(m, RoundingLinear)]
+    small = [m for m in trained if m.weight.device.type == "cuda" and m.weight.numel() <= SMALL]
+    hook = model.register_forward_pre_hook(lambda *_: _round_together(small))
     try:
         yield
     finally:
+        hook.remove()
         replace(model, RoundingLinear, RoundingLinear.deployed)
 
 

@@ -1,0 +1,281 @@
+"""How a row of compare.py is made: what all rows of a task and a seed share, the choice of rates, start, healing."""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import itertools
+import logging
+import math
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock
+from transformers import PreTrainedModel
+
+from basis_select.checkpoint.files import save
+from basis_select.checkpoint.targets import targets
+from basis_select.decompose import decompose
+from basis_select.heal import distance, heal, probes, rate_at
+from basis_select.layers.embedding import round_table
+from basis_select.layers.group import groups, table_of
+from basis_select.layers.rounded import quantized
+from basis_select.linalg.metrics import METRICS
+from basis_select.run.disk import OnDisk
+from basis_select.run.recipe import Recipe, override
+from basis_select.run.stages import walk
+from basis_select.run.view import own as options_of
+from basis_select.run.work import Work, load_here, read_derivatives
+from basis_select.statistics.moments import TABLE, second_moments
+from basis_select.statistics.readers import same_input
+from basis_select.training.loss import response_nll
+from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
+
+OWN = ("dense", "autoround", "learned", "first", "sizes", "trained")  # keys of a method that are no recipe's
+
+
+def alone(home, what):
+    """A lock on something in the folder `home`; entering it raises Timeout where another process holds it."""
+    (home / "locks").mkdir(parents=True, exist_ok=True)
+    return FileLock(home / "locks" / f"{plain(what)}.lock", timeout=0)
+
+
+def plain(name):
+    """A name as part of the name of a file."""
+    return re.sub(r"\W+", "_", name)
+
+
+class Bench:
+    """What all rows of one task and seed have in common.
+
+    Parents and decompositions are stages on disk in the folder `home`; all later ones run in memory, because rows are
+    many and each is done in minutes.
+    """
+
+    def __init__(self, base: Recipe, home: Path, tokens: int, steps: int):
+        self.base, self.home = base, home
+        self.disk = OnDisk(base, home, moments=self.moments_for)
+        with alone(home, "stages"):
+            (home / "stages").mkdir(parents=True, exist_ok=True)
+            self.tuned, self.state = self.disk.row(until="tune"), self.disk.row(until="trim")
+            view = self.disk.view(base, self.state)
+            self.tokenizer, self.task = view.tokenizer, view.task
+            self.parent = load_here(self.state["parent"] / "model")[0]
+            self.labels = self._labels(self._trained_on(max(steps, self.steps(tokens))))
+
+    def _trained_on(self, steps: int) -> list[int]:
+        """Indices of the training examples that so many steps see, of learning, of healing, and of healing twice."""
+        r, task = self.base, self.task
+        found = seen(task, r.learn.batch_size, steps, r.seed)
+        for seed in (r.seed, r.seed + 1):
+            found.update(probes(task, seed), seen(task, r.heal.batch_size, steps, seed + 1))
+        return sorted(found)
+
+    def _labels(self, examples: list[int]) -> SoftLabels:
+        """What the parent says of these examples; `home` keeps it."""
+        digest = hashlib.sha256(repr(examples).encode()).hexdigest()[:10]
+        folder = self.home / f"labels-{self.state['parent'].name}-{digest}"
+        if not folder.exists():
+            task = dataclasses.replace(self.task, train=[self.task.train[i] for i in examples])
+            with tempfile.TemporaryDirectory(dir=self.home) as place:
+                soft_labels(self.parent, task).save(place)
+                Path(place).rename(folder)
+                Path(place).mkdir()
+        return SoftLabels.load(folder)
+
+    @functools.cached_property
+    def moments(self):
+        return all_moments(self.parent, self.task, self.base)
+
+    def moments_for(self, r):
+        """What `decompose` is given: None for a metric that needs no second moments, or others."""
+        uses = METRICS[r.decompose.metric]
+        return None if uses.squares or uses == METRICS["plain"] else self.moments[r.decompose.share]
+
+    def steps(self, tokens: int) -> int:
+        """Of healing, on batches of the base's size, that see so many tokens."""
+        mean = statistics.fmean(len(e.input_ids) for e in self.task.train)
+        return math.ceil(tokens / (mean * self.base.heal.batch_size))
+
+    def weighted(self, r):
+        """The last stage of row `r` that is on disk, and what it has made: the model as weighted bases."""
+        after = "decompose" if r.learn.steps else "derivatives"
+        with alone(self.home, "stages"):
+            folders = self.disk.row(r, until=after)
+        state = {"model": load_here(folders["model"] / "model")[0]}
+        if "derivatives" in folders:
+            state["derivatives"] = read_derivatives(folders["derivatives"])
+        return after, state
+
+    def dense(self, r, bits, iterations):
+        """The parent with weights of so many bits, by as many iterations of AutoRound, or else by our own rounding."""
+        if bits == 16:
+            return copy.deepcopy(self.parent)
+        if not iterations:
+            return dense(self.weighted(r)[1]["model"], bits)
+        folder = self.home / f"autoround-{self.state['parent'].name}-{bits}-{iterations}"
+        with alone(self.home, folder.name):
+            if not folder.exists():
+                from autoround import auto_rounded
+
+                model = auto_rounded(copy.deepcopy(self.parent), self.tokenizer, self.task, bits, iterations)
+                round_table(model, 8)
+                with tempfile.TemporaryDirectory(dir=self.home) as place:
+                    save(model, self.tokenizer, Path(place) / "model", "bfloat16").rename(folder)
+        return load_here(folder, "float32")[0]
+
+    def row(self, r, clock, model=None, after="refine", until="heal"):
+        """The model of row `r` behind the stage `until`, from `model`, as it is behind `after`, or from disk."""
+        state = {"model": model}
+        if model is None:
+            after, state = self.weighted(r)
+        state |= {"parent": self.parent, "teacher": self.labels}
+        runner = InMemory(lambda row, *_: self.disk.view(row, self.state), clock)
+        return walk(r, runner, state, after=after, until=until, given=("teacher",))["model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """Runs stages on what is in memory; `clock` gets the seconds of each."""
+
+    view: Callable
+    clock: dict
+
+    def do(self, stage, view, options, read):
+        work, began = Work(view.recipe, view.task, options, read), time.monotonic()
+        made = stage.run(work)
+        self.clock[stage.name] = round(time.monotonic() - began, 1)
+        return work.model if made is None else made
+
+
+def choose(bench, own, method, ladder):
+    """What a row says of its choice, by NLL on the validation split: `chosen` values of recipe keys, `heal` times its
+    rate, `chosen_at` which size and length, and all `candidates`."""
+    lists = {key: value for key, value in own.items() if isinstance(value, list) and key not in OWN}
+    if lists and not ladder:
+        raise ValueError(
+            f"{method} lists candidates of {', '.join(lists)}: name in `choose` the size and tokens to choose them at"
+        )
+    options = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    factors, found = ladder["heal"] if ladder else [1], []
+    if len(options) * len(factors) == 1:
+        return {"chosen": options[0], "heal": factors[0], "candidates": []}
+    size, steps = ladder["size"], bench.steps(ladder["trained"])
+    for chosen in options:
+        start = finite(started, bench, own | chosen, method, None if "dense" in own else size, steps)
+        for factor in factors:
+            end = start and finite(healed, bench, start, factor)
+            nll = end[1]["validation_nll"]["healed"] if end else math.nan
+            nll = round(nll, 4) if math.isfinite(nll) else None
+            logging.warning("%s, %s, heal %g times: validation NLL %s", method, chosen, factor, nll)
+            kl, lr = (round(start.far, 4), factor * start.lr) if start else (None, None)
+            found.append({**chosen, "heal": factor, "kl": kl, "lr": lr, "validation_nll": nll})
+    best = min(found, key=lambda c: math.inf if c["validation_nll"] is None else c["validation_nll"])
+    if best["validation_nll"] is None:
+        raise FloatingPointError(f"none of the rates of {method} leaves a finite loss: {found}")
+    at = {key: ladder[key] for key in ("size", "trained")}
+    return {"chosen": {key: best[key] for key in lists}, "heal": best["heal"], "chosen_at": at, "candidates": found}
+
+
+def finite(verb, *args):
+    """What `verb` returns, None where its loss does not stay finite: a rate that is too large is a result."""
+    try:
+        return verb(*args)
+    except FloatingPointError as error:
+        logging.warning("%s", error)
+        return None
+
+
+class Start(NamedTuple):
+    """What healing starts from; far: nats to the parent, lr: what heal would take by itself, taken: steps by stage."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    clock: dict
+    far: float
+    lr: float
+    taken: dict
+
+
+def started(bench, own, method, size, steps):
+    """The Start of a row before healing, which takes what other stages have left of `steps`."""
+    clock, learned = {}, round(own.get("learned", 0) * steps)
+    r = override(bench.base, {k: v for k, v in own.items() if k not in OWN}, method)
+    r = override(r, {"learn.steps": learned, "heal.steps": steps - learned - r.refine.steps * (steps > 0)}, method)
+    taken = {stage: getattr(r, stage).steps for stage in ("learn", "refine", "heal")}
+    if bits := own.get("dense"):
+        model = bench.dense(r, bits, own.get("autoround"))
+    else:
+        r, model = r.at(size), None
+        if first := own.get("first"):
+            r = override(r, {"heal.steps": r.heal.steps - r.heal.steps // 2}, method)
+            model = cut_before(bench, r, first, clock)
+        model = bench.row(r, clock, model, after="derivatives", until="refine" if steps else "prune")
+    far = distance(model, bench.task, bench.labels, r.seed)
+    if not math.isfinite(far):
+        raise FloatingPointError(f"{method}: what healing would start from is not finite")
+    torch.cuda.empty_cache()  # moments took half of what was free
+    return Start(r, model, clock, far, r.heal.lr or rate_at(far, bool(quantized(model))), taken)
+
+
+def cut_before(bench, r, size, clock):
+    """The model that is cut a second time: cut to `size` in 16 bits, healed as long as `r` says, decomposed anew."""
+    before = override(r, {"prune.bits": 16}, "first").at(size)
+    model = bench.row(before, clock, until="refine")
+    others = r.seed + 1  # batches, than the second time
+    heal(model, bench.task, bench.labels, seed=others, **options_of(r.heal))
+    for group in groups(model):
+        group.to_dense(model)
+    return decompose(model, bench.task, **options_of(r.decompose))
+
+
+def dense(model, bits):
+    """A model of weighted bases with layers that are dense again, in place, rounded to so many bits, its table to 8."""
+    for group in (*groups(model), table_of(model)):
+        if group is not None:
+            group.to_dense(model, bits)
+    round_table(model, 8)
+    return model
+
+
+def healed(bench, start, factor):
+    """`(model, facts)` of what `started` has made, which stays as it is."""
+    r, task, lr = start.recipe, bench.task, factor * start.lr
+    model, clock = copy.deepcopy(start.model), dict(start.clock)
+    before = after = response_nll(model, task.validation, task.pad_id)
+    if r.heal.steps:
+        model = bench.row(override(r, {"heal.lr": lr}, "heal"), clock, model)
+        after = response_nll(model, task.validation, task.pad_id)
+    return model, {
+        "validation_nll": {"unhealed": before, "healed": after},
+        "lr": lr,
+        "steps": start.taken,
+        "seconds": clock,
+        "device": str(model.device),
+    }
+
+
+def all_moments(parent, task, r):
+    """`{share: second moments}`, every metric's: those of a layer on its own are blocks of its group's."""
+    layers = targets(parent)
+    members = same_input(parent, layers, task)
+    inputs, outputs, seen = second_moments(
+        parent, members, task, r.decompose.examples, METRICS["kronecker"], embedding=True
+    )
+    alone = ({name: inputs[names[0]] for names in members for name in names}, {}, {})
+    for own, all_ in zip(alone, (inputs, outputs), strict=False):
+        own[TABLE] = all_[TABLE]
+    for names in members:
+        blocks = outputs[names[0]]
+        if len(blocks) < len(names):
+            parts = [layers[name].out_features for name in names]
+            blocks = [row.split(parts, dim=1)[i] for i, row in enumerate(blocks[0].split(parts))]
+        alone[1].update({name: [block] for name, block in zip(names, blocks, strict=True)})
+        alone[2].update(dict.fromkeys(names, seen[names[0]]))
+    return {True: (inputs, outputs, seen), False: alone}
