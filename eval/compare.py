@@ -56,7 +56,7 @@ from basis_select.system.writing import replace_text
 from basis_select.training.loss import response_nlls
 
 TOGETHER = 200  # test items that are answered at once
-FAILURES = (ArithmeticError, OSError, RuntimeError, ValueError)  # of one row: others go on
+FAILURES = (ArithmeticError, ImportError, OSError, RuntimeError, ValueError)  # of one row: others go on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ def measure(model, tokenizer, task, answers):
         raise FloatingPointError("a test item has a likelihood that is not finite")
     found = {"sizes": facts, "nll": [round(x, 4) for x in nll.tolist()], "tokens": tokens.tolist()}
     if answers and task.score:
-        kept = {getattr(m, "bases", None) for m in model.modules()}  # of the token embedding
+        kept = {part for m in model.modules() if hasattr(m, "bases") for part in m.bases.modules()}  # of the embedding
         replace(model, RoundedLinear, lambda m: m if m in kept else m.to_linear())  # once, not for each token
         texts = generated(model, tokenizer, task, task.test[:answers], rows=TOGETHER)
         pairs = zip(texts, task.test, strict=False)
