@@ -26,7 +26,7 @@ from .rounding import (
 
 FEW = 4  # tokens up to which the CPU's int8 kernel beats a product with weights that are cast first
 AT_ONCE = 2**16  # numbers of a weight that a CPU rounds at once while it trains
-SMALL = 2**20  # numbers of a weight up to which a GPU, while it trains, rounds it with others: one by one, calls take longest
+SMALL = 2**20  # numbers of a weight up to which a GPU rounds it with others while it trains: calls take longest there
 FEW_ON_CUDA = 64  # and a GPU's int4 kernel; its int8 kernel never does, see eval/results/NOTES.md
 
 
