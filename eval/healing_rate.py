@@ -6,6 +6,7 @@ A comparison tries several rates before it takes one. `heal.rate_at`, the rate t
 these trials, and so never from test items.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -33,7 +34,10 @@ def trials(paths):
             size = row["chosen_at"]["size"] if row["size"] else None
             name = row["task"], row["seed"], what, size, row["chosen_at"]["trained"]
             best = min(nll.values())
-            found[name] = {
+            same = row["task"], json.dumps(tried)  # rows of other seeds may repeat the trials of the first
+            if same in found and found[same]["name"] <= name:
+                continue
+            found[same] = {
                 "rounded": bool(row["sizes"].get("bits")),
                 "name": name,
                 "kl": tried[0]["kl"],
