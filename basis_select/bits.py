@@ -61,7 +61,8 @@ class Form:
 
 
 def _tensor(name: str, rows: int, columns: int, bits: int) -> int:
-    return stored_bytes(rows, columns, bits) + 2 * ENTRY + len(f"{name}.q{name}.scale")
+    names = [f"{name}.q", f"{name}.scale"][: 2 if bits == 8 else 1]
+    return stored_bytes(rows, columns, bits) + sum(ENTRY + len(each) for each in names)
 
 
 def prune_to_bytes(

@@ -19,7 +19,6 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from basis_select.checkpoint.files import save
 from basis_select.checkpoint.targets import targets
 from basis_select.decompose import decompose
 from basis_select.heal import distance, heal, probes, rate_at
@@ -37,7 +36,7 @@ from basis_select.statistics.readers import same_input
 from basis_select.training.loss import response_nll
 from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 
-OWN = ("dense", "autoround", "learned", "first", "sizes", "trained")  # keys of a method that are no recipe's
+OWN = ("dense", "learned", "first", "sizes", "trained")  # keys of a method that are no recipe's
 
 
 def alone(home, what):
@@ -112,23 +111,6 @@ class Bench:
         if "derivatives" in folders:
             state["derivatives"] = read_derivatives(folders["derivatives"])
         return after, state
-
-    def dense(self, r, bits, iterations):
-        """The parent with weights of so many bits, by as many iterations of AutoRound, or else by our own rounding."""
-        if bits == 16:
-            return copy.deepcopy(self.parent)
-        if not iterations:
-            return dense(self.weighted(r)[1]["model"], bits)
-        folder = self.home / f"autoround-{self.state['parent'].name}-{bits}-{iterations}"
-        with alone(self.home, folder.name):
-            if not folder.exists():
-                from autoround import auto_rounded
-
-                model = auto_rounded(copy.deepcopy(self.parent), self.tokenizer, self.task, bits, iterations)
-                round_table(model, 8)
-                with tempfile.TemporaryDirectory(dir=self.home) as place:
-                    save(model, self.tokenizer, Path(place) / "model", "bfloat16").rename(folder)
-        return load_here(folder, "float32")[0]
 
     def row(self, r, clock, model=None, after="refine", until="heal"):
         """The model of row `r` behind the stage `until`, from `model`, as it is behind `after`, or from disk."""
@@ -210,7 +192,7 @@ def started(bench, own, method, size, steps):
     r = override(r, {"learn.steps": learned, "heal.steps": steps - learned - r.refine.steps * (steps > 0)}, method)
     taken = {stage: getattr(r, stage).steps for stage in ("learn", "refine", "heal")}
     if bits := own.get("dense"):
-        model = bench.dense(r, bits, own.get("autoround"))
+        model = copy.deepcopy(bench.parent) if bits == 16 else dense(bench.weighted(r)[1]["model"], bits)
     else:
         r, model = r.at(size), None
         if first := own.get("first"):

@@ -35,10 +35,10 @@ def ours(layer, dtype=torch.float32):
 
 
 def of_pytorch(layer):
-    scale = layer.scale.bfloat16()
     if layer.bits == 8:
+        scale = layer.scale.bfloat16()
         return lambda x: torch._weight_int8pack_mm(x.bfloat16(), layer.q, scale).float()
-    q, scale = in_order(layer.q, layer.scale, layer.in_features, layer.bits)
+    q, scale = in_order(layer.q, layer.in_features, layer.bits)
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), q, GROUP, scale).float()
 
 

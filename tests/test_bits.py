@@ -9,7 +9,7 @@ import torch
 from conftest import addition_recipe, logits, make_task, make_tokenizer, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import basis_select as bs
@@ -24,6 +24,7 @@ from basis_select.layers.rounding import (
     GROUP,
     RANGE,
     Side,
+    apart,
     basis_costs,
     dense_cost,
     factors,
@@ -31,6 +32,7 @@ from basis_select.layers.rounding import (
     nearest,
     packed,
     restored,
+    storable,
     stored_bytes,
     unpacked,
 )
@@ -89,7 +91,7 @@ def test_heads_of_more_bits_than_tails_are_what_their_factors_multiply_to(more, 
     again, _ = bs.load(folder)
     assert torch.equal(logits(again, ids), logits(model, ids))
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == 2
+    assert config["format_version"] == 3
     assert set(config["heads"].values()) == {32}
     dense = bs.checkpoint.format.BasisSelectQuantizer(BasisSelectConfig())._dequantize(again)
     assert not quantized(dense)
@@ -222,7 +224,8 @@ def test_few_bits_by_the_kernel_are_what_their_weight_computes(bits, device, inp
     for _ in range(2):  # once more after the weights have changed
         exact = x.double() @ layer.weight.double().T + layer.bias.double()
         assert (layer(x).double() - exact).abs().max() < 0.01 * exact.abs().max()
-        layer.scale *= 2
+        with torch.no_grad():
+            layer.q[:, -1] += 1  # the exponent of the scales of a row
     trained = x.clone().requires_grad_()
     layer(trained).sum().backward()
     assert trained.grad.abs().sum() > 0
@@ -239,14 +242,32 @@ def test_rounding_is_to_the_nearest_and_takes_the_bytes_that_it_says(rows, input
     each = scale[:, None] if bits == 8 else scale.repeat_interleave(GROUP, 1)[:, :inputs]
     inside = (weight / each >= lowest) & (weight / each <= highest)  # others are cut off
     assert ((restored(q, scale) - weight).abs() <= 0.5001 * each.abs())[inside].all()
-    held = q if bits == 8 else packed(q, bits)
-    assert bits == 8 or torch.equal(unpacked(held, inputs, bits), q)
     layer = RoundedLinear.of(torch.nn.Linear(inputs, rows, bias=False), q, scale, bits)
+    assert all(torch.equal(a, b) for a, b in zip(layer.numbers(), (q, scale), strict=True))
+    assert stored_bytes(rows, inputs, bits) == layer.q.numel() + (2 * rows if bits == 8 else 0)
     before = layer.weight
+    assert torch.equal(before, restored(q, scale))
     layer.widen()
     assert torch.equal(layer.weight, before)
     assert layer.bits == max(bits, 4)
-    assert stored_bytes(rows, inputs, bits) == held.numel() + 2 * scale.numel()
+
+
+@given(st.integers(1, 5), st.integers(1, 130), st.sampled_from([4, 3]), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_scales_of_8_bits_are_near_to_any_and_stay_what_they_are(rows, groups, bits, seed):
+    """Whatever their size: 4 bits of precision as long as a scale is not far below the largest of its row."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.randn(rows, groups, generator=generator) * torch.logspace(-20, 20, rows)[:, None]
+    scale[:, : groups // 3] *= torch.logspace(-12, 0, groups // 3)
+    found = storable(scale)
+    assert torch.equal(storable(found), found)
+    assert found.all()
+    large = scale.abs() > scale.abs().amax(1, keepdim=True) / 2**13
+    assert ((found - scale).abs() <= scale.abs() / 16)[large].all()
+    q = torch.zeros(rows, groups * GROUP, dtype=torch.int8)
+    assert torch.equal(unpacked(packed(q, found, bits), groups * GROUP, bits)[1], found)
+    some = packed(q, found, bits)[:1]  # rows need nothing but themselves
+    assert torch.equal(unpacked(some, groups * GROUP, bits)[1], found[:1])
 
 
 def moment(n, samples):
@@ -386,6 +407,33 @@ def test_a_checkpoint_of_version_1_loads(ids, tmp_path):
     (folder / "basis_select.json").unlink()
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_a_checkpoint_of_version_2_loads_with_the_weights_that_it_had(bases, ids, tmp_path, caplog):
+    """There weights of 4 and 3 bits had scales of 16 bits in a tensor of their own."""
+    model = copy.deepcopy(bases)
+    for group, form in zip(
+        groups(model), itertools.cycle([Form(48, 3, 32, 4), Form(None, 4), Form(48, 8)]), strict=False
+    ):
+        form.put(group, model)
+    folder = bs.save(model, make_tokenizer(), tmp_path / "now")
+    tensors = load_file(folder / "model.safetensors")
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, RoundedLinear) and m.bits < 8]:
+        tensors[f"{name}.q"], scale = apart(layer.q, layer.in_features, layer.bits)
+        tensors[f"{name}.q"] = tensors[f"{name}.q"].contiguous()
+        tensors[f"{name}.scale"] = 1.01 * scale
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 2'))
+    (folder / "basis_select.json").unlink()
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert "of format version 2: its weights of 4 and 3 bits are held in 16 bits" in caplog.text
+    assert {*quantized(again).values()} == {8}
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, RoundedLinear)]:
+        expected = layer.weight if layer.bits == 8 else 1.01 * layer.weight
+        assert torch.allclose(again.get_submodule(name).weight, expected)
+    kept, _ = bs.load(bs.save(again, make_tokenizer(), tmp_path / "again"))
+    assert torch.equal(logits(kept, ids), logits(again, ids))
 
 
 def test_weighted_bases_of_version_1_count_every_error_alike(ids, tmp_path):

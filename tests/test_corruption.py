@@ -128,7 +128,7 @@ FOUND_BEFORE = {
         f"{SIDECAR} names '../secret'",
     ),
     "weights without a hash": ("whole", lambda f: hashes(f, lambda h: h.pop(ONE) and None), f"{ONE} was not part"),
-    "future format": ("whole", lambda f: format_(f, lambda c: c.update(format_version=3)), "format version 3"),
+    "future format": ("whole", lambda f: format_(f, lambda c: c.update(format_version=4)), "format version 4"),
 }  # fmt: skip
 FOUND_BY_CONTENT = {
     "index missing": ("shards", lambda f: (f / INDEX).unlink(), f"{INDEX} is missing"),

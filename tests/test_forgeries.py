@@ -304,10 +304,10 @@ FORMAT = {
     "a head that is not there": (put("config.json", ("quantization_config", "heads"), {DOWN: 1}), DOWN),
     **ours("table", 3, "x", [], {}, {"name": "model.embed_tokens", "bits": 2, "tied": True}),
     "a table in version 1": (put("config.json", ("quantization_config", "format_version"), 1), "version 2"),
-    "int8 in version 2": (put("config.json", ("quantization_config", "int8"), []), "version 1"),
+    "int8 in version 3": (put("config.json", ("quantization_config", "int8"), []), "version 1"),
     **{
         f"version {v!r}": (put("config.json", ("quantization_config", "format_version"), v), "format version")
-        for v in (3, 0, -1, "1", None, 1.0, True, [])
+        for v in (4, 0, -1, "1", None, 1.0, True, [])
     },
     **ours("rank", {}),
     **{f"no {f}": (drop("config.json", "quantization_config", f), ".") for f in ("ranks", "groups", "embedding")},

@@ -27,6 +27,8 @@ from basis_select.checkpoint.format import BasisSelectConfig
 from basis_select.export import to_int8
 from basis_select.layers.embedding import TableEmbedding
 from basis_select.layers.group import groups
+from basis_select.layers.rounded import RoundedLinear
+from basis_select.layers.rounding import restored_from_bytes
 from basis_select.serving.parts import Names, Stored, fuse, latent, table
 
 PYTHON = os.environ.get("BASIS_SELECT_VLLM")
@@ -149,13 +151,17 @@ def test_latents_of_columns_dealt_to_devices_add_up(stored):
 
 
 def test_what_shares_a_scale_is_not_parted():
-    q, scale = Stored("q", 4, None, None), Stored("scale", 4, None, None)
-    rows = torch.arange(3)
-    assert q.part(torch.zeros(3, 48), rows, range(32, 96)).shape == (3, 32)
-    assert scale.part(torch.zeros(3, 3), rows, range(32, 96)).shape == (3, 2)
-    for columns in (range(48), range(48, 96)):
-        with pytest.raises(ValueError, match="32 inputs share a scale"):
-            q.part(torch.zeros(3, 48), rows, columns)
+    rows = torch.arange(2)
+    for bits in (4, 3):
+        layer = RoundedLinear.rounded(torch.nn.Linear(90, 3).requires_grad_(False), bits)
+        q = Stored("q", bits, None, None)
+        for columns in (range(32), range(32, 90), range(64, 90), range(90)):
+            part = q.part(layer.q, rows, columns)
+            found = restored_from_bytes(part, len(columns), bits, torch.float32)
+            assert torch.equal(found, layer.weight[:2, columns.start : columns.stop])
+        for columns in (range(48), range(48, 90)):
+            with pytest.raises(ValueError, match="32 inputs share a scale"):
+                q.part(layer.q, rows, columns)
 
 
 @torch.no_grad()
@@ -186,7 +192,14 @@ def test_names_follow_a_server_that_renames():
     assert names.layers == {"model.a.q", "model.a.k", "model.b.w"}
     assert names.leader("model.a.k") == "model.a.q"
     assert names.of("model.a.k").keys() == {"u.head.weight", "u.tail.weight"}
-    assert names.of("model.b.w").keys() == {"q", "scale"}
+    assert names.of("model.b.w").keys() == {"q"}
+    assert names.of("model.a.q").keys() == {
+        "u.head.q",
+        "u.head.scale",
+        "u.tail.weight",
+        "v.head.weight",
+        "v.tail.weight",
+    }
 
 
 def free_port():
@@ -319,7 +332,7 @@ def said(function, *arguments, **more):
 
 made = vllm.ServedConfig.from_config
 said(made, {"quant_method": "basis_select", "format_version": 2, "ranks": {"a": 4}, "weighted": 1})
-said(made, {"quant_method": "basis_select", "format_version": 3})
+said(made, {"quant_method": "basis_select", "format_version": 4})
 served = made({"quant_method": "basis_select", "format_version": 2, "ranks": {"a.b": 4}})
 said(served.maybe_update_config, "some/model", revision="abc")
 vllm.get_pp_group = lambda: type("Group", (), {"world_size": 1})

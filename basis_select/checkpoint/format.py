@@ -1,6 +1,6 @@
 """The format: a normal Hugging Face folder whose config.json lists the factored layers.
 
-    "quantization_config": {"quant_method": "basis_select", "format_version": 2,
+    "quantization_config": {"quant_method": "basis_select", "format_version": 3,
                             "ranks": {module: r}, "groups": [[leader, follower, ...]], "weighted": 0, "new": 0}
 
 Registered with transformers as a quantizer, so that after `import basis_select` from_pretrained builds the
@@ -9,9 +9,13 @@ Where `weighted` is not 0 the bases still carry `scale` and `weight`, and it is 
 number of new bases beside them: such checkpoints come from decompose and learn. `embedding` says how the token
 embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}; `table` that it is rounded, with
 "bits" in place of "rank". `bits`, {module: 8, 4 or 3}, lists the linear layers, factors among them, that are stored as
-whole numbers `q` with a `scale` (layers/rounded.py). `heads`, {leader: bases}, says of which layers the factors are in
-two parts, the first of so many bases: `v.head`, `v.tail`, `u.head`, `u.tail`. Version 1 has a list `int8` in place of
-`bits`, and weighted bases without `input_cost` and `output_cost`.
+whole numbers `q`, of 8 bits with a `scale`, of fewer with their scales in the same tensor (layers/rounded.py). `heads`,
+{leader: bases}, says of which layers the factors are in two parts, the first of so many bases: `v.head`, `v.tail`,
+`u.head`, `u.tail`.
+
+Version 2 has scales of 16 bits, in a tensor of their own, for 4 and 3 bits too; such weights are held in 16 bits once
+they are loaded. Version 1 has a list `int8` in place of `bits`, and weighted bases without `input_cost` and
+`output_cost`.
 
 Without the import transformers would only warn and fill these layers with random weights. So every checkpoint also
 holds an empty tensor by the name of a dense weight: from_pretrained then raises, for the model has another shape there.
@@ -21,11 +25,13 @@ import collections
 import contextlib
 import copy
 import itertools
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -52,9 +58,12 @@ from ..layers.embedding import (
 from ..layers.group import Group, groups
 from ..layers.learning import LearningLinear
 from ..layers.low_rank import LowRankLinear
-from ..layers.rounded import RoundedLinear, SplitRows, quantized, split
+from ..layers.rounded import RoundedLinear, SplitRows, quantized, replace, split
+from ..layers.rounding import GROUP, number_bytes, restored, unpacked
 from ..layers.stacking import is_stacked
 from .schema import VERSION, require_description
+
+log = logging.getLogger(__name__)
 
 METHOD = "basis_select"
 REMEDIES = {  # by what the names of tensors hold
@@ -298,7 +307,8 @@ def build(model: PreTrainedModel, config: BasisSelectConfig) -> None:
         if group.name in heads:
             _split(group, heads[group.name])
     for name, width in config.rounded.items():
-        model.set_submodule(name, RoundedLinear.like(_listed(model, name, nn.Linear), width))
+        kind = _Version2Linear if config.format_version == 2 and width < 8 else RoundedLinear
+        model.set_submodule(name, kind.like(_listed(model, name, nn.Linear), width))
     if table:
         _listed(model, table["name"], nn.Embedding)
         install_rounded(model, **table)
@@ -316,6 +326,22 @@ def _split(group: Group, head: int) -> None:
     group.leader.v = split(group.leader.v, head, (16, 16), lambda part, bits: part, 0)
     for layer in group.layers:
         layer.u = split(layer.u, head, (16, 16), lambda part, bits: part, 1)
+
+
+class _Version2Linear(RoundedLinear):
+    """A layer of 4 or 3 bits while a checkpoint of version 2 is loaded: its scales are a tensor of their own."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, *place: Any):
+        super().__init__(in_features, out_features, bias, bits, *place)
+        self.groups = -(-in_features // GROUP)
+        whole = self.q.new_empty(out_features, number_bytes(in_features, bits))
+        self.q = nn.Parameter(whole, requires_grad=False)
+        self.register_buffer("scale", self.empty.new_empty(out_features, self.groups))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        numbers = F.pad(self.q, (0, self.groups + 1))  # scales that are not read
+        return restored(unpacked(numbers, self.in_features, self.bits)[0], self.scale)
 
 
 def _leaders(config: BasisSelectConfig) -> dict[str, str]:
@@ -405,6 +431,9 @@ class BasisSelectQuantizer(HfQuantizer):
                         if tensor not in moved:
                             moved[tensor] = tensor.clone()
                         kind[name] = moved[tensor]
+        if any(isinstance(m, _Version2Linear) for m in model.modules()):
+            log.warning("a checkpoint of format version 2: its weights of 4 and 3 bits are held in 16 bits")
+            replace(model, _Version2Linear, RoundedLinear.to_linear)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict]:
         if getattr(model, "_hf_peft_config_loaded", False):  # transformers then writes the adapter alone

@@ -7,8 +7,8 @@ from typing import Any, get_args
 from ..layers.rounding import Bits
 from ..system.reading import shown
 
-VERSION = 2
-READABLE = (1, 2)
+VERSION = 3
+READABLE = (1, 2, 3)
 LARGEST = 2**31  # above every rank that a tensor in memory can have
 
 
@@ -31,8 +31,10 @@ def require_description(description: Any) -> None:
             hint = f": did you mean {near[0]}?" if near else f"; known are {', '.join(FIELDS)}"
             raise ValueError(f"quantization_config has no field {shown(field)}{hint}")
         fits, meant = FIELDS[field]
-        if field in VERSION_OF and description["format_version"] != VERSION_OF[field]:
-            raise ValueError(f"quantization_config.{field} is of format version {VERSION_OF[field]}, this is another")
+        versions = VERSIONS_OF.get(field, READABLE)
+        if description["format_version"] not in versions:
+            of = " or ".join(map(str, versions))
+            raise ValueError(f"quantization_config.{field} is of format version {of}, this is another")
         if not fits(value):
             raise ValueError(f"quantization_config.{field} is {shown(value)}, it should be {meant}")
     ranks = description.get("ranks", {})
@@ -118,7 +120,7 @@ FIELDS = {  # field -> (what it must satisfy, in words)
     "heads": (_is_object, "an object, {name of a module: number of bases}"),
     "table": (lambda x: x is None or isinstance(x, dict), "an object or null"),
 }
-VERSION_OF = {"int8": 1, "bits": 2, "heads": 2, "table": 2}  # of fields that only one version has
+VERSIONS_OF = {"int8": (1,), "bits": (2, 3), "heads": (2, 3), "table": (2, 3)}  # of fields that not all have
 EMBEDDING = {
     "name": (_is_name, "the name of a module"),
     "tied": (lambda x: isinstance(x, bool), "true or false"),

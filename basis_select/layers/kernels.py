@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .rounded import RoundedLinear
+from .rounding import apart
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -93,16 +94,20 @@ def _gradients(
 
 
 def pack(weights: list[RoundedLinear]) -> tuple[torch.Tensor, list[int]]:
-    """`(packed, layout)` of weights as the kernel reads them; whole numbers and float32 scales then lie there alone."""
+    """`(packed, layout)` of weights as the kernel reads them; whole numbers of 8 bits and their float32 scales then lie
+    there alone.
+    """
     parts, layout = [], []
     for w in weights:
         w.widen()
-        scale, q = (x.detach().contiguous().view(-1) for x in (w.scale.float(), w.q))
-        parts += scale.view(torch.uint8), F.pad(q.view(torch.uint8), (0, -q.numel() % 4))
+        q, scale = (w.q, w.scale) if w.bits == 8 else apart(w.q, w.in_features, 4)
+        scale, q = (x.detach().contiguous().view(-1).view(torch.uint8) for x in (scale.float(), q))
+        parts += scale, F.pad(q, (0, -q.numel() % 4))
         layout += w.bits, w.out_features, w.in_features
     packed = torch.cat(parts)
     for w, scale, q in zip(weights, *(packed.split([len(p) for p in parts])[i::2] for i in (0, 1)), strict=True):
-        w.q.data = q[: w.q.numel()].view(w.q.dtype).view_as(w.q)
-        if w.scale.dtype == torch.float32:
-            w.scale = scale.view(torch.float32).view_as(w.scale)
+        if w.bits == 8:
+            w.q.data = q[: w.q.numel()].view(w.q.dtype).view_as(w.q)
+            if w.scale.dtype == torch.float32:
+                w.scale = scale.view(torch.float32).view_as(w.scale)
     return packed, layout

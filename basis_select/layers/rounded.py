@@ -20,7 +20,7 @@ from .rounding import (
     restored,
     restored_from_bytes,
     row_bytes,
-    scale_shape,
+    storable,
     unpacked,
 )
 
@@ -35,11 +35,11 @@ def _arranged_for_cpu(whole: torch.Tensor) -> torch.Tensor:
 
 
 def in_order(
-    q: torch.Tensor, scale: torch.Tensor, inputs: int, bits: int, arrange: Callable = _arranged_for_cpu
+    bytes_: torch.Tensor, inputs: int, bits: int, arrange: Callable = _arranged_for_cpu
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(q, scales)` of 4 or 3 bits as a device's kernel for 4 reads them, the inputs filled up to whole groups."""
-    whole = F.pad(unpacked(q, inputs, bits), (0, -inputs % GROUP)).int() + 8
-    scales = scale.T.to(torch.bfloat16)
+    q, scale = unpacked(bytes_, inputs, bits, torch.bfloat16)
+    whole, scales = F.pad(q, (0, -inputs % GROUP)).int() + 8, scale.T
     return arrange(whole), torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
 
 
@@ -50,9 +50,9 @@ def _arranged_for_cuda(whole: torch.Tensor) -> torch.Tensor:
 
 
 class RoundedLinear(nn.Module):
-    """Drop-in for nn.Linear: `y = x W^T + b`, W: (out, in) of whole numbers `q` times a `scale`.
+    """Drop-in for nn.Linear: `y = x W^T + b`, W: (out, in) of whole numbers times scales.
 
-    bits: 8, q: int8 (out, in), scale: (out,); or 4 or 3, q: uint8 (out, bytes) as `packed`, scale: (out, in / GROUP).
+    bits: 8, whole numbers q: int8 (out, in) and scale: (out,); or 4 or 3, both `packed` in q: uint8 (out, bytes).
     """
 
     def __init__(
@@ -66,21 +66,32 @@ class RoundedLinear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        stored = torch.int8 if bits == 8 else torch.uint8
-        whole = torch.empty(out_features, row_bytes(in_features, bits), dtype=stored, device=device)
+        shape, stored = (in_features, torch.int8) if bits == 8 else (row_bytes(in_features, bits), torch.uint8)
+        whole = torch.empty(out_features, shape, dtype=stored, device=device)
         self.q = nn.Parameter(whole, requires_grad=False)
-        shape = scale_shape(out_features, in_features, bits)
-        self.register_buffer("scale", torch.empty(shape, device=device, dtype=dtype))
         like = torch.empty(out_features, device=device, dtype=dtype)
-        self.bias = nn.Parameter(like, requires_grad=False) if bias else None
+        if bits == 8:
+            self.register_buffer("scale", like)
+        else:
+            self.register_buffer("empty", like[:0], persistent=False)  # has the dtype of the weight
+        self.bias = nn.Parameter(torch.empty_like(like), requires_grad=False) if bias else None
         self._arranged = None  # of fewer than 8 bits, as the device's kernel reads them: (of what, q, scales)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        return self.scale.dtype if self.bits == 8 else self.empty.dtype
 
     @property
     def weight(self) -> torch.Tensor:
         """(out, in), made on demand."""
         if self.bits == 8:
             return restored(self.q, self.scale)
-        return restored_from_bytes(self.q, self.scale, self.in_features, self.bits)
+        return restored_from_bytes(self.q, self.in_features, self.bits, self.dtype)
+
+    def numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(q, scale)`: the whole numbers, int8 (out, in), and their scales, (out,) or (out, in / GROUP)."""
+        return (self.q, self.scale) if self.bits == 8 else unpacked(self.q, self.in_features, self.bits, self.dtype)
 
     @classmethod
     def like(cls, linear: nn.Linear, bits: int) -> "RoundedLinear":
@@ -99,8 +110,9 @@ class RoundedLinear(nn.Module):
     def of(cls, linear: nn.Linear, q: torch.Tensor, scale: torch.Tensor, bits: int) -> "RoundedLinear":
         """The whole numbers q: int8 (out, in) and scales in place of the weight of an nn.Linear, its bias kept."""
         made = cls.like(linear, bits)
-        made.q.copy_(q if bits == 8 else packed(q, bits))
-        made.scale.copy_(scale)
+        made.q.copy_(q if bits == 8 else packed(q, scale, bits))
+        if bits == 8:
+            made.scale.copy_(scale)
         if made.bias is not None:
             made.bias.copy_(linear.bias)
         return made
@@ -148,31 +160,30 @@ class RoundedLinear(nn.Module):
         that is not known.
         """
         try:
-            made_of = (self.q.data_ptr(), self.q._version, self.scale.data_ptr(), self.scale._version)
+            made_of = (self.q.data_ptr(), self.q._version)
         except RuntimeError:  # torch does not count how often tensors of inference mode are overwritten
             return None
         if self._arranged is None or self._arranged[0] != made_of:
-            self._arranged = made_of, *in_order(self.q, self.scale, self.in_features, self.bits, arrange)
+            self._arranged = made_of, *in_order(self.q, self.in_features, self.bits, arrange)
         return self._arranged[1:]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, for a table of embeddings: ids (...) -> (..., in)."""
-        q, scale = F.embedding(ids, self.q), F.embedding(ids, self.scale.view(self.out_features, -1))
+        q = F.embedding(ids, self.q)
         if self.bits == 8:
-            return q.to(scale.dtype) * scale
-        flat = restored_from_bytes(q.flatten(0, -2), scale.flatten(0, -2), self.in_features, self.bits)
+            return q.to(self.dtype) * F.embedding(ids, self.scale[:, None])
+        flat = restored_from_bytes(q.flatten(0, -2), self.in_features, self.bits, self.dtype)
         return flat.view(*ids.shape, self.in_features)
 
     def widen(self) -> None:
         """Hold whole numbers of 3 bits in 4, in place: what kernels and other runtimes have products for."""
         if self.bits < 4:
-            q = packed(unpacked(self.q, self.in_features, self.bits), 4)
-            self.q, self.bits = nn.Parameter(q, requires_grad=False), 4
+            self.q, self.bits = nn.Parameter(packed(*self.numbers(), 4), requires_grad=False), 4
 
     def to_linear(self) -> nn.Linear:
         """The equivalent nn.Linear."""
         bias = self.bias is not None
-        linear = nn.Linear(self.in_features, self.out_features, bias, self.q.device, self.scale.dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias, self.q.device, self.dtype)
         linear.weight = nn.Parameter(self.weight, requires_grad=False)
         linear.bias = self.bias
         return linear
@@ -182,7 +193,7 @@ class RoundedLinear(nn.Module):
 
 
 class _Rounding(torch.autograd.Function):
-    """A weight (out, in) rounded to whole numbers of so many bits times a scale in bfloat16, returned in `dtype`.
+    """A weight (out, in) rounded to whole numbers of so many bits times `storable` scales, returned in `dtype`.
 
     Gradients pass through the rounding as if it were none (straight-through, arXiv 1308.3432), and what is outside of
     the range of the whole numbers gets none; those of the scales are LSQ's (arXiv 1902.08153). One function, since the
@@ -236,8 +247,8 @@ def _pieces(weight: torch.Tensor) -> Iterator[slice]:
 
 
 def _by_row(scale: torch.Tensor) -> torch.Tensor:
-    """(out, groups, 1), as `by_group` has weights: scales as they are stored, in bfloat16."""
-    return scale.bfloat16().to(scale.dtype).view(len(scale), -1, 1)
+    """(out, groups, 1), as `by_group` has weights: scales as they are stored."""
+    return storable(scale).view(len(scale), -1, 1)
 
 
 def _whole_(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -256,14 +267,14 @@ class RoundingLinear(nn.Linear):
         """What trains in place of a deployed layer, and computes the same."""
         made = cls(layer.in_features, layer.out_features, layer.bias is not None, "meta")
         made.bits, made.weight = layer.bits, nn.Parameter(layer.weight.contiguous())
-        made.scale, made.bias = nn.Parameter(layer.scale.clone()), layer.bias
+        made.scale, made.bias = nn.Parameter(layer.numbers()[1].clone()), layer.bias
         return made
 
     @torch.no_grad()
     def deployed(self) -> RoundedLinear:
-        q = _whole_(by_group(self.weight, self.bits) / _by_row(self.scale), self.bits)
-        q = q.flatten(1)[:, : self.in_features].to(torch.int8)
-        return RoundedLinear.of(self, q, self.scale.bfloat16(), self.bits)
+        scale = storable(self.scale)
+        q = _whole_(by_group(self.weight, self.bits) / scale.view(len(scale), -1, 1), self.bits)
+        return RoundedLinear.of(self, q.flatten(1)[:, : self.in_features].to(torch.int8), scale, self.bits)
 
     def rounded_weight(self) -> torch.Tensor:
         """(out, in), what the deployed layer's weight will be, in the dtype of products."""
@@ -291,14 +302,12 @@ def _round_together(layers: Iterable[RoundingLinear]) -> None:
     """Make what `rounded_weight` of each gives, all weights that have bits and scales alike by the same operations."""
     alike = {}
     for m in layers:
-        by_groups = m.bits < 8 and m.in_features % GROUP == 0
-        alike.setdefault((m.bits, GROUP if by_groups else m.in_features), []).append(m)
-    for (bits, width), some in alike.items():
-        weights = [m.weight.view(-1, width) for m in some]
-        scales = torch.cat([m.scale.view(len(w), -1) for m, w in zip(some, weights, strict=True)])
-        made = _Rounding.apply(torch.cat(weights), scales, bits, _products_dtype(scales))
-        for m, part in zip(some, made.split([len(w) for w in weights]), strict=True):
-            m._made = m._version(), part.view_as(m.weight)
+        alike.setdefault((m.bits, m.in_features), []).append(m)
+    for (bits, _), some in alike.items():
+        weights, scales = (torch.cat([getattr(m, name) for m in some]) for name in ("weight", "scale"))
+        made = _Rounding.apply(weights, scales, bits, _products_dtype(scales))
+        for m, part in zip(some, made.split([m.out_features for m in some]), strict=True):
+            m._made = m._version(), part
 
 
 class _Split(nn.Module):

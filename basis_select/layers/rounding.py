@@ -1,8 +1,9 @@
 """Weights of 8, 4 or 3 bits: what they are rounded to, and what that costs. Functions of tensors.
 
-Values are whole numbers times a scale: at 8 bits one scale a row, below that one for GROUP inputs of a row, which is
-negative where the largest weight of a group is positive, since the range has one number more below zero. Scales are
-bfloat16 numbers, in whatever dtype they are held.
+Values are whole numbers times a scale. At 8 bits that is one of bfloat16 for a row. Below that it is one for GROUP
+inputs of a row, negative where the largest weight of a group is positive, since the range has one number more below
+zero; it has 8 bits itself, a number of float8_e4m3fn times a power of two that is the row's. In memory scales are such
+numbers in whatever dtype they are held.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Literal
 import torch
 
 GROUP = 32  # inputs that share a scale below 8 bits
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the scale that holds the largest weight of a group below 8 bits
+SHRINK = tuple(1.1 - i / 16 for i in range(9))  # of the scale that holds the largest weight of a group below 8 bits
+FLOAT8 = torch.float8_e4m3fn  # largest number 448
 RANGE = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}  # of the whole numbers; no checkpoint has 2 bits
 
 LINES = 64  # that are rounded one after the other before all that follow make up for their errors
@@ -50,29 +52,52 @@ class Side:
         return (self.root.diagonal() ** -2)[self.order.argsort()]
 
 
-def scale_shape(rows: int, inputs: int, bits: int) -> tuple[int, ...]:
-    """Of the scales of a weight (rows, inputs): one a row at 8 bits, one for each group of a row below."""
-    return (rows,) if bits == 8 else (rows, -(-inputs // GROUP))
-
-
 def stored_bytes(rows: int, inputs: int, bits: int) -> int:
     """Bytes of a weight (rows, inputs) of 16 bits or fewer, with its scales.
 
     >>> stored_bytes(4, 64, 4)
-    144
+    140
     """
-    if bits == 16:
-        return 2 * rows * inputs
-    return rows * row_bytes(inputs, bits) + 2 * torch.Size(scale_shape(rows, inputs, bits)).numel()
+    if bits >= 8:
+        return rows * inputs * bits // 8 + 2 * rows * (bits == 8)
+    return rows * row_bytes(inputs, bits)
 
 
 def row_bytes(inputs: int, bits: int) -> int:
-    """That so many whole numbers take.
+    """Of a row of fewer than 8 bits: its whole numbers, its scales and their power of two, each in whole bytes.
 
     >>> row_bytes(32, 3)
+    14
+    """
+    return number_bytes(inputs, bits) + -(-inputs // GROUP) + 1
+
+
+def number_bytes(inputs: int, bits: int) -> int:
+    """That so many whole numbers take.
+
+    >>> number_bytes(32, 3)
     12
     """
     return -(-inputs * bits // 8)
+
+
+def storable(scale: torch.Tensor) -> torch.Tensor:
+    """The nearest scales that are stored, in the same dtype; scale: (rows,) of 8 bits, (rows, groups) of fewer."""
+    if scale.dim() == 1:
+        return scale.bfloat16().to(scale.dtype)
+    return _to_8_bits(scale.float(), _power(scale)).to(scale.dtype)
+
+
+def _to_8_bits(scale: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+    """Scales of float32 as numbers of 8 bits, of which none is zero, times the rows' powers of two."""
+    codes = torch.ldexp(scale, -power).to(FLOAT8).float()
+    return torch.ldexp(torch.where(codes == 0, torch.finfo(FLOAT8).smallest_normal / 8, codes), power)
+
+
+def _power(scale: torch.Tensor) -> torch.Tensor:
+    """(rows, 1), int32: of the least power of two times which numbers of 8 bits hold the scales (rows, groups)."""
+    mantissa, exponent = torch.frexp(scale.float().abs().amax(1, keepdim=True))
+    return (exponent - 9 + (mantissa > 448 / 512)).clamp(-126, 127)
 
 
 def nearest(weight: torch.Tensor, bits: int, cost: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,10 +112,10 @@ def nearest(weight: torch.Tensor, bits: int, cost: torch.Tensor | None = None) -
     grouped, cost = by_group(weight.float(), bits), _costs(cost, weight, bits)
     largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
     largest = (largest.abs() if bits == 8 else -largest) / -RANGE[bits][0]
-    best = None
-    for share in SHRINK if bits < 8 else SHRINK[:1]:
-        scale = (largest * share).bfloat16().float()
-        scale = torch.where(scale != 0, scale, 1)
+    power, best = _power(SHRINK[0] * largest.flatten(1)), None
+    for share in SHRINK if bits < 8 else (1,):
+        scale = storable(largest.flatten()) if bits == 8 else _to_8_bits(share * largest.flatten(1), power)
+        scale = torch.where(scale == 0, 1, scale).view_as(largest)
         q = (grouped / scale).round().clamp(*RANGE[bits])
         error = ((q * scale - grouped).square() * cost).sum(-1, keepdim=True)
         if best is None:
@@ -100,7 +125,7 @@ def nearest(weight: torch.Tensor, bits: int, cost: torch.Tensor | None = None) -
             best = [torch.where(better, new, old) for new, old in zip((error, scale, q), best, strict=True)]
     _, scale, q = best
     q = q.flatten(1)[:, : weight.shape[1]].to(torch.int8)
-    return q, scale.view(scale_shape(*weight.shape, bits)).to(weight.dtype)
+    return q, scale.flatten(int(bits < 8)).to(weight.dtype)
 
 
 def fed_back(weight: torch.Tensor, bits: int, inputs: Side, outputs: Side) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,13 +166,14 @@ def restored(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (by_group(q.to(scale.dtype), 4) * scale[..., None]).flatten(1)[:, : q.shape[1]]
 
 
-def restored_from_bytes(bytes_: torch.Tensor, scale: torch.Tensor, inputs: int, bits: int) -> torch.Tensor:
-    """`restored` of what was `packed`, at 4 bits without the whole numbers in between."""
+def restored_from_bytes(bytes_: torch.Tensor, inputs: int, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (rows, inputs) that was `packed`, at 4 bits without the whole numbers in between."""
     if bits != 4:
-        return restored(unpacked(bytes_, inputs, bits), scale)
+        return restored(*unpacked(bytes_, inputs, bits, dtype))
+    numbers, scale = apart(bytes_, inputs, bits, dtype)
     each = torch.arange(256, device=bytes_.device)
-    values = (torch.stack([each & 15, each >> 4], dim=-1) - 8).to(scale.dtype)
-    x = torch.nn.functional.embedding(bytes_.int(), values).flatten(1)[:, :inputs]
+    values = (torch.stack([each & 15, each >> 4], dim=-1) - 8).to(dtype)
+    x = torch.nn.functional.embedding(numbers.int(), values).flatten(1)[:, :inputs]
     return (by_group(x, 4) * scale[..., None]).flatten(1)[:, :inputs]
 
 
@@ -164,26 +190,46 @@ def _costs(cost: torch.Tensor | None, weight: torch.Tensor, bits: int) -> torch.
     return by_group(given[None], bits)
 
 
-def packed(q: torch.Tensor, bits: int) -> torch.Tensor:
-    """Whole numbers (rows, inputs) of so many bits, one after the other from the lowest bit of the first byte on, each
-    with half their range added: uint8 (rows, `row_bytes`). Of 4 bits, the first of two lies in a byte's low half.
+def packed(q: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Whole numbers (rows, inputs) of fewer than 8 bits and `storable` scales (rows, groups): uint8 (rows, bytes).
+
+    First the whole numbers, one after the other from the lowest bit of the first byte on, each with half their range
+    added: of 4 bits, the first of two lies in a byte's low half. Then a byte for each scale, and the exponent of the
+    row's power of two with 128 added. So rows need nothing but themselves.
     """
+    power = _power(scale)
+    codes = torch.ldexp(scale.float(), -power).to(FLOAT8).view(torch.uint8)
+    return torch.cat([_packed(q, bits), codes, (power + 128).to(torch.uint8)], dim=1)
+
+
+def _packed(q: torch.Tensor, bits: int) -> torch.Tensor:
     inputs, rows = q.shape[1], len(q)
     eights = torch.nn.functional.pad(q, (0, -inputs % 8)).view(rows, -1, 8).int() + 2 ** (bits - 1)
     places = torch.arange(8, device=q.device, dtype=torch.int32)
     whole = (eights << bits * places).sum(-1, keepdim=True, dtype=torch.int32)
-    return (whole >> 8 * places[:bits] & 255).to(torch.uint8).view(rows, -1)[:, : row_bytes(inputs, bits)].contiguous()
+    return (whole >> 8 * places[:bits] & 255).to(torch.uint8).view(rows, -1)[:, : number_bytes(inputs, bits)]
 
 
-def unpacked(bytes_: torch.Tensor, inputs: int, bits: int) -> torch.Tensor:
-    """What was `packed`: int8 (rows, inputs)."""
+def apart(
+    bytes_: torch.Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(bytes of the whole numbers, scales in `dtype`)` of what was `packed`."""
+    numbers, codes, power = bytes_.split([number_bytes(inputs, bits), -(-inputs // GROUP), 1], dim=1)
+    return numbers, torch.ldexp(codes.contiguous().view(FLOAT8).float(), power.int() - 128).to(dtype)
+
+
+def unpacked(
+    bytes_: torch.Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What was `packed`: int8 (rows, inputs), and the scales in `dtype`."""
+    numbers, scale = apart(bytes_, inputs, bits, dtype)
     if bits == 4:
-        return torch.stack([bytes_ & 15, bytes_ >> 4], dim=-1).flatten(-2)[..., :inputs].to(torch.int8) - 8
-    rows, places = len(bytes_), torch.arange(8, device=bytes_.device, dtype=torch.int32)
-    parts = torch.nn.functional.pad(bytes_, (0, -bytes_.shape[1] % bits)).view(rows, -1, bits).int()
+        return torch.stack([numbers & 15, numbers >> 4], dim=-1).flatten(-2)[..., :inputs].to(torch.int8) - 8, scale
+    rows, places = len(numbers), torch.arange(8, device=bytes_.device, dtype=torch.int32)
+    parts = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % bits)).view(rows, -1, bits).int()
     whole = (parts << 8 * places[:bits]).sum(-1, keepdim=True, dtype=torch.int32)
     q = (whole >> bits * places & 2**bits - 1).view(rows, -1)[:, :inputs]
-    return q.to(torch.int8) - 2 ** (bits - 1)
+    return q.to(torch.int8) - 2 ** (bits - 1), scale
 
 
 def factors(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,7 +45,7 @@ class Part(nn.Module):
 
 
 class FixedLinear(RoundedLinear):
-    """A RoundedLinear whose weights no longer change, by a kernel that reads them as they are stored (kernels.py)."""
+    """A RoundedLinear whose weights no longer change, by a kernel that reads them in its own order (kernels.py)."""
 
     @classmethod
     def of(cls, layer: RoundedLinear) -> "FixedLinear":
@@ -55,7 +55,9 @@ class FixedLinear(RoundedLinear):
         packed, layout = pack([layer])
         made = cls(layer.in_features, layer.out_features, False, layer.bits, "meta")
         made.packed, made.layout = packed, layout
-        made.q, made.scale, made.bias = layer.q, layer.scale, layer.bias
+        made.bias = layer.bias
+        if layer.bits == 8:  # of fewer all is in `packed`
+            made.q, made.scale = layer.q, layer.scale
         return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x: (..., in)
@@ -169,7 +171,8 @@ def joined(factors: list[nn.Module]) -> nn.Module | None:
     else:
         made = RoundedLinear(first.in_features, rows, bias, first.bits, "meta")
         made.q = nn.Parameter(torch.cat(tensors), requires_grad=False)
-        made.scale = torch.cat([f.scale for f in factors])
+        for name in first._buffers:
+            setattr(made, name, torch.cat([getattr(f, name) for f in factors]))
     if bias:
         made.bias = nn.Parameter(torch.cat([f.bias for f in factors]), requires_grad=False)
     return made

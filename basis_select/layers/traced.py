@@ -14,20 +14,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from .rounded import RoundedLinear, quantized
-from .rounding import GROUP, unpacked
+from .rounding import GROUP
 
 
 class OnnxLinear(RoundedLinear):
-    """A RoundedLinear that becomes one MatMulNBits if it has 4 bits, or 3, which are then held in 4."""
+    """A RoundedLinear that becomes one MatMulNBits if it has 4 bits; q is uint8 (out, groups, GROUP / 2) then."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.bits == 8:
             return super().forward(x)
-        groups, empty = self.scale.shape[1], 0x88  # two zeros
-        q = F.pad(self.q, (0, groups * GROUP // 2 - self.q.shape[1]), value=empty)
         y = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
-            (x, q.view(self.out_features, groups, GROUP // 2), self.scale),
+            (x, self.q, self.scale),
             {"K": self.in_features, "N": self.out_features, "bits": 4, "block_size": GROUP},
             dtype=x.dtype,
             shape=(*x.shape[:-1], self.out_features),
@@ -63,7 +61,11 @@ def for_graph(model: nn.Module, runtime: Literal["onnx", "openvino"]) -> nn.Modu
         if isinstance(layer, RoundedLinear):
             layer.widen()
             layer.__class__ = {"onnx": OnnxLinear, "openvino": OpenVinoLinear}[runtime]
-            if runtime == "openvino" and layer.bits == 4:
-                q = F.pad(unpacked(layer.q, layer.in_features, 4), (0, -layer.in_features % GROUP))
-                layer.q = nn.Parameter(q.unflatten(1, (-1, GROUP)), requires_grad=False)
+            if layer.bits == 4:
+                q, scale = layer.numbers()
+                q = F.pad(q, (0, -layer.in_features % GROUP))
+                if runtime == "onnx":
+                    q = (q[:, ::2] + 8 | q[:, 1::2] + 8 << 4).to(torch.uint8)
+                layer.q = nn.Parameter(q.unflatten(1, (scale.shape[1], -1)), requires_grad=False)
+                layer.register_buffer("scale", scale)
     return model

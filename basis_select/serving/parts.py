@@ -16,14 +16,15 @@ from ..checkpoint.format import BasisSelectConfig, factored_weights
 from ..layers.embedding import LowRankEmbedding, RoundedEmbedding, TableEmbedding
 from ..layers.low_rank import LowRankLinear
 from ..layers.rounded import RoundedLinear, SplitColumns, SplitRows
-from ..layers.rounding import GROUP, row_bytes
+from ..layers.rounding import GROUP, number_bytes, row_bytes
 
 FACTOR = re.compile(r"\.[uv](\.head|\.tail)?$")  # what the name of a factor ends in
 Tensors = Mapping[str, torch.Tensor]
 
 
 class Stored(NamedTuple):
-    """A tensor of a checkpoint: the weight of a linear layer or, if that is rounded, its whole numbers or scales.
+    """A tensor of a checkpoint: the weight of a linear layer or, if that is rounded, its whole numbers or scales; of
+    fewer than 8 bits both are in `q`.
 
     rows: how many outputs the weight has, None for those of the layer that it belongs to; inputs likewise.
     """
@@ -36,8 +37,8 @@ class Stored(NamedTuple):
     def columns(self, inputs: int) -> int | None:
         """How many columns so many inputs of the weight have, None if there are no columns."""
         if self.kind == "scale":
-            return None if self.bits == 8 else -(-inputs // GROUP)
-        return inputs if self.bits is None else row_bytes(inputs, self.bits)
+            return None
+        return inputs if self.bits in (None, 8) else row_bytes(inputs, self.bits)
 
     def dtype(self, of_model: torch.dtype) -> torch.dtype:
         """What it holds: that of whole numbers, or else the model's."""
@@ -59,13 +60,18 @@ class Stored(NamedTuple):
         tensor = tensor[rows]
         if self.inputs or tensor.dim() == 1:
             return tensor
-        first, last = self.columns(columns.start), self.columns(columns.stop)
-        if self.bits not in (None, 8) and (columns.start % GROUP or (columns.stop % GROUP and last < tensor.shape[1])):
+        if self.bits in (None, 8):
+            return tensor[:, columns.start : columns.stop].contiguous()
+        groups = -(-(tensor.shape[1] - 1) // (row_bytes(GROUP, self.bits) - 1))
+        numbers, scales, power = tensor.split([tensor.shape[1] - 1 - groups, groups, 1], dim=1)
+        first, last = (number_bytes(n, self.bits) for n in (columns.start, columns.stop))
+        if columns.start % GROUP or (columns.stop % GROUP and last < numbers.shape[1]):
             raise ValueError(
                 f"of {self.bits} bits, {GROUP} inputs share a scale: they cannot be parted at {columns.start} and "
                 f"{columns.stop} over devices; use fewer of them, or a checkpoint of 8 or 16 bits"
             )
-        return tensor[:, first:last].contiguous()
+        own = scales[:, columns.start // GROUP : -(-columns.stop // GROUP)]
+        return torch.cat([numbers[:, first:last], own, power], dim=1)
 
 
 class Names:
@@ -75,6 +81,10 @@ class Names:
     """
 
     def __init__(self, config: BasisSelectConfig, rename: Callable[[str], str] = str):
+        if config.format_version == 2 and any(bits < 8 for bits in config.rounded.values()):
+            raise ValueError(
+                "weights of 4 or 3 bits of format version 2: make the checkpoint anew, or load and save it"
+            )
         self.ranks = {rename(name): rank for name, rank in config.ranks.items()}
         self.bits = {rename(name): bits for name, bits in config.rounded.items()}
         self.heads = {rename(name): head for name, head in getattr(config, "heads", {}).items()}
@@ -116,7 +126,7 @@ class Names:
 
 
 def _stored(name: str, bits: int | None, rows: int | None, inputs: int | None) -> dict[str, Stored]:
-    kinds = ("weight",) if bits is None else ("q", "scale")
+    kinds = ("weight",) if bits is None else ("q", "scale") if bits == 8 else ("q",)
     return {f"{name}{kind}": Stored(kind, bits, rows, inputs) for kind in kinds}
 
 
@@ -196,5 +206,9 @@ def _linear(name: str, stored: Mapping[str, Stored], tensors: Tensors, inputs: i
         made.weight = nn.Parameter(first, requires_grad=False)
         return made
     made = RoundedLinear(inputs, rows, False, about.bits, device="meta")
-    made.q, made.scale = nn.Parameter(found["q"][1], requires_grad=False), found["scale"][1]
+    made.q = nn.Parameter(found["q"][1], requires_grad=False)
+    if about.bits == 8:
+        made.scale = found["scale"][1]
+    else:
+        made.empty = first.new_empty(0, dtype=torch.get_default_dtype())
     return made

@@ -277,7 +277,7 @@ class TableMethod(LinearMethodBase):
         if served.embedding is None:
             tensors = served.read(served.table, served.names.of_table(served.table))
             served.embedding = table(served.names, served.table, tensors, layer.embedding_dim)
-            replace(served.embedding, RoundedLinear, _as_stored)
+            replace(served.embedding, RoundedLinear, lambda m: _as_stored(m) if m.bits == 8 else m)
         _displace(layer, served.embedding)
 
     def embedding(self, layer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
