@@ -348,7 +348,7 @@ def test_what_cannot_be_served_is_refused_in_a_sentence():
     said = [line for line in done.stdout.splitlines() if line]
     assert [line.split(":")[0] for line in said[-5:]] == [
         "these bases are still weighted, as decompose and learn leave them",
-        "this checkpoint has format version 3; this basis_select reads versions 1 to 2",
+        "this checkpoint has format version 4; this basis_select reads versions 1 to 3",
         "some/model is served as it is on its main branch",
         "vLLM's model of this architecture has no place for bases or bits in a.b",
         "None holds no a.b.u.weight",
