@@ -69,12 +69,12 @@ class RoundedLinear(nn.Module):
         shape, stored = (in_features, torch.int8) if bits == 8 else (row_bytes(in_features, bits), torch.uint8)
         whole = torch.empty(out_features, shape, dtype=stored, device=device)
         self.q = nn.Parameter(whole, requires_grad=False)
-        like = torch.empty(out_features, device=device, dtype=dtype)
+        where = {"device": device, "dtype": dtype}
         if bits == 8:
-            self.register_buffer("scale", like)
+            self.register_buffer("scale", torch.empty(out_features, **where))
         else:
-            self.register_buffer("empty", like[:0], persistent=False)  # has the dtype of the weight
-        self.bias = nn.Parameter(torch.empty_like(like), requires_grad=False) if bias else None
+            self.register_buffer("empty", torch.empty(0, **where), persistent=False)  # has the dtype of the weight
+        self.bias = nn.Parameter(torch.empty(out_features, **where), requires_grad=False) if bias else None
         self._arranged = None  # of fewer than 8 bits, as the device's kernel reads them: (of what, q, scales)
 
     @property

@@ -56,8 +56,10 @@ class FixedLinear(RoundedLinear):
         made = cls(layer.in_features, layer.out_features, False, layer.bits, "meta")
         made.packed, made.layout = packed, layout
         made.bias = layer.bias
-        if layer.bits == 8:  # of fewer all is in `packed`
+        if layer.bits == 8:
             made.q, made.scale = layer.q, layer.scale
+        else:  # all is in `packed`
+            made.q, made.empty = nn.Parameter(layer.q.new_empty(0), requires_grad=False), layer.empty
         return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x: (..., in)
