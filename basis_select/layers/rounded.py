@@ -204,8 +204,8 @@ class _Rounding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.bits, by_row = bits, _by_row(scale)
+        ctx.bits, ctx.shape, by_row = bits, scale.shape, _by_row(scale)
+        ctx.save_for_backward(weight, by_row)
         if _has_kernel(weight, dtype):
             scales = by_row.squeeze(-1)
             return torch.ops.basis_select.rounded_weight(weight, scales, *RANGE[bits], dtype == torch.bfloat16)
@@ -217,12 +217,11 @@ class _Rounding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        weight, scale = ctx.saved_tensors
-        by_row = _by_row(scale)
+        weight, by_row = ctx.saved_tensors
         if _has_kernel(weight, grad.dtype):
             options = by_row.squeeze(-1), grad.contiguous(), *RANGE[ctx.bits]
             of_weight, of_scale = torch.ops.basis_select.rounded_weight_backward(weight, *options)
-            return of_weight, of_scale.view(scale.shape), None, None
+            return of_weight, of_scale.view(ctx.shape), None, None
         of_weight, of_scale = torch.empty_like(weight), torch.empty_like(by_row)
         for rows in _pieces(weight):
             x, g = by_group(weight[rows], ctx.bits) / by_row[rows], by_group(grad[rows].to(weight.dtype), ctx.bits)
@@ -230,7 +229,7 @@ class _Rounding(torch.autograd.Function):
             inside = (x >= lowest) & (x <= highest)
             of_scale[rows] = _whole_(x.clone(), ctx.bits).sub_(x.mul_(inside)).mul_(g).sum(-1, keepdim=True)
             of_weight[rows] = torch.mul(g, inside, out=x).flatten(1)[:, : weight.shape[1]]
-        return of_weight, of_scale.view(scale.shape), None, None
+        return of_weight, of_scale.view(ctx.shape), None, None
 
 
 def _has_kernel(weight: torch.Tensor, dtype: torch.dtype) -> bool:

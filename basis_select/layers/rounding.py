@@ -85,19 +85,23 @@ def storable(scale: torch.Tensor) -> torch.Tensor:
     """The nearest scales that are stored, in the same dtype; scale: (rows,) of 8 bits, (rows, groups) of fewer."""
     if scale.dim() == 1:
         return scale.bfloat16().to(scale.dtype)
-    return _to_8_bits(scale.float(), _power(scale)).to(scale.dtype)
+    return _to_8_bits(scale.float(), _unit(_power(scale))).to(scale.dtype)
 
 
-def _to_8_bits(scale: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
-    """Scales of float32 as numbers of 8 bits, of which none is zero, times the rows' powers of two."""
-    codes = torch.ldexp(scale, -power).to(FLOAT8).float()
-    return torch.ldexp(torch.where(codes == 0, torch.finfo(FLOAT8).smallest_normal / 8, codes), power)
+def _to_8_bits(scale: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """Scales of float32 as numbers of 8 bits, of which none is zero, times the unit of the row."""
+    codes = (scale / unit).to(FLOAT8).float()
+    return torch.where(codes == 0, torch.finfo(FLOAT8).smallest_normal / 8, codes).mul_(unit)
 
 
 def _power(scale: torch.Tensor) -> torch.Tensor:
     """(rows, 1), int32: of the least power of two times which numbers of 8 bits hold the scales (rows, groups)."""
     mantissa, exponent = torch.frexp(scale.float().abs().amax(1, keepdim=True))
     return (exponent - 9 + (mantissa > 448 / 512)).clamp(-126, 127)
+
+
+def _unit(power: torch.Tensor) -> torch.Tensor:
+    return torch.ldexp(torch.ones_like(power, dtype=torch.float32), power)
 
 
 def nearest(weight: torch.Tensor, bits: int, cost: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,9 +116,9 @@ def nearest(weight: torch.Tensor, bits: int, cost: torch.Tensor | None = None) -
     grouped, cost = by_group(weight.float(), bits), _costs(cost, weight, bits)
     largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
     largest = (largest.abs() if bits == 8 else -largest) / -RANGE[bits][0]
-    power, best = _power(SHRINK[0] * largest.flatten(1)), None
+    unit, best = _unit(_power(SHRINK[0] * largest.flatten(1))), None
     for share in SHRINK if bits < 8 else (1,):
-        scale = storable(largest.flatten()) if bits == 8 else _to_8_bits(share * largest.flatten(1), power)
+        scale = storable(largest.flatten()) if bits == 8 else _to_8_bits(share * largest.flatten(1), unit)
         scale = torch.where(scale == 0, 1, scale).view_as(largest)
         q = (grouped / scale).round().clamp(*RANGE[bits])
         error = ((q * scale - grouped).square() * cost).sum(-1, keepdim=True)
@@ -198,7 +202,7 @@ def packed(q: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     row's power of two with 128 added. So rows need nothing but themselves.
     """
     power = _power(scale)
-    codes = torch.ldexp(scale.float(), -power).to(FLOAT8).view(torch.uint8)
+    codes = (scale.float() / _unit(power)).to(FLOAT8).view(torch.uint8)
     return torch.cat([_packed(q, bits), codes, (power + 128).to(torch.uint8)], dim=1)
 
 
@@ -215,7 +219,7 @@ def apart(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(bytes of the whole numbers, scales in `dtype`)` of what was `packed`."""
     numbers, codes, power = bytes_.split([number_bytes(inputs, bits), -(-inputs // GROUP), 1], dim=1)
-    return numbers, torch.ldexp(codes.contiguous().view(FLOAT8).float(), power.int() - 128).to(dtype)
+    return numbers, (codes.contiguous().view(FLOAT8).float() * _unit(power.int() - 128)).to(dtype)
 
 
 def unpacked(
