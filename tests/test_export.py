@@ -239,7 +239,7 @@ def test_onnx_with_bits(kind, tied, task, ids, tmp_path):
     assert torch.allclose(logits(again, ids), logits(model, ids), atol=1e-5)
     assert torch.equal(*(m.generate(ids, max_new_tokens=8, do_sample=False) for m in (model, again)))
     # torch's exporter multiplies out the smallest of the weights of 8 bits.
-    assert (out / "model.onnx.data").stat().st_size < 1.3 * weight_bytes(source)
+    assert (out / "model.onnx.data").stat().st_size < 1.5 * weight_bytes(source)  # scales are wider there
     assert str(Path(bs.__file__).parents[1]).encode() not in (out / "model.onnx").read_bytes()
 
 

@@ -106,9 +106,10 @@ from basis_select.layers.stacking import FixedLinear
 assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
 kernels.load(Path(sys.argv[1]))
 for bits in (8, 4):
-    fixed = FixedLinear.of(RoundedLinear.rounded(torch.nn.Linear(95, 33), bits))
+    layer = RoundedLinear.rounded(torch.nn.Linear(95, 33), bits)
+    weight, fixed = layer.weight, FixedLinear.of(layer)
     x = torch.randn(3, 95)
-    torch.testing.assert_close(fixed(x), torch.nn.functional.linear(x, fixed.weight, fixed.bias), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(fixed(x), torch.nn.functional.linear(x, weight, fixed.bias), rtol=1e-3, atol=1e-4)
     x[1, 2] = torch.nan
     assert fixed(x)[1].isnan().all() and fixed(x)[[0, 2]].isfinite().all()
 """
@@ -170,6 +171,18 @@ def test_what_is_fast_is_neither_saved_nor_adapted(task, tmp_path):
             get_peft_model(fast, LoraConfig(target_modules=r".*q_proj\.(u|v)"))
 
 
+@torch.no_grad()
+def short_of_likeliest(model, prompt, out):
+    """By how much less `model` likes tokens that follow a prompt than those it likes best, at most.
+
+    In bfloat16 two that are nearly as likely change places.
+    """
+    new = out[:, prompt.shape[1] :]
+    assert new.shape[1] == GREEDY["max_new_tokens"]
+    logits = model(input_ids=out).logits[:, prompt.shape[1] - 1 : -1].float()
+    return float((logits.amax(-1) - logits.gather(-1, new[..., None])[..., 0]).max())
+
+
 @pytest.mark.slow
 def test_one_call_loads_a_model_that_generates_by_a_compiled_step(task, ids, tmp_path, caplog):
     model = small("llama", task, bits="auto")
@@ -182,10 +195,10 @@ def test_one_call_loads_a_model_that_generates_by_a_compiled_step(task, ids, tmp
     try:
         for length in (3, 9, 14):
             prompt = ids[:1, :length]
-            assert torch.equal(fast.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY))
+            assert short_of_likeliest(model, prompt, fast.generate(prompt, **GREEDY)) < 0.01
     finally:
         torch._dynamo.config.error_on_recompile = False
-    assert torch.equal(fast.generate(ids, **GREEDY), model.generate(ids, **GREEDY))  # a batch of two
+    assert short_of_likeliest(model, ids, fast.generate(ids, **GREEDY)) < 0.01  # a batch of two
 
 
 def test_what_cannot_be_fast_is_refused(tmp_path):
