@@ -333,14 +333,13 @@ class _Version2Linear(RoundedLinear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, *place: Any):
         super().__init__(in_features, out_features, bias, bits, *place)
-        self.groups = -(-in_features // GROUP)
         whole = self.q.new_empty(out_features, number_bytes(in_features, bits))
         self.q = nn.Parameter(whole, requires_grad=False)
-        self.register_buffer("scale", self.empty.new_empty(out_features, self.groups))
+        self.register_buffer("scale", self.empty.new_empty(out_features, -(-in_features // GROUP)))
 
     @property
     def weight(self) -> torch.Tensor:
-        numbers = F.pad(self.q, (0, self.groups + 1))  # scales that are not read
+        numbers = F.pad(self.q, (0, self.scale.shape[1] + 1))  # scales that are not read
         return restored(unpacked(numbers, self.in_features, self.bits)[0], self.scale)
 
 
