@@ -47,7 +47,7 @@ from filelock import FileLock, Timeout
 
 from basis_select.checkpoint.files import save
 from basis_select.evaluation.accuracy import generated
-from basis_select.layers.rounded import RoundedLinear, replace
+from basis_select.layers.rounded import RoundedLinear, multiplied_out
 from basis_select.layers.rounding import stored_bytes
 from basis_select.run.recipe import Recipe, override
 from basis_select.run.work import load_here
@@ -177,9 +177,8 @@ def measure(model, tokenizer, task, answers):
         raise FloatingPointError("a test item has a likelihood that is not finite")
     found = {"sizes": facts, "nll": [round(x, 4) for x in nll.tolist()], "tokens": tokens.tolist()}
     if answers and task.score:
-        kept = {part for m in model.modules() if hasattr(m, "bases") for part in m.bases.modules()}  # of the embedding
-        replace(model, RoundedLinear, lambda m: m if m in kept else m.to_linear())  # once, not for each token
-        texts = generated(model, tokenizer, task, task.test[:answers], rows=TOGETHER)
+        with multiplied_out(model):
+            texts = generated(model, tokenizer, task, task.test[:answers], rows=TOGETHER)
         pairs = zip(texts, task.test, strict=False)
         found["correct"] = [int(task.score(text, example.answer)) for text, example in pairs]
     return found

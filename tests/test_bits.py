@@ -18,8 +18,9 @@ from basis_select.checkpoint.format import BasisSelectConfig
 from basis_select.checkpoint.targets import targets
 from basis_select.export import to_int8
 from basis_select.layers import kernels, rounded
+from basis_select.layers.embedding import round_table
 from basis_select.layers.group import groups
-from basis_select.layers.rounded import RoundedLinear, RoundingLinear, quantized, training
+from basis_select.layers.rounded import RoundedLinear, RoundingLinear, multiplied_out, quantized, training
 from basis_select.layers.rounding import (
     GROUP,
     RANGE,
@@ -214,7 +215,7 @@ def test_the_kernel_rounds_what_trains_as_torch_does(bits, outputs, inputs, dtyp
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (48, 64), (70, 32), (64, 40)])
-@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 40, 70])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("bits", [4, 3])
 def test_few_bits_by_the_kernel_are_what_their_weight_computes(bits, device, inputs, outputs, tokens):
@@ -229,6 +230,24 @@ def test_few_bits_by_the_kernel_are_what_their_weight_computes(bits, device, inp
     trained = x.clone().requires_grad_()
     layer(trained).sum().backward()
     assert trained.grad.abs().sum() > 0
+
+
+def test_what_is_multiplied_out_has_the_very_weights_and_comes_back(bases, ids):
+    model = copy.deepcopy(bases)
+    for group in groups(model):
+        group.round(model, 32, 16, (8, 4))
+    round_table(model, 8)
+    model.bfloat16()
+    modules, whole = dict(model.named_modules()), logits(model, ids)
+    few = [name for name, m in modules.items() if isinstance(m, RoundedLinear) and m.bits == 4]
+    with multiplied_out(model):
+        for name in few:
+            assert torch.equal(model.get_submodule(name).weight.float(), copy.deepcopy(modules[name]).float().weight)
+        apart = logits(model, ids)
+    assert few
+    assert (apart - whole).norm() < 0.02 * whole.norm()
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(logits(model, ids), whole)
 
 
 @given(st.integers(1, 9), st.integers(1, 130), st.sampled_from([8, 4, 3]), st.integers(0, 99))

@@ -20,6 +20,7 @@ from transformers import (
 
 from ..data.encoding import Encoder
 from ..data.tasks import Example, Task
+from ..layers.rounded import multiplied_out
 from ..training.data import require_fit
 from ..training.precision import products
 
@@ -227,7 +228,7 @@ def harness(
     """
     side = tokenizer.padding_side
     try:
-        with _finite_logits(model, name), products(model):
+        with multiplied_out(model), _finite_logits(model, name), products(model):
             yield _adapter()(
                 pretrained=model,
                 tokenizer=tokenizer,

@@ -25,6 +25,7 @@ from .rounding import (
 )
 
 FEW = 4  # tokens up to which the CPU's int8 kernel beats a product with weights that are cast first
+FEW_OF_4_BITS = 128  # and its int4 kernel one with weights that are multiplied out first
 AT_ONCE = 2**16  # numbers of a weight that a CPU rounds at once while it trains
 SMALL = 2**20  # numbers of a weight up to which a GPU rounds it with others while it trains: calls take longest there
 FEW_ON_CUDA = 64  # and a GPU's int4 kernel; its int8 kernel never does, see eval/results/NOTES.md
@@ -142,7 +143,7 @@ class RoundedLinear(nn.Module):
         return torch._weight_int8pack_mm(x, self.q, self.scale)
 
     def _of_few_bits(self, x: torch.Tensor) -> torch.Tensor | None:
-        if self.out_features % 16 or (held := self._in_order(_arranged_for_cpu)) is None:
+        if len(x) > FEW_OF_4_BITS or self.out_features % 16 or (held := self._in_order(_arranged_for_cpu)) is None:
             return None
         x = F.pad(x, (0, -self.in_features % GROUP)).contiguous()
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, held[0], GROUP, held[1])
@@ -387,7 +388,7 @@ def training(model: nn.Module) -> Iterator[None]:
     """Within it, the rounded layers of `model` train, but a token embedding's that is no bases; after it they are again
     what is deployed.
     """
-    apart = {m.bases for m in model.modules() if isinstance(getattr(m, "bases", None), RoundedLinear)}
+    apart = _tables(model)
     replace(model, RoundedLinear, lambda layer: layer if layer in apart else RoundingLinear.training(layer))
     trained = [m for m in model.modules() if isinstance(m, RoundingLinear)]
     small = [m for m in trained if m.weight.device.type == "cuda" and m.weight.numel() <= SMALL]
@@ -397,6 +398,28 @@ def training(model: nn.Module) -> Iterator[None]:
     finally:
         hook.remove()
         replace(model, RoundingLinear, RoundingLinear.deployed)
+
+
+@contextlib.contextmanager
+def multiplied_out(model: nn.Module) -> Iterator[None]:
+    """Within it, layers of few bits are the nn.Linear that they stand for, for what computes many tokens.
+
+    In bfloat16 they have the very weights, since whole numbers and scales of few bits have products of few bits.
+    """
+    layers, apart = model.named_modules(), _tables(model)
+    few = {name: m for name, m in layers if isinstance(m, RoundedLinear) and m.bits < 8 and m not in apart}
+    for name, layer in few.items():
+        model.set_submodule(name, layer.to_linear())
+    try:
+        yield
+    finally:
+        for name, layer in few.items():
+            model.set_submodule(name, layer)
+
+
+def _tables(model: nn.Module) -> set[RoundedLinear]:
+    """A token embedding's that is no bases, whose rows are read as well."""
+    return {m.bases for m in model.modules() if isinstance(getattr(m, "bases", None), RoundedLinear)}
 
 
 def replace(model: nn.Module, kind: type, by: Callable[[nn.Module], nn.Module]) -> None:
