@@ -17,7 +17,7 @@ from basis_select.bits import Form, forms, largest_share
 from basis_select.checkpoint.format import BasisSelectConfig
 from basis_select.checkpoint.targets import targets
 from basis_select.export import to_int8
-from basis_select.layers import kernels, rounded
+from basis_select.layers import kernels, rounded, rounding
 from basis_select.layers.embedding import round_table
 from basis_select.layers.group import groups
 from basis_select.layers.rounded import RoundedLinear, RoundingLinear, multiplied_out, quantized, training
@@ -142,7 +142,7 @@ def test_gradients_of_the_rounding_are_those_of_its_formula(bits, at_once, monke
     if isinstance(at_once, str):
         kernels.load(cache() / "kernels")
     else:
-        monkeypatch.setattr(rounded, "AT_ONCE", at_once)
+        monkeypatch.setattr(rounding, "AT_ONCE", at_once)
         monkeypatch.setattr(rounded, "_has_kernel", lambda weight, dtype: False)
     torch.manual_seed(0)
     layer = RoundingLinear.training(RoundedLinear.rounded(torch.nn.Linear(70, 5), bits))

@@ -19,7 +19,7 @@ from basis_select.layers.shape import Shape
 from basis_select.linalg.metrics import METRICS
 from basis_select.statistics.moments import moment_bytes, passes, second_moments
 from basis_select.statistics.readers import dense_groups, same_input
-from basis_select.statistics.sums import _complete
+from basis_select.statistics.sums import _add, _complete
 from basis_select.training.data import Batches
 
 
@@ -194,3 +194,16 @@ def test_a_moment_is_mirrored_block_by_block():
         moment = torch.randn(n, n)
         wanted = moment.tril() + moment.tril(-1).T
         assert torch.equal(_complete(moment), wanted)
+
+
+@pytest.mark.parametrize("width", [40, 600, 1100])
+def test_second_moments_of_what_is_in_bfloat16_lose_nothing_more(width):
+    """Products of two such numbers are exact in fp32, whichever units multiply them."""
+    torch.manual_seed(0)
+    x, found, before = torch.randn(700, width).bfloat16(), {}, torch.backends.mkldnn.matmul.fp32_precision
+    _add(found, "a", x[:300])
+    _add(found, "a", x[300:])
+    exact = x.double().T @ x.double()
+    assert found["a"].dtype == torch.float32
+    assert (found["a"].double() - exact).tril().abs().max() < 2e-6 * exact.diagonal().max()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before

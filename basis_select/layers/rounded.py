@@ -20,13 +20,13 @@ from .rounding import (
     restored,
     restored_from_bytes,
     row_bytes,
+    rows_at_once,
     storable,
     unpacked,
 )
 
 FEW = 4  # tokens up to which the CPU's int8 kernel beats a product with weights that are cast first
 FEW_OF_4_BITS = 128  # and its int4 kernel one with weights that are multiplied out first
-AT_ONCE = 2**16  # numbers of a weight that a CPU rounds at once while it trains
 SMALL = 2**20  # numbers of a weight up to which a GPU rounds it with others while it trains: calls take longest there
 FEW_ON_CUDA = 64  # and a GPU's int4 kernel; its int8 kernel never does, see eval/results/NOTES.md
 
@@ -241,8 +241,8 @@ def _has_kernel(weight: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _pieces(weight: torch.Tensor) -> Iterator[slice]:
-    """Slices of the rows of a weight (out, in), on a CPU of at most AT_ONCE numbers or of one row."""
-    rows = max(1, AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    """Slices of the rows of a weight (out, in), those that are rounded at once."""
+    rows = rows_at_once(weight)
     return (slice(start, start + rows) for start in range(0, len(weight), rows))
 
 

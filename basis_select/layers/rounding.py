@@ -16,6 +16,7 @@ SHRINK = tuple(1.1 - i / 16 for i in range(9))  # of the scale that holds the la
 FLOAT8 = torch.float8_e4m3fn  # largest number 448
 RANGE = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}  # of the whole numbers; no checkpoint has 2 bits
 
+AT_ONCE = 2**16  # numbers of a weight that a CPU rounds at once
 LINES = 64  # that are rounded one after the other before all that follow make up for their errors
 
 Bits = Literal[8, 4, 3]
@@ -113,23 +114,30 @@ def nearest(weight: torch.Tensor, bits: int, cost: torch.Tensor | None = None) -
     >>> nearest(torch.tensor([[4.0, -3, 2, -1]]), 3)
     (tensor([[-4,  3, -2,  1]], dtype=torch.int8), tensor([[-1.]]))
     """
-    grouped, cost = by_group(weight.float(), bits), _costs(cost, weight, bits)
+    cost = _costs(cost, weight, bits)
+    made = [_nearest(by_group(rows.float(), bits), bits, cost) for rows in weight.split(rows_at_once(weight))]
+    q, scale = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return q.flatten(1)[:, : weight.shape[1]].to(torch.int8), scale.flatten(int(bits < 8)).to(weight.dtype)
+
+
+def _nearest(grouped: torch.Tensor, bits: int, cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(q, scale)` of weights as of `by_group`, the whole numbers as float32."""
     largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
     largest = (largest.abs() if bits == 8 else -largest) / -RANGE[bits][0]
-    unit, best = _unit(_power(SHRINK[0] * largest.flatten(1))), None
+    unit, best, least = _unit(_power(SHRINK[0] * largest.flatten(1))), None, None
     for share in SHRINK if bits < 8 else (1,):
         scale = storable(largest.flatten()) if bits == 8 else _to_8_bits(share * largest.flatten(1), unit)
         scale = torch.where(scale == 0, 1, scale).view_as(largest)
-        q = (grouped / scale).round().clamp(*RANGE[bits])
-        error = ((q * scale - grouped).square() * cost).sum(-1, keepdim=True)
-        if best is None:
-            best = [error, scale, q]
-        else:
-            better = error < best[0]
-            best = [torch.where(better, new, old) for new, old in zip((error, scale, q), best, strict=True)]
-    _, scale, q = best
-    q = q.flatten(1)[:, : weight.shape[1]].to(torch.int8)
-    return q, scale.flatten(int(bits < 8)).to(weight.dtype)
+        error = (grouped / scale).round_().clamp_(*RANGE[bits]).mul_(scale).sub_(grouped).square_().mul_(cost)
+        error = error.sum(-1, keepdim=True)
+        best = scale if best is None else torch.where(error < least, scale, best)
+        least = error if least is None else torch.minimum(error, least)
+    return (grouped / best).round_().clamp_(*RANGE[bits]), best
+
+
+def rows_at_once(weight: torch.Tensor) -> int:
+    """Of a weight (out, in), on a CPU so many that what one operation leaves is in the cache for the next."""
+    return max(1, AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else max(1, len(weight))
 
 
 def fed_back(weight: torch.Tensor, bits: int, inputs: Side, outputs: Side) -> tuple[torch.Tensor, torch.Tensor]:

@@ -123,7 +123,7 @@ def diagonal(moment: torch.Tensor) -> torch.Tensor:
 def add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
     """Add `x^T y`, which is symmetric, to the lower triangle of `total: (n, n)`, at little more than half its work."""
     n = x.shape[1]
-    if n <= 256:
+    if n <= 512:
         total.addmm_(x.T, y)
         return
     half = n // 2

@@ -13,6 +13,7 @@ from ..layers.shape import moment_shape
 from ..layers.sharing import layer_input
 from ..linalg import metrics
 from ..training.loss import pieces
+from ..training.precision import short_factors
 
 BLOCK = 256  # rows and columns of a moment that are mirrored at once
 ROWS = 16  # of (tokens, vocabulary) that are squared at once
@@ -23,7 +24,8 @@ def _add(store: dict, key: str | tuple[str, int], x: torch.Tensor) -> None:
     """Add `x^T x` of `x: (n, width)` to what `store` has under `key`, or its mean over a side that is too long."""
     if not len(x):
         return
-    with torch.autocast(x.device.type, enabled=False):  # sums of products are what bf16 must not touch
+    # Sums of products are what bf16 must not touch.
+    with torch.autocast(x.device.type, enabled=False), short_factors(x) as x:
         shape = moment_shape(x.shape[1])
         if not shape:
             store[key] = store.get(key, 0) + torch.linalg.vector_norm(x).square() / x.shape[1]
@@ -95,7 +97,7 @@ class Sums:
 
     def _seen(self, module: nn.Module, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         x, of_head = x.detach().flatten(0, -2)[rows], module is self.head
-        return (x[self.real["head" if of_head else "body"][rows]] if of_head or not self.routed else x).float()
+        return x[self.real["head" if of_head else "body"][rows]] if of_head or not self.routed else x
 
     def _on_forward(
         self, group: Group, name: str, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor

@@ -22,6 +22,22 @@ def autocast(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def short_factors(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`x` in fp32, and within it a CPU's fp32 products round what they multiply to bfloat16, if x has that dtype.
+
+    So a sum of products of such numbers loses nothing, and takes a third of the time.
+    """
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    if x.dtype == torch.bfloat16 and fast_bf16(x.device):
+        setting.fp32_precision = "bf16"
+    try:
+        yield x.float()
+    finally:
+        setting.fp32_precision = before
+
+
 class CastOnce(TorchFunctionMode):
     """Within it, or within several such blocks of one, weights of a model that are frozen are cast for products once.
 
