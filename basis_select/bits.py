@@ -213,7 +213,7 @@ def forms(group: Group, multiple_of: int = 16, rounding: float = ROUNDING) -> li
     """
     order = group.best(group.rank)
     s = group.s[order].double().cpu()
-    u = torch.cat([layer.u.weight for layer in group.layers])[:, order].float()
+    u = group.u[:, order].float()
     v = group.leader.v.weight[order].float()
     outputs, inputs = group.sides()
     energy = _sums(s.square())

@@ -83,7 +83,7 @@ def measure(model):
     result = {name: {"bytes": 0, "error": []} for name in forms}
     largest = 0.0
     for group in groups(model):
-        u = torch.cat([layer.u.weight for layer in group.layers]).double()
+        u = group.u.double()
         v = group.leader.v.weight.double()
         product = u @ v
         parts = pack(u, v)

@@ -59,7 +59,7 @@ from ..layers.group import Group, groups
 from ..layers.learning import LearningLinear
 from ..layers.low_rank import LowRankLinear
 from ..layers.rounded import RoundedLinear, SplitRows, quantized, replace, split
-from ..layers.rounding import GROUP, number_bytes, restored, unpacked
+from ..layers.rounding import number_bytes, restored, scales_of, unpacked
 from ..layers.stacking import is_stacked
 from .schema import VERSION, require_description
 
@@ -335,7 +335,7 @@ class _Version2Linear(RoundedLinear):
         super().__init__(in_features, out_features, bias, bits, *place)
         whole = self.q.new_empty(out_features, number_bytes(in_features, bits))
         self.q = nn.Parameter(whole, requires_grad=False)
-        self.register_buffer("scale", self.empty.new_empty(out_features, -(-in_features // GROUP)))
+        self.register_buffer("scale", self.empty.new_empty(out_features, scales_of(in_features)))
 
     @property
     def weight(self) -> torch.Tensor:

@@ -97,6 +97,12 @@ class Group:
     weighted = property(lambda self: isinstance(self.layers[0], LearningLinear))
     s = property(lambda self: self.leader.s(), doc="The weights of its bases: (r,).")
 
+    @property
+    def u(self) -> torch.Tensor:
+        """Of all its layers: (outputs of all, r); that of one layer is not copied."""
+        us = [layer.u.weight for layer in self.layers]
+        return us[0] if len(us) == 1 else torch.cat(us)
+
     def __str__(self) -> str:
         return " + ".join(self.names)
 
@@ -173,7 +179,7 @@ class Group:
     def fold(self, model: nn.Module) -> None:
         """Replace these layers of `model` by deployed ones: `s` and new bases merged into `balanced` factors."""
         leader = self.leader
-        u = torch.cat([layer.u.weight for layer in self.layers]).double()  # (sum out, r)
+        u = self.u.double()
         if self.weighted:
             u = u * self.s.double()
         v = leader.v.weight.double()  # (r, in)
@@ -191,12 +197,11 @@ class Group:
     @torch.no_grad()
     def sides(self) -> tuple[Side, Side]:
         """`(outputs, inputs)`: what errors cost there, as weighted bases say; all of them know it best."""
-        leader, us = self.leader, [layer.u.weight for layer in self.layers]
-        u, v = us[0] if len(us) == 1 else torch.cat(us), leader.v.weight  # a table's is not copied
+        leader, v = self.leader, self.leader.v.weight
         costs = [layer.output_cost for layer in self.layers]
         costs = [v.new_ones(m.out_features) if c is None else c for m, c in zip(self.layers, costs, strict=True)]
         own = v.new_ones(leader.in_features) if leader.input_cost is None else leader.input_cost
-        return Side.of(torch.cat(costs), u.T), Side.of(own, v)
+        return Side.of(torch.cat(costs), self.u.T), Side.of(own, v)
 
     @torch.no_grad()
     def round(self, model: nn.Module, rank: int, head: int, bits: tuple[int, int]) -> None:
@@ -206,7 +211,7 @@ class Group:
         `s` is merged as `rounding.factors` says; there must be no new bases.
         """
         leader, order, (outputs, inputs) = self.leader, self.best(rank), self.sides()
-        u = torch.cat([layer.u.weight for layer in self.layers])[:, order].float()
+        u = self.u[:, order].float()
         u, v = rounding.factors(u, self.s[order].float(), leader.v.weight[order].float())
         bases = Side(u.new_ones(rank))  # errors of any of them cost alike: they are orthonormal in the metric
         made = {"u": [], "v": []}

@@ -70,7 +70,7 @@ def row_bytes(inputs: int, bits: int) -> int:
     >>> row_bytes(32, 3)
     14
     """
-    return number_bytes(inputs, bits) + -(-inputs // GROUP) + 1
+    return number_bytes(inputs, bits) + scales_of(inputs) + 1
 
 
 def number_bytes(inputs: int, bits: int) -> int:
@@ -80,6 +80,15 @@ def number_bytes(inputs: int, bits: int) -> int:
     12
     """
     return -(-inputs * bits // 8)
+
+
+def scales_of(inputs: int) -> int:
+    """How many a row of so many inputs has below 8 bits; the last of them may be for fewer than GROUP.
+
+    >>> scales_of(33)
+    2
+    """
+    return -(-inputs // GROUP)
 
 
 def storable(scale: torch.Tensor) -> torch.Tensor:
@@ -226,7 +235,7 @@ def apart(
     bytes_: torch.Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(bytes of the whole numbers, scales in `dtype`)` of what was `packed`."""
-    numbers, codes, power = bytes_.split([number_bytes(inputs, bits), -(-inputs // GROUP), 1], dim=1)
+    numbers, codes, power = bytes_.split([number_bytes(inputs, bits), scales_of(inputs), 1], dim=1)
     return numbers, (codes.contiguous().view(FLOAT8).float() * _unit(power.int() - 128)).to(dtype)
 
 

@@ -16,7 +16,7 @@ from ..checkpoint.format import BasisSelectConfig, factored_weights
 from ..layers.embedding import LowRankEmbedding, RoundedEmbedding, TableEmbedding
 from ..layers.low_rank import LowRankLinear
 from ..layers.rounded import RoundedLinear, SplitColumns, SplitRows
-from ..layers.rounding import GROUP, number_bytes, row_bytes
+from ..layers.rounding import GROUP, number_bytes, row_bytes, scales_of
 
 FACTOR = re.compile(r"\.[uv](\.head|\.tail)?$")  # what the name of a factor ends in
 Tensors = Mapping[str, torch.Tensor]
@@ -70,7 +70,7 @@ class Stored(NamedTuple):
                 f"of {self.bits} bits, {GROUP} inputs share a scale: they cannot be parted at {columns.start} and "
                 f"{columns.stop} over devices; use fewer of them, or a checkpoint of 8 or 16 bits"
             )
-        own = scales[:, columns.start // GROUP : -(-columns.stop // GROUP)]
+        own = scales[:, columns.start // GROUP : scales_of(columns.stop)]
         return torch.cat([numbers[:, first:last], own, power], dim=1)
 
 
