@@ -70,7 +70,7 @@ def prune(
         Literal["auto", 16],
         Field(
             description="16: weights stay numbers of 16 bits. auto: a size such as 45MB or 6x is bytes on disk, shared "
-            "over bases and their bits: every layer becomes dense or a rank, with weights of 8, 4 or 3 bits."
+            "over bases and their bits: every layer becomes dense or a rank, with weights of 8 to 2 bits."
         ),
     ] = 16,
     rounding: Annotated[
@@ -107,8 +107,8 @@ def prune(
     of the embedding's parameters that may stay, where `decompose` wrote it as bases: not part of the targeted
     layers, but of `size`. Without it, `size` is shared between embedding and layers as `best_share` finds on the
     validation split of `task`. With `bits="auto"` a size is bytes on disk, and what every group of layers becomes,
-    dense or a rank, with 8, 4 or 3 bits, is chosen by the loss in the metric that it avoids per byte (bits.py). Of the
-    loss by rounding the share `rounding` counts. Raises ValueError when the budget cannot be met.
+    dense or a rank, with 8, 4, 3 or 2 bits, is chosen by the loss in the metric that it avoids per byte (bits.py). Of
+    the loss by rounding the share `rounding` counts. Raises ValueError when the budget cannot be met.
 
         >>> model = bs.decompose(copy.deepcopy(parent), task, examples=16)
         >>> model = bs.prune(model, size="1.5x", multiple_of=4)

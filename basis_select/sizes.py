@@ -16,7 +16,7 @@ def sizes(model: nn.Module, folder: str | Path | None = None) -> dict:
     """Bases kept, parameters of the targeted linears, of the whole model, and bytes of its weight files.
 
     `*_dense` are the same for the dense parent, before tokens were trimmed away. Biases and norms count only in the
-    whole model. `bits` says how many of the parameters take 8, 4 and 3 bits. `bytes` is None without a `folder`;
+    whole model. `bits` says how many of the parameters take 8, 4, 3 and 2 bits. `bytes` is None without a `folder`;
     otherwise it is what the .safetensors files there occupy.
 
         >>> sizes = bs.sizes(parent)
@@ -31,7 +31,7 @@ def sizes(model: nn.Module, folder: str | Path | None = None) -> dict:
     saved = table.shape.dense_cost - table.parameters if table else 0
     weights = sum(g.rank for g in (*factored, table) if g and g.weighted)
     total = sum(p.numel() for p in model.parameters())
-    # Numbers of 4 and 3 bits share bytes.
+    # Numbers of few bits share bytes.
     total += sum(m.in_features * m.out_features - m.q.numel() for m in model.modules() if isinstance(m, RoundedLinear))
     return {
         "bases": sum(min(m.in_features, m.out_features) for m in dense) + sum(g.rank for g in factored),

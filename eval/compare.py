@@ -47,8 +47,7 @@ from filelock import FileLock, Timeout
 
 from basis_select.checkpoint.files import save
 from basis_select.evaluation.accuracy import generated
-from basis_select.layers.rounded import RoundedLinear, multiplied_out
-from basis_select.layers.rounding import stored_bytes
+from basis_select.layers.rounded import multiplied_out
 from basis_select.run.recipe import Recipe, override
 from basis_select.run.work import load_here
 from basis_select.sizes import sizes
@@ -185,16 +184,7 @@ def measure(model, tokenizer, task, answers):
 
 
 def stored(model, tokenizer, folder):
-    """`(model, sizes)` as saved in bfloat16 and loaded. Of 2 bits there is no file: those it would have."""
-    few = [m for m in model.modules() if isinstance(m, RoundedLinear) and m.bits < 3]
-    if few:
-        facts, rest = sizes(model), sum(p.numel() for p in model.parameters() if p.is_floating_point())
-        layers = [m for m in model.modules() if isinstance(m, RoundedLinear)]
-        facts["bytes"] = 2 * rest + sum(stored_bytes(m.out_features, m.in_features, m.bits) for m in layers)
-        for p in model.parameters():
-            if p.is_floating_point():
-                p.data = p.data.bfloat16().float()
-        return model, facts
+    """`(model, sizes)` as saved in bfloat16 and loaded."""
     save(model, tokenizer, folder, "bfloat16")
     model = load_here(folder, "float32")[0]
     return model, sizes(model, folder)

@@ -61,7 +61,7 @@ def table(paths):
         cells = [f"{trial['above'][n]:.3f}" if n in trial["above"] else "" for n in TIMES]
         cells = [f"**{cell}**" if n == own and cell else cell for n, cell in zip(TIMES, cells, strict=True)]
         where = f"{what}, {size}" if size else what
-        bits = "8, 4 or 3" if trial["rounded"] else "16"
+        bits = "8 and fewer" if trial["rounded"] else "16"
         lines.append([bits, f"{task}, seed {seed}", where, f"{trained:,}", kl, *cells])
     head = ["bits", "task", "start", "tokens", "KL", *(f"{n:g} times" for n in TIMES)]
     return markdown(head, lines, "lll" + "r" * (len(head) - 3))

@@ -82,7 +82,7 @@ def test_a_size_is_met_on_disk_and_what_is_loaded_computes_the_same(kind, tied, 
     assert {str(t.dtype) for name, t in stored.items() if name.endswith(".q")} == {"torch.int8", "torch.uint8"}
 
 
-@pytest.mark.parametrize(("more", "bits"), [(8, 4), (8, 3), (4, 3)])
+@pytest.mark.parametrize(("more", "bits"), [(8, 4), (8, 3), (4, 3), (3, 2)])
 def test_heads_of_more_bits_than_tails_are_what_their_factors_multiply_to(more, bits, bases, ids, tmp_path):
     model = copy.deepcopy(bases)
     for group in groups(model):
@@ -113,7 +113,7 @@ def test_healing_trains_what_is_rounded_and_ends_in_what_is_saved(bases, task, i
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_what_trains_computes_what_will_be_deployed(bits):
     torch.manual_seed(0)
     layer = RoundedLinear.rounded(torch.nn.Linear(70, 5), bits)
@@ -136,7 +136,7 @@ def test_what_trains_computes_what_will_be_deployed(bits):
 
 
 @pytest.mark.parametrize("at_once", [1, 150, 2**16, "all by the kernel"])
-@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_gradients_of_the_rounding_are_those_of_its_formula(bits, at_once, monkeypatch):
     """Straight through where a number is in range; as if rounding added a constant, for the scales too."""
     if isinstance(at_once, str):
@@ -195,7 +195,7 @@ def test_without_a_compiler_rounded_weights_train_all_the_same(monkeypatch, capl
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (5, 33), (64, 96)])
-@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_the_kernel_rounds_what_trains_as_torch_does(bits, outputs, inputs, dtype, monkeypatch):
     kernels.load(cache() / "kernels")
     torch.manual_seed(0)
@@ -217,7 +217,7 @@ def test_the_kernel_rounds_what_trains_as_torch_does(bits, outputs, inputs, dtyp
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (48, 64), (70, 32), (64, 40)])
 @pytest.mark.parametrize("tokens", [1, 3, 40, 70])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", [4, 3, 2])
 def test_few_bits_by_the_kernel_are_what_their_weight_computes(bits, device, inputs, outputs, tokens):
     torch.manual_seed(0)
     layer = RoundedLinear.rounded(torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16, device=device), bits)
@@ -250,7 +250,7 @@ def test_what_is_multiplied_out_has_the_very_weights_and_comes_back(bases, ids):
     assert torch.equal(logits(model, ids), whole)
 
 
-@given(st.integers(1, 9), st.integers(1, 130), st.sampled_from([8, 4, 3]), st.integers(0, 99))
+@given(st.integers(1, 9), st.integers(1, 130), st.sampled_from([8, 4, 3, 2]), st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_rounding_is_to_the_nearest_and_takes_the_bytes_that_it_says(rows, inputs, bits, seed):
     weight = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
@@ -271,7 +271,7 @@ def test_rounding_is_to_the_nearest_and_takes_the_bytes_that_it_says(rows, input
     assert layer.bits == max(bits, 4)
 
 
-@given(st.integers(1, 5), st.integers(1, 130), st.sampled_from([4, 3]), st.integers(0, 99))
+@given(st.integers(1, 5), st.integers(1, 130), st.sampled_from([4, 3, 2]), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_scales_of_8_bits_are_near_to_any_and_stay_what_they_are(rows, groups, bits, seed):
     """Whatever their size: 4 bits of precision as long as a scale is not far below the largest of its row."""
@@ -310,16 +310,17 @@ def test_costs_of_rounding_are_the_loss_in_the_metric_that_it_makes(outputs, inp
     if fed:
         of_g, of_a = Side.of(of_g.alone, u.T), Side.of(of_a.alone, v)
     bases = Side(torch.ones(48))
-    for bits in (8, 4, 3):
+    for bits in (8, 4, 3, 2):
         wide, long = factors(u.float(), s.float(), v.float())
         rounded = restored(*fed_back(wide, bits, bases, of_g)) @ restored(*fed_back(long, bits, of_a, bases))
         said = float(basis_costs(u.float(), s.float(), v.float(), bits, of_g, of_a).sum())
-        assert 0.7 < said / lost(rounded - w, g, a) < 1.4
+        least = 0.6 if bits == 2 else 0.7  # what makes up for the errors of others leaves the range of so few numbers
+        assert least < said / lost(rounded - w, g, a) < 1.4
         made = fed_back(w, bits, of_a, of_g)
-        assert 0.7 < dense_cost(w, bits, of_g, of_a) / lost(restored(*made) - w, g, a) < 1.4
+        assert least < dense_cost(w, bits, of_g, of_a) / lost(restored(*made) - w, g, a) < 1.4
 
 
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 70), (70, 96)])
 def test_errors_that_are_fed_back_cost_less(outputs, inputs, bits):
     """On the side whose second moment all bases give; in as many bytes."""
@@ -362,8 +363,8 @@ def test_the_less_rounding_counts_the_more_numbers_of_fewer_bits_are_chosen(base
     ]
     counted, mended = ({int(b): n for b, n in sizes["bits"].items()} for sizes in found)
     assert sum(mended.values()) > sum(counted.values())
-    assert mended[3] > counted.get(3, 0)
-    assert mended[3] > 0.8 * sum(mended.values())
+    few = [sum(n for bits, n in numbers.items() if bits < 4) / sum(numbers.values()) for numbers in (counted, mended)]
+    assert few[1] > few[0]
 
 
 @given(
@@ -405,12 +406,12 @@ def test_what_cannot_be_shared_in_bytes_is_said_in_a_sentence(bases, task, optio
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_the_largest_share_is_known_without_values(kind):
-    model, asked = tiny(kind, tied=True), target(size="4x")
+    model, asked = tiny(kind, tied=True), target(size="8x")
     with torch.device("meta"):
         empty = type(model)._from_config(model.config)
     found = [largest_share(m, targets(m), asked, "bfloat16") for m in (model, empty)]
     assert found[0] == found[1]
-    assert 0.3 < found[0] < 1
+    assert 0.2 < found[0] < 1
 
 
 def test_a_checkpoint_of_version_1_loads(ids, tmp_path):

@@ -56,7 +56,7 @@ def test_rounded_layers_compute_what_they_did(kind, task, ids):
     assert (logits(fast, few) - logits(model, few)).norm() < 5e-4 * logits(model, few).norm()
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 31), (5, 33), (40, 64), (257, 95)])
 def test_the_kernels_multiply_by_what_is_stored(bits, outputs, inputs):
     """Whatever fills no group, in the last row too; few tokens and many, of any scale, zeros among them."""

@@ -152,7 +152,7 @@ def test_latents_of_columns_dealt_to_devices_add_up(stored):
 
 def test_what_shares_a_scale_is_not_parted():
     rows = torch.arange(2)
-    for bits in (4, 3):
+    for bits in (4, 3, 2):
         layer = RoundedLinear.rounded(torch.nn.Linear(90, 3).requires_grad_(False), bits)
         q = Stored("q", bits, None, None)
         for columns in (range(32), range(32, 90), range(64, 90), range(90)):

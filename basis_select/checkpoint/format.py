@@ -8,10 +8,10 @@ factored layers before the weights are read. `groups` lists layers that share on
 Where `weighted` is not 0 the bases still carry `scale` and `weight`, and it is the `power` of the weight; `new` is the
 number of new bases beside them: such checkpoints come from decompose and learn. `embedding` says how the token
 embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}; `table` that it is rounded, with
-"bits" in place of "rank". `bits`, {module: 8, 4 or 3}, lists the linear layers, factors among them, that are stored as
-whole numbers `q`, of 8 bits with a `scale`, of fewer with their scales in the same tensor (layers/rounded.py). `heads`,
-{leader: bases}, says of which layers the factors are in two parts, the first of so many bases: `v.head`, `v.tail`,
-`u.head`, `u.tail`.
+"bits" in place of "rank". `bits`, {module: 8, 4, 3 or 2}, lists the linear layers, factors among them, that are
+stored as whole numbers `q`, of 8 bits with a `scale`, of fewer with their scales in the same tensor
+(layers/rounded.py). `heads`, {leader: bases}, says of which layers the factors are in two parts, the first of so many
+bases: `v.head`, `v.tail`, `u.head`, `u.tail`.
 
 Version 2 has scales of 16 bits, in a tensor of their own, for 4 and 3 bits too; such weights are held in 16 bits once
 they are loaded. Version 1 has a list `int8` in place of `bits`, and weighted bases without `input_cost` and

@@ -116,7 +116,7 @@ FIELDS = {  # field -> (what it must satisfy, in words)
     "new": (_counts, "a number of bases"),
     "embedding": (lambda x: x is None or isinstance(x, dict), "an object or null"),
     "int8": (_is_names, NAMES),
-    "bits": (_is_object, "an object, {name of a module: 3, 4 or 8}"),
+    "bits": (_is_object, "an object, {name of a module: 2, 3, 4 or 8}"),
     "heads": (_is_object, "an object, {name of a module: number of bases}"),
     "table": (lambda x: x is None or isinstance(x, dict), "an object or null"),
 }
@@ -127,5 +127,5 @@ EMBEDDING = {
     "scale": (lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above zero"),
 }
 RANK = {"rank": (lambda x: _counts(x) and x > 0, "a number of bases")}
-WIDTH = (lambda x: type(x) is int and x in get_args(Bits), "3, 4 or 8")
+WIDTH = (lambda x: type(x) is int and x in get_args(Bits), "2, 3, 4 or 8")
 BITS = {"bits": WIDTH}

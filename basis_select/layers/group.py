@@ -232,7 +232,7 @@ class Group:
     def to_dense(self, model: nn.Module, bits: int = 16) -> None:
         """Replace these layers of `model` by the equivalent nn.Linear, the token embedding's by an nn.Embedding.
 
-        bits: 16, or 8, 4, 3 or 2 to round layers of weighted bases that are not the token embedding's.
+        bits: 16, or fewer to round layers of weighted bases that are not the token embedding's.
         """
         if self._is_table(model):
             table_to_dense(model)

@@ -1,7 +1,7 @@
 """Products with weights of few bits as they are stored, and their rounding while they train (rounded.py), by C++ that
 is compiled once for a machine (kernels.cpp).
 
-3 bits are held in 4 by products.
+3 and 2 bits are held in 4 by products.
 
 PyTorch's own kernels for such weights take bfloat16 and reach half the speed for one token, and each factor would be a
 call of its own, with a cost as large as a short product's (eval/results/NOTES.md).

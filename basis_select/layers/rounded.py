@@ -1,4 +1,4 @@
-"""Linear layers whose weights take 8, 4 or 3 bits: as they are deployed, and as they train.
+"""Linear layers whose weights take 8, 4, 3 or 2 bits: as they are deployed, and as they train.
 
 What the bits stand for says layers/rounding.py.
 """
@@ -38,7 +38,7 @@ def _arranged_for_cpu(whole: torch.Tensor) -> torch.Tensor:
 def in_order(
     bytes_: torch.Tensor, inputs: int, bits: int, arrange: Callable = _arranged_for_cpu
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(q, scales)` of 4 or 3 bits as a device's kernel for 4 reads them, the inputs filled up to whole groups."""
+    """`(q, scales)` of fewer than 8 bits as a device's kernel for 4 reads them, inputs filled up to whole groups."""
     q, scale = unpacked(bytes_, inputs, bits, torch.bfloat16)
     whole, scales = F.pad(q, (0, -inputs % GROUP)).int() + 8, scale.T
     return arrange(whole), torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
@@ -53,7 +53,7 @@ def _arranged_for_cuda(whole: torch.Tensor) -> torch.Tensor:
 class RoundedLinear(nn.Module):
     """Drop-in for nn.Linear: `y = x W^T + b`, W: (out, in) of whole numbers times scales.
 
-    bits: 8, whole numbers q: int8 (out, in) and scale: (out,); or 4 or 3, both `packed` in q: uint8 (out, bytes).
+    bits: 8, whole numbers q: int8 (out, in) and scale: (out,); or fewer, both `packed` in q: uint8 (out, bytes).
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class RoundedLinear(nn.Module):
         return flat.view(*ids.shape, self.in_features)
 
     def widen(self) -> None:
-        """Hold whole numbers of 3 bits in 4, in place: what kernels and other runtimes have products for."""
+        """Hold whole numbers of 3 or 2 bits in 4, in place: what kernels and other runtimes have products for."""
         if self.bits < 4:
             self.q, self.bits = nn.Parameter(packed(*self.numbers(), 4), requires_grad=False), 4
 

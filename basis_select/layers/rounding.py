@@ -1,4 +1,4 @@
-"""Weights of 8, 4 or 3 bits: what they are rounded to, and what that costs. Functions of tensors.
+"""Weights of 8, 4, 3 or 2 bits: what they are rounded to, and what that costs. Functions of tensors.
 
 Values are whole numbers times a scale. At 8 bits that is one of bfloat16 for a row. Below that it is one for GROUP
 inputs of a row, negative where the largest weight of a group is positive, since the range has one number more below
@@ -14,12 +14,12 @@ import torch
 GROUP = 32  # inputs that share a scale below 8 bits
 SHRINK = tuple(1.1 - i / 16 for i in range(9))  # of the scale that holds the largest weight of a group below 8 bits
 FLOAT8 = torch.float8_e4m3fn  # largest number 448
-RANGE = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}  # of the whole numbers; no checkpoint has 2 bits
+RANGE = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}  # of the whole numbers
 
 AT_ONCE = 2**16  # numbers of a weight that a CPU rounds at once
 LINES = 64  # that are rounded one after the other before all that follow make up for their errors
 
-Bits = Literal[8, 4, 3]
+Bits = Literal[8, 4, 3, 2]
 
 
 @dataclass(frozen=True)

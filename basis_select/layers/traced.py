@@ -1,6 +1,6 @@
 """Rounded layers as graphs of other runtimes hold them: the same whole numbers and scales, never rounded again.
 
-Neither holds 3 bits as we do: they are whole numbers of 4 bits there.
+Neither holds 3 or 2 bits as we do: they are whole numbers of 4 bits there.
 ONNX Runtime has an exact product with weights of 4 bits, MatMulNBits. Its products with weights of 8 bits round what is
 multiplied as well or take ten times as long, so those stay 8 bits in the file and are multiplied out when it is loaded.
 OpenVINO keeps both in memory as they are, wherever a constant is cast, multiplied by its scale and then used.
