@@ -22,6 +22,7 @@ KEPT = {
     "8 bits alone": lambda form: form.bits == 8 and not form.head,
     "4 bits alone": lambda form: form.bits == 4 and not form.head,
     "no 3 bits": lambda form: form.bits != 3,
+    "no 2 bits": lambda form: form.bits != 2,
     "no heads": lambda form: not form.head,
 }
 WEIGHTS = (0.1, 0.25, 0.5, 2, 4)  # times what rounding costs
