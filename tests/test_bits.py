@@ -483,4 +483,4 @@ def test_a_recipe_says_its_size_in_bytes(tmp_path):
     found = results["result"]["sizes"]
     assert found["bytes"] == weight_bytes(tmp_path / "run" / "final")
     assert found["bytes"] * 4 <= 2 * found["parameters_dense"]
-    assert found["bits"].keys() == {"8", "4", "3"}
+    assert found["bits"].keys() == {"8", "4", "3", "2"}
