@@ -63,16 +63,6 @@ def runtimes(result):
     return markdown(head, lines, "l" + "r" * (len(head) - 1))
 
 
-def size_speed(result):
-    first = next(iter(result["rows"].values()))["tokens_per_second"]["median"]
-    lines = []
-    for name, row in result["rows"].items():
-        speed = row["tokens_per_second"]
-        lines.append([name, *(f"{row[key] / 1e6:.0f}" for key in ("bytes", "memory"))])
-        lines[-1] += ["{median:.1f} ({low:.1f} to {high:.1f})".format(**speed), f"{speed['median'] / first:.2f}"]
-    return markdown(["", "MB on disk", "MB in memory", "decode, tokens/s", "times the parent"], lines, "lrrrr")
-
-
 def kernel_speed(result):
     names, cases = list(result["speeds"]), next(iter(result["speeds"].values()))
     lines = []
@@ -272,7 +262,6 @@ TABLES = {
     "healing_labels": healing_speed,
     "plan_check": plan_check,
     "runtimes": runtimes,
-    "size_speed": size_speed,
     "kernel_speed": kernel_speed,
     "bench": bench,
     "forms": forms,
