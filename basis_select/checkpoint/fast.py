@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from ..layers import kernels
 from ..layers.rounded import quantized
 from ..layers.stacking import stack
-from ..system.machine import cache, fast_bf16
+from ..system.machine import cache, compile_options, fast_bf16
 from . import format
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def _compile(model: PreTrainedModel) -> None:
     # torch.compile keeps its graphs by code object: with one of its own, no other model's are tried before it.
     alone.__code__ = alone.__code__.replace()
     options = {"guard_filter_fn": _of_inputs, "size_asserts": False}  # a thousand asserts a token
+    options |= compile_options(model.device)
     step, known = torch.compile(alone, options=options), None  # and what `generate` calls it with
 
     @functools.wraps(plain)
@@ -112,11 +113,26 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, heads, _, size = query.shape
     together = query.reshape(batch, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)
-    scores = together @ key.transpose(2, 3)
+    scores = _scores(together, key)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
-    out = scores.softmax(-1) @ value
+    out = _mixed(scores.softmax(-1), value).to(query.dtype)
     return out.reshape(batch, 1, heads, value.shape[3]), None
+
+
+# Products of so few numbers take less time than a call of each would: where they are compiled they are written as sums.
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    if not torch.compiler.is_compiling():
+        return query @ key.transpose(2, 3)
+    return (query.float()[:, :, :, None] * key.float()[:, :, None]).sum(-1)
+
+
+def _mixed(shares: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if not torch.compiler.is_compiling():
+        return shares @ value
+    return (shares[..., None] * value.float()[:, :, None]).sum(-2)
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from ..checkpoint.checks import is_rounded
 from ..checkpoint.models import load
-from ..system.machine import fast_bf16
+from ..system.machine import compile_options, fast_bf16
 
 
 def load_fastest(source: str, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -84,7 +84,7 @@ class Generation:
             self.fixed = StaticCache(model.config, max_cache_len=prompt + tokens)
             with torch.no_grad():
                 self._next(self.ids, self.fixed)  # allocates the cache outside the graphs
-            self.read = _compiled(self._next)
+            self.read = _compiled(self._next, self.model.device)
 
     @functools.cached_property
     @torch.no_grad()
@@ -92,7 +92,7 @@ class Generation:
         """The function that decodes one token."""
         if not self.compiled:
             return self._next
-        step = _compiled(self._next)
+        step = _compiled(self._next, self.model.device)
         step(self.ids[:, :1], self.fixed)
         return step
 
@@ -127,7 +127,7 @@ class Generation:
         return out.logits.argmax(-1)
 
 
-def _compiled(function: Callable) -> Callable:
+def _compiled(function: Callable, device: torch.device) -> Callable:
     """`function` as one graph for one shape."""
 
     def alone(*args: Any) -> Any:
@@ -135,8 +135,8 @@ def _compiled(function: Callable) -> Callable:
 
     # torch.compile keeps its graphs by code object: with one of its own, no other model's are tried before it.
     alone.__code__ = alone.__code__.replace()
-    unchecked = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    return torch.compile(alone, dynamic=False, fullgraph=True, options=unchecked)
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe} | compile_options(device)
+    return torch.compile(alone, dynamic=False, fullgraph=True, options=options)
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict:

@@ -75,3 +75,9 @@ def _installed(name: str) -> bool:
         return bool(version(name))
     except PackageNotFoundError:
         return False
+
+
+def compile_options(device: torch.device) -> dict[str, bool]:
+    """Of torch.compile. On a CPU the calls between products are C++: in Python they take as long as the products."""
+    cpu = device.type == "cpu"
+    return {"cpp_wrapper": cpu, "cpp_wrapper_build_separate": cpu}
