@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.checks import is_rounded
+from ..checkpoint.fast import ready
 from ..checkpoint.files import save
 from ..checkpoint.models import config_and_tokenizer, load
 from ..checkpoint.targets import targets
@@ -25,6 +27,8 @@ from ..system.writing import replace_text
 from ..training.loss import response_nll
 from ..training.soft_labels import SoftLabels, Teacher
 from .recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 FILES = {"evaluation": "evaluation.json", "speed": "speed.json", "derivatives": "derivatives.safetensors"}
 
@@ -107,9 +111,17 @@ class Work:
         return load_here(folder / "model", None if native else "float32")
 
     def _to_time(self, folder: Path) -> PreTrainedModel:
-        """As it computes fastest: what is rounded has kernels for 16 bits, even where the device has no such units."""
+        """As `load(fast=True)` makes it, but not compiled, which would take longer than what is timed.
+
+        What is rounded has kernels for 16 bits, even where the device has no such units.
+        """
         rounded = is_rounded(folder / "model")
-        return (load_here(folder / "model") if rounded else self._load_final(folder))[0]
+        model = (load_here(folder / "model") if rounded else self._load_final(folder))[0]
+        try:
+            return ready(model, compiled=False)
+        except RuntimeError as error:
+            log.warning("%s; it is timed without", error)
+            return model
 
     def _read(self, product: str, read: Callable[[Path], Any]) -> Any:
         found = self.given[product]
