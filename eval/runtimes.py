@@ -1,13 +1,14 @@
 """A dense model and what it was made into, in every runtime: bytes, memory, response NLL, first token, decoding.
 
 python eval/runtimes.py DENSE RECIPE FOLDER OUT.json RESULT ... [--llama-cpp SOURCE] [--items N] [--tokens N]
-    [--rounds N] [--threads N] [--prompts 32,128,512] [--batches 1,8,32]
+    [--rounds N] [--threads N] [--prompts 32,128,512] [--batches 1,8,32] [--rows PATTERN]
 
 RECIPE names the task, a RESULT is a checkpoint made from DENSE; its rows are named by its size on disk. FOLDER keeps
 the exports, so that a killed run does not repeat them. In a round each row reads a prompt of each length at batch 1 and
 one of a length that it has not read before, and at each batch size decodes `--tokens` tokens after prompts of 16, all
-rows in turn. Needs llama-cpp-python, built for this machine, and its source, whose converter writes the GGUF files;
-nncf; torchao; and the package's `export` extra. eval/tables.py writes the table.
+rows in turn, or those alone in whose names PATTERN is found. Needs llama-cpp-python, built for this machine, and its
+source, whose converter writes the GGUF files; nncf; torchao; and the package's `export` extra. eval/tables.py writes
+the table.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import functools
 import gc
 import json
 import logging
+import re
 import shutil
 import time
 from pathlib import Path
@@ -230,7 +232,7 @@ def rows_of(a):
     for source in a.results:
         size = size_of(source, "*.safetensors") / 1e6
         found |= {f"{size:.0f} MB, {name}": (source, *how) for name, how in RESULT.items()}
-    return found
+    return {name: how for name, how in found.items() if re.search(a.rows, name)}
 
 
 def name_of(source):
@@ -307,6 +309,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("prompts", "32,128,512"), ("batches", "1,8,32")):
         parser.add_argument(f"--{name}", type=lambda text: [int(n) for n in text.split(",")], default=default)
+    parser.add_argument("--rows", type=re.compile, default="")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     a.folder.mkdir(parents=True, exist_ok=True)

@@ -262,6 +262,7 @@ TABLES = {
     "healing_labels": healing_speed,
     "plan_check": plan_check,
     "runtimes": runtimes,
+    "runtimes_long": runtimes,
     "kernel_speed": kernel_speed,
     "bench": bench,
     "forms": forms,

@@ -17,6 +17,8 @@ from basis_select.checkpoint.files import save
 from basis_select.layers import kernels
 from basis_select.layers.rounded import RoundedLinear, quantized, split
 from basis_select.layers.stacking import FixedLinear, FixedProduct, Part
+from basis_select.run.recipe import Recipe
+from basis_select.run.work import Work
 from basis_select.system.machine import cache, fast_bf16
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -132,6 +134,19 @@ def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
+def test_without_a_compiler_a_run_times_models_as_they_load(task, ids, tmp_path, monkeypatch, caplog):
+    save(small("llama", task, bits="auto"), make_tokenizer(), tmp_path / "row" / "model", "bfloat16")
+    recipe = Recipe(model="m", task="t")
+    timed = Work(recipe, None, {}, {"row": tmp_path / "row"}).finals()["row"]
+    assert any(isinstance(m, FixedLinear | FixedProduct | Part) for m in timed.modules())
+    monkeypatch.setattr(kernels, "_is_loaded", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("BASIS_SELECT_CACHE", str(tmp_path / "cache"))
+    timed = Work(recipe, None, {}, {"row": tmp_path / "row"}).finals()["row"]
+    assert not any(isinstance(m, FixedLinear | FixedProduct | Part) for m in timed.modules())
+    assert "there is no no-such-compiler: install g++ or name one in CXX; it is timed without" in caplog.text
+
+
 def test_what_is_stored_in_bfloat16_is_computed_in_what_the_processor_has(task, ids, tmp_path):
     save(small("llama", task, bits="auto"), make_tokenizer(), tmp_path / "model", "bfloat16")
     fast = ready(bs.load(tmp_path / "model")[0], compiled=False)
@@ -149,12 +164,16 @@ def test_threads_get_the_same_answers(task, ids):
         for _ in range(5):
             found[i] = logits(fast, rows[i])
 
+    at_once(answer)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def at_once(answer):
     threads = [threading.Thread(target=answer, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_what_is_fast_is_neither_saved_nor_adapted(task, tmp_path):
@@ -199,6 +218,15 @@ def test_one_call_loads_a_model_that_generates_by_a_compiled_step(task, ids, tmp
     finally:
         torch._dynamo.config.error_on_recompile = False
     assert short_of_likeliest(model, ids, fast.generate(ids, **GREEDY)) < 0.01  # a batch of two
+
+    prompts, found = [ids[i % 2 :][:1, i:] for i in range(8)], [None] * 8
+    expected = [fast.generate(prompt, **GREEDY) for prompt in prompts]
+
+    def answer(i):
+        found[i] = fast.generate(prompts[i], **GREEDY)
+
+    at_once(answer)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_what_cannot_be_fast_is_refused(tmp_path):
