@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -72,6 +74,26 @@ def test_the_host_notices_what_is_not_isolated(program, trace):
         for process in host.processes():
             process.kill()
             process.wait()
+
+
+@isolated
+def test_once_it_has_answered_its_first_processes_are_gone(monkeypatch):
+    opened, pidfd_open = [], os.pidfd_open
+
+    def keep(pid):
+        opened.append(os.dup(first := pidfd_open(pid)))
+        return first
+
+    monkeypatch.setattr(os, "pidfd_open", keep)
+    alive = 0
+    for _ in range(30):
+        sandbox.check("def f(x):\n  import os\n  os._exit(0)", "assert f(2) == 3")
+        while opened:
+            ended = select.poll()
+            ended.register(opened[-1], select.POLLIN)
+            alive += not ended.poll(0)
+            os.close(opened.pop())
+    assert not alive
 
 
 SERVICES = """

@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import select
 import shutil
 import signal
 import socket
@@ -163,10 +164,14 @@ def _inside(role: str, memory: int, seconds: float, stdin: socket.socket, stdout
             first = os.pidfd_open(json.loads(file.read())["child-pid"])
         yield
     finally:
-        # the namespace's first process: the kernel ends all others with it, and bwrap returns only after that
+        # The kernel ends all others of the namespace before its first process. bwrap is no measure: where the program
+        # has ended, it returns while that one still runs.
         if first is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(first, signal.SIGKILL)
+            ended = select.poll()
+            ended.register(first, select.POLLIN)
+            ended.poll()
             os.close(first)
         process.wait()
 
