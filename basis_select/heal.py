@@ -86,10 +86,7 @@ def heal(
             raise ValueError("FSDP cannot measure a model in fp32 and then train it in another precision: pass lr")
         lr = suitable_rate(model, task, teacher, seed) * (LORA_RATE if lora else 1)
     if steps and quantized(model) and model.device.type == "cpu":
-        try:
-            kernels.load(cache() / "kernels")
-        except RuntimeError as error:
-            log.warning("%s; rounded weights train without it, more slowly", error)
+        kernels.try_load(cache() / "kernels", "rounded weights train without it, more slowly")
     with training(model), CastOnce(teacher):
         if lora:
             add_adapters(model, lora)

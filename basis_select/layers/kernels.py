@@ -8,6 +8,7 @@ call of its own, with a cost as large as a short product's (eval/results/NOTES.m
 """
 
 import hashlib
+import logging
 import os
 import platform
 import subprocess
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 
 from .rounded import RoundedLinear
 from .rounding import apart
+
+log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -39,6 +42,16 @@ def load(folder: Path) -> None:
     torch.ops.load_library(library)
     for name, of in (("product", _product), ("rounded_weight", _rounded), ("rounded_weight_backward", _gradients)):
         torch.library.register_fake(f"basis_select::{name}", of)
+
+
+def try_load(folder: Path, instead: str) -> bool:
+    """Whether `load` did it. If not, a warning says why, and `instead`: what happens without the kernels."""
+    try:
+        load(folder)
+    except RuntimeError as error:
+        log.warning("%s; %s", error, instead)
+        return False
+    return True
 
 
 def _is_loaded() -> bool:

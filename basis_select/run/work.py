@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -20,15 +19,14 @@ from ..checkpoint.models import config_and_tokenizer, load
 from ..checkpoint.targets import targets
 from ..data.tasks import Task
 from ..data.tuned_on import remember
+from ..layers import kernels
 from ..sizes import sizes
 from ..system import processes
-from ..system.machine import fast_bf16
+from ..system.machine import cache, fast_bf16
 from ..system.writing import replace_text
 from ..training.loss import response_nll
 from ..training.soft_labels import SoftLabels, Teacher
 from .recipe import Recipe
-
-log = logging.getLogger(__name__)
 
 FILES = {"evaluation": "evaluation.json", "speed": "speed.json", "derivatives": "derivatives.safetensors"}
 
@@ -117,11 +115,9 @@ class Work:
         """
         rounded = is_rounded(folder / "model")
         model = (load_here(folder / "model") if rounded else self._load_final(folder))[0]
-        try:
-            return ready(model, compiled=False)
-        except RuntimeError as error:
-            log.warning("%s; it is timed without", error)
+        if rounded and model.device.type == "cpu" and not kernels.try_load(cache() / "kernels", "it is timed without"):
             return model
+        return ready(model, compiled=False)
 
     def _read(self, product: str, read: Callable[[Path], Any]) -> Any:
         found = self.given[product]

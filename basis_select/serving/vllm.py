@@ -7,7 +7,6 @@ vLLM says itself (`packed_modules_mapping`), and its own loaders say which rows 
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from ..layers.stacking import FixedLinear
 from ..system.machine import cache
 from .parts import Names, Stored, fuse, latent, table
 
-log = logging.getLogger(__name__)
 SHARDS = {None: 0, "q": 0, "k": 1, "v": 2}  # what vLLM calls layers in a fused one, where it does not number them
 
 
@@ -321,12 +319,7 @@ def _as_stored(layer: RoundedLinear) -> RoundedLinear:
 def _has_kernel() -> bool:
     if torch.empty(0).device.type != "cpu":
         return False
-    try:
-        kernels.load(cache() / "kernels")
-    except RuntimeError as error:
-        log.warning("weights are restored at every use, which is slow: %s", error)
-        return False
-    return True
+    return kernels.try_load(cache() / "kernels", "weights are restored at every use, which is slow")
 
 
 def _place(layer: nn.Module, name: str, dtype: torch.dtype, take: Callable[..., None]) -> None:
