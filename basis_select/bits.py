@@ -217,7 +217,7 @@ def forms(group: Group, multiple_of: int = 16, rounding: float = ROUNDING) -> li
     v = group.leader.v.weight[order].float()
     outputs, inputs = group.sides()
     energy = _sums(s.square())
-    lost = {b: _sums(basis_costs(u, s.to(u), v, b, outputs, inputs)) for b in WIDTHS}
+    lost = {b: _sums(costs) for b, costs in basis_costs(u, s.to(u), v, WIDTHS, outputs, inputs).items()}
     found = []
     for rank in range(multiple_of, group.rank + 1, multiple_of):
         found += [(Form(rank, bits), energy[rank] - rounding * lost[bits][rank]) for bits in WIDTHS]

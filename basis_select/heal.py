@@ -14,7 +14,8 @@ from .data.tasks import Task
 from .layers import kernels
 from .layers.embedding import RoundedEmbedding
 from .layers.group import groups, table_of
-from .layers.rounded import quantized, require_wide, training
+from .layers.rounded import quantized, require_wide
+from .layers.straight_through import training
 from .options import BatchSize, Checkpointing, Natural, Positive, Weight, checked
 from .system import processes
 from .system.machine import cache

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from .data.tasks import Task
 from .layers.group import groups
 from .layers.low_rank import LowRankLinear
-from .layers.rounded import RoundedLinear, training
+from .layers.rounded import RoundedLinear
+from .layers.straight_through import training
 from .options import BatchSize, Natural, Positive, checked
 from .system.progress import progress
 from .training.data import Batches, require_fit

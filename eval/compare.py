@@ -13,7 +13,8 @@ A method is a dict of recipe keys that differ from `base`. Keys of its own: `den
 weights of so many bits (16, 8, 4, 3 or 2, its table 8), rounded as ours are, which trains with its rounding known;
 `learned: SHARE` is the share of the training that goes to `learn`, the rest is healing; `first: SIZE` cuts twice, first
 to that size with weights of 16 bits, which half of the training heals, then what has come of that, decomposed anew with
-moments of its own; `sizes` and `trained` stand in place of the grid's. A size is what `prune` takes, such as "45MB";
+moments of its own; `forms: NAME` lets `bits=auto` choose from what KEPT of forms.py has by that name; `sizes` and
+`trained` stand in place of the grid's. A size is what `prune` takes, such as "45MB";
 without `prune.bits: auto` its weights have 16 bits. `trained` is on how many tokens each row trains, padding not
 counted; 0 is what it starts from. Lengths are taken in the order in which the grid names them. `like: OTHER.yaml` takes
 all that this grid does not say from another: what is not there, methods with nothing behind their names, and of tasks

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import forms
 import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
@@ -36,7 +37,7 @@ from basis_select.statistics.readers import same_input
 from basis_select.training.loss import response_nll
 from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 
-OWN = ("dense", "learned", "first", "sizes", "trained")  # keys of a method that are no recipe's
+OWN = ("dense", "learned", "first", "forms", "sizes", "trained")  # keys of a method that are no recipe's
 
 
 def alone(home, what):
@@ -198,7 +199,8 @@ def started(bench, own, method, size, steps):
         if first := own.get("first"):
             r = override(r, {"heal.steps": r.heal.steps - r.heal.steps // 2}, method)
             model = cut_before(bench, r, first, clock)
-        model = bench.row(r, clock, model, after="derivatives", until="refine" if steps else "prune")
+        with forms.only(own.get("forms", "all")):
+            model = bench.row(r, clock, model, after="derivatives", until="refine" if steps else "prune")
     far = distance(model, bench.task, bench.labels, r.seed)
     if not math.isfinite(far):
         raise FloatingPointError(f"{method}: what healing would start from is not finite")

@@ -7,9 +7,11 @@ Besides: what if losses by rounding counted more or less than losses by dropped 
 """
 
 import argparse
+import contextlib
 import copy
 import json
 from pathlib import Path
+from unittest import mock
 
 from basis_select import bits, load, load_task, prune
 from basis_select.selection import weighted_groups
@@ -28,16 +30,22 @@ KEPT = {
 WEIGHTS = (0.1, 0.25, 0.5, 2, 4)  # times what rounding costs
 
 
+@contextlib.contextmanager
+def only(kept):
+    """Within it, `bits=auto` chooses from what a key of `KEPT` leaves."""
+    every = bits.forms
+    with mock.patch.object(bits, "forms", lambda *options: [x for x in every(*options) if KEPT[kept](x[0])]):
+        yield
+
+
 def measured(model, task, size, offers):
     """Validation NLL of a copy of `model` where groups may become what `offers`, `{name: forms}`, says."""
-    made, own = copy.deepcopy(model), bits.forms
-    bits.forms = lambda group, *_: offers[group.name]
+    made = copy.deepcopy(model)
     try:
-        prune(made, task, size=size, bits="auto")
+        with mock.patch.object(bits, "forms", lambda group, *_: offers[group.name]):
+            prune(made, task, size=size, bits="auto")
     except ValueError as error:
         return str(error)
-    finally:
-        bits.forms = own
     return round(response_nll(made, task.validation, task.pad_id), 4)
 
 

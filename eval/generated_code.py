@@ -32,7 +32,7 @@ def child(source):
     from basis_select import load
     from basis_select.checkpoint.fast import ready
     from basis_select.data.tasks import Example
-    from basis_select.layers.rounded import training
+    from basis_select.layers.straight_through import training
     from basis_select.system.machine import resident_memory
     from basis_select.training.data import Batches
     from basis_select.training.loss import task_loss

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 
 from basis_select.evaluation.speed import take_turns
 from basis_select.layers import kernels, rounded
-from basis_select.layers.rounded import RoundedLinear, RoundingLinear, in_order
+from basis_select.layers.rounded import RoundedLinear, in_order
 from basis_select.layers.rounding import GROUP
+from basis_select.layers.straight_through import RoundingLinear
 from basis_select.system.machine import cache
 from basis_select.system.writing import replace_text
 

@@ -17,10 +17,10 @@ from basis_select.bits import Form, forms, largest_share
 from basis_select.checkpoint.format import BasisSelectConfig
 from basis_select.checkpoint.targets import targets
 from basis_select.export import to_int8
-from basis_select.layers import kernels, rounded, rounding
+from basis_select.layers import kernels, rounding, straight_through
 from basis_select.layers.embedding import round_table
 from basis_select.layers.group import groups
-from basis_select.layers.rounded import RoundedLinear, RoundingLinear, multiplied_out, quantized, training
+from basis_select.layers.rounded import RoundedLinear, multiplied_out, quantized
 from basis_select.layers.rounding import (
     GROUP,
     RANGE,
@@ -37,6 +37,7 @@ from basis_select.layers.rounding import (
     stored_bytes,
     unpacked,
 )
+from basis_select.layers.straight_through import RoundingLinear, training
 from basis_select.linalg import metrics
 from basis_select.linalg.budget import best_for, rising
 from basis_select.run.pipeline import run
@@ -94,7 +95,7 @@ def test_heads_of_more_bits_than_tails_are_what_their_factors_multiply_to(more, 
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["format_version"] == 3
     assert set(config["heads"].values()) == {32}
-    dense = bs.checkpoint.format.BasisSelectQuantizer(BasisSelectConfig())._dequantize(again)
+    dense = bs.checkpoint.quantizer.BasisSelectQuantizer(BasisSelectConfig())._dequantize(again)
     assert not quantized(dense)
     assert torch.allclose(logits(dense, ids), logits(model, ids), atol=1e-4)
 
@@ -143,7 +144,7 @@ def test_gradients_of_the_rounding_are_those_of_its_formula(bits, at_once, monke
         kernels.load(cache() / "kernels")
     else:
         monkeypatch.setattr(rounding, "AT_ONCE", at_once)
-        monkeypatch.setattr(rounded, "_has_kernel", lambda weight, dtype: False)
+        monkeypatch.setattr(straight_through, "_has_kernel", lambda weight, dtype: False)
     torch.manual_seed(0)
     layer = RoundingLinear.training(RoundedLinear.rounded(torch.nn.Linear(70, 5), bits))
     with torch.no_grad():
@@ -168,7 +169,7 @@ def test_weights_rounded_together_are_those_rounded_one_by_one():
     layers = [RoundingLinear.training(layer) for layer in layers]
     alone = copy.deepcopy(layers)
     for _ in range(2):  # once more after a step
-        rounded._round_together(layers)
+        straight_through._round_together(layers)
         for layer, other in zip(layers, alone, strict=True):
             assert torch.equal(layer.rounded_weight(), other.rounded_weight())
         for some in (layers, alone):
@@ -184,7 +185,7 @@ def test_weights_rounded_together_are_those_rounded_one_by_one():
 def test_without_a_compiler_rounded_weights_train_all_the_same(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(kernels, "_is_loaded", lambda: False)
-    monkeypatch.setattr(rounded, "_has_kernel", lambda weight, dtype: False)
+    monkeypatch.setattr(straight_through, "_has_kernel", lambda weight, dtype: False)
     task, model = make_task(), tiny()
     model.set_submodule("model.layers.0.mlp.up_proj", RoundedLinear.rounded(model.model.layers[0].mlp.up_proj, 8))
     before = model.model.layers[0].mlp.up_proj.weight
@@ -203,9 +204,9 @@ def test_the_kernel_rounds_what_trains_as_torch_does(bits, outputs, inputs, dtyp
     scale = 0.7 * nearest(weight, bits)[1]  # some are out of range
     found = []
     for there in (True, False):
-        monkeypatch.setattr(rounded, "_has_kernel", lambda weight, dtype, there=there: there)
+        monkeypatch.setattr(straight_through, "_has_kernel", lambda weight, dtype, there=there: there)
         w, s = (x.clone().requires_grad_() for x in (weight, scale))
-        made = rounded._Rounding.apply(w, s, bits, dtype)
+        made = straight_through._Rounding.apply(w, s, bits, dtype)
         made.backward(g)
         found.append((made, w.grad, s.grad))
     (made, of_weight, of_scale), expected = found
@@ -313,7 +314,7 @@ def test_costs_of_rounding_are_the_loss_in_the_metric_that_it_makes(outputs, inp
     for bits in (8, 4, 3, 2):
         wide, long = factors(u.float(), s.float(), v.float())
         rounded = restored(*fed_back(wide, bits, bases, of_g)) @ restored(*fed_back(long, bits, of_a, bases))
-        said = float(basis_costs(u.float(), s.float(), v.float(), bits, of_g, of_a).sum())
+        said = float(basis_costs(u.float(), s.float(), v.float(), [bits], of_g, of_a)[bits].sum())
         least = 0.6 if bits == 2 else 0.7  # what makes up for the errors of others leaves the range of so few numbers
         assert least < said / lost(rounded - w, g, a) < 1.4
         made = fed_back(w, bits, of_a, of_g)

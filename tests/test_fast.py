@@ -15,7 +15,8 @@ import basis_select as bs
 from basis_select.checkpoint.fast import ready
 from basis_select.checkpoint.files import save
 from basis_select.layers import kernels
-from basis_select.layers.rounded import RoundedLinear, quantized, split
+from basis_select.layers.rounded import RoundedLinear, quantized
+from basis_select.layers.split import split
 from basis_select.layers.stacking import FixedLinear, FixedProduct, Part
 from basis_select.run.recipe import Recipe
 from basis_select.run.work import Work

@@ -16,7 +16,7 @@ from ..layers import kernels
 from ..layers.rounded import quantized
 from ..layers.stacking import stack
 from ..system.machine import cache, compile_options, fast_bf16
-from . import format
+from .quantizer import register
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def ready(model: PreTrainedModel, compiled: bool = True) -> PreTrainedModel:
     if model.device.type == "cpu" and quantized(model):
         kernels.load(cache() / "kernels")
     stack(model)
-    format.register(model)  # so that saving it is refused
+    register(model)  # so that saving it is refused
     if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":
         model.set_attn_implementation(ATTENTION)
     if compiled:

@@ -24,8 +24,9 @@ from ..system import processes
 from ..system.reading import sha256
 from ..target import Dtype
 from .checks import SIDECAR
-from .format import BasisSelectQuantizer, describe, guards, register
+from .format import describe, guards
 from .pieces import NAME, tokenizer_model
+from .quantizer import BasisSelectQuantizer, register
 
 
 def save(

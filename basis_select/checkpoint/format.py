@@ -3,8 +3,7 @@
     "quantization_config": {"quant_method": "basis_select", "format_version": 3,
                             "ranks": {module: r}, "groups": [[leader, follower, ...]], "weighted": 0, "new": 0}
 
-Registered with transformers as a quantizer, so that after `import basis_select` from_pretrained builds the
-factored layers before the weights are read. `groups` lists layers that share one `v`, stored under the first.
+quantizer.py lets transformers read it. `groups` lists layers that share one `v`, stored under the first.
 Where `weighted` is not 0 the bases still carry `scale` and `weight`, and it is the `power` of the weight; `new` is the
 number of new bases beside them: such checkpoints come from decompose and learn. `embedding` says how the token
 embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}; `table` that it is rounded, with
@@ -13,25 +12,19 @@ stored as whole numbers `q`, of 8 bits with a `scale`, of fewer with their scale
 (layers/rounded.py). `heads`, {leader: bases}, says of which layers the factors are in two parts, the first of so many
 bases: `v.head`, `v.tail`, `u.head`, `u.tail`.
 
-Version 2 has scales of 16 bits, in a tensor of their own, for 4 and 3 bits too; such weights are held in 16 bits once
-they are loaded. Version 1 has a list `int8` in place of `bits`, and weighted bases without `input_cost` and
-`output_cost`.
+earlier.py says what versions 1 and 2 hold instead.
 
 Without the import transformers would only warn and fill these layers with random weights. So every checkpoint also
 holds an empty tensor by the name of a dense weight: from_pretrained then raises, for the model has another shape there.
 """
 
 import collections
-import contextlib
 import copy
 import itertools
-import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -42,7 +35,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.embedding import (
@@ -53,17 +46,15 @@ from ..layers.embedding import (
     install_rounded,
     module_name,
     settle_ties,
-    table_to_dense,
 )
 from ..layers.group import Group, groups
 from ..layers.learning import LearningLinear
 from ..layers.low_rank import LowRankLinear
-from ..layers.rounded import RoundedLinear, SplitRows, quantized, replace, split
-from ..layers.rounding import number_bytes, restored, scales_of, unpacked
+from ..layers.rounded import RoundedLinear, quantized
+from ..layers.split import SplitRows, split
 from ..layers.stacking import is_stacked
+from .earlier import Version2Linear, forget_costs
 from .schema import VERSION, require_description
-
-log = logging.getLogger(__name__)
 
 METHOD = "basis_select"
 REMEDIES = {  # by what the names of tensors hold
@@ -144,11 +135,6 @@ def unstorable(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> list[
         for name, found in places.items()
         if any(uses[place] > 1 or rename_source_key(place, *kinds)[0] != name for place in found)
     ]
-
-
-def register(model: PreTrainedModel) -> None:
-    """Let `save_pretrained` of `model` describe what it then is, whoever calls it."""
-    model.hf_quantizer = BasisSelectQuantizer(BasisSelectConfig())
 
 
 def describe(model: PreTrainedModel) -> None:
@@ -250,11 +236,12 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def in_files(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state`, tensors by their names in `model`, by the names that they have in checkpoints."""
-    names = {f"{layer}.{here}": f"{layer}.{there}" for layer in _weighted(model) for here, there in WEIGHTS.items()}
+    layers = weighted_layers(model)
+    names = {f"{layer}.{here}": f"{layer}.{there}" for layer in layers for here, there in WEIGHTS.items()}
     return {names.get(name, name): tensor for name, tensor in state.items()}
 
 
-def _weighted(model: nn.Module) -> list[str]:
+def weighted_layers(model: nn.Module) -> list[str]:
     """Names of the layers that own weights of bases."""
     return [n for n, m in model.named_modules() if isinstance(m, LearningLinear) and m.leader is m]
 
@@ -263,7 +250,7 @@ def guards(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """`{name: empty tensor}` of what a checkpoint of `model` holds beside its state: nothing if no layer is bases."""
     found, state = description(model), in_files(model, model.state_dict())
     # The `weight` of weighted bases can have the name: its shape is not the dense one either.
-    names = _guard_names(model, found) if found else []
+    names = guard_names(model, found) if found else []
     return {name: torch.empty(0, dtype=model.dtype) for name in names if name not in state}
 
 
@@ -273,7 +260,7 @@ def factored_weights(config: BasisSelectConfig) -> list[str]:
     return [f"{name}.weight" for name in sorted(names)]
 
 
-def _guard_names(model: PreTrainedModel, config: BasisSelectConfig) -> list[str]:
+def guard_names(model: PreTrainedModel, config: BasisSelectConfig) -> list[str]:
     weights = factored_weights(config)
     # Not one that transformers stores under another name or as a part of another tensor.
     kept = (name for name in weights if [*revert_weight_conversion(model, {name: torch.empty(0)})] == [name])
@@ -292,7 +279,7 @@ def build(model: PreTrainedModel, config: BasisSelectConfig) -> None:
         leader = built.get(leaders.get(name))
         built[name] = kind.like(linear, rank, leader=leader)
         if config.format_version == 1:
-            _forget_costs(built[name])
+            forget_costs(built[name])
         model.set_submodule(name, built[name])
     for group in groups(model):
         if config.weighted:
@@ -307,18 +294,11 @@ def build(model: PreTrainedModel, config: BasisSelectConfig) -> None:
         if group.name in heads:
             _split(group, heads[group.name])
     for name, width in config.rounded.items():
-        kind = _Version2Linear if config.format_version == 2 and width < 8 else RoundedLinear
+        kind = Version2Linear if config.format_version == 2 and width < 8 else RoundedLinear
         model.set_submodule(name, kind.like(_listed(model, name, nn.Linear), width))
     if table:
         _listed(model, table["name"], nn.Embedding)
         install_rounded(model, **table)
-
-
-def _forget_costs(layer: LowRankLinear) -> None:
-    """Weighted bases of version 1 do not say what errors of their entries cost."""
-    for name in ("input_cost", "output_cost"):
-        if name in layer._buffers:
-            layer._buffers[name] = None
 
 
 def _split(group: Group, head: int) -> None:
@@ -326,21 +306,6 @@ def _split(group: Group, head: int) -> None:
     group.leader.v = split(group.leader.v, head, (16, 16), lambda part, bits: part, 0)
     for layer in group.layers:
         layer.u = split(layer.u, head, (16, 16), lambda part, bits: part, 1)
-
-
-class _Version2Linear(RoundedLinear):
-    """A layer of 4 or 3 bits while a checkpoint of version 2 is loaded: its scales are a tensor of their own."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, *place: Any):
-        super().__init__(in_features, out_features, bias, bits, *place)
-        whole = self.q.new_empty(out_features, number_bytes(in_features, bits))
-        self.q = nn.Parameter(whole, requires_grad=False)
-        self.register_buffer("scale", self.empty.new_empty(out_features, scales_of(in_features)))
-
-    @property
-    def weight(self) -> torch.Tensor:
-        numbers = F.pad(self.q, (0, self.scale.shape[1] + 1))  # scales that are not read
-        return restored(unpacked(numbers, self.in_features, self.bits)[0], self.scale)
 
 
 def _leaders(config: BasisSelectConfig) -> dict[str, str]:
@@ -357,101 +322,3 @@ def _listed(model: nn.Module, name: str, kind: type[nn.Module]) -> nn.Module:
     if not isinstance(module, kind):
         raise ValueError(f"config.json lists the layer {name}, which is no nn.{kind.__name__}")
     return module
-
-
-@contextlib.contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[None]:
-    """Within it, dense layers without values in the place of ours.
-
-    Architectures initialise what no file holds module by module, and reach for the `weight` of linear layers below,
-    some to overwrite it unasked.
-    """
-    kinds = LowRankLinear | TableEmbedding | RoundedLinear
-    ours = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
-    outer = {name: m for name, m in ours.items() if not any(name.startswith(f"{above}.") for above in ours)}
-    for name, module in outer.items():
-        if isinstance(module, TableEmbedding):
-            dense = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
-        else:
-            dense = nn.Linear(module.in_features, module.out_features, device="meta")
-        model.set_submodule(name, dense)
-    try:
-        yield
-    finally:
-        for name, module in outer.items():
-            model.set_submodule(name, module)
-
-
-@register_quantizer(METHOD)
-class BasisSelectQuantizer(HfQuantizer):
-    requires_calibration = True  # it only ever reads what decompose and prune have written
-    renamings = ()  # of the tensors of this load alone
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        build(model, self.quantization_config)
-        layers = "|".join(map(re.escape, _weighted(model)))
-        names = WEIGHTS.items() if layers else ()
-        self.renamings = [WeightRenaming(rf"^({layers})\.{there}$", rf"\1.{here}") for here, there in names]
-        known = {rf"^(.+\.)?{re.escape(name)}$" for name in _guard_names(model, self.quantization_config)}
-        model._keys_to_ignore_on_load_unexpected = known | set(model._keys_to_ignore_on_load_unexpected or ())
-
-        def initialize_weights() -> None:
-            with _stand_ins(model):
-                type(model).initialize_weights(model)
-
-        model.initialize_weights = initialize_weights  # of this load alone
-        self.shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-
-    def update_weight_conversions(self, weight_conversions: list, *model: PreTrainedModel) -> list:
-        # Newer versions of transformers hand over the model.
-        return [*super().update_weight_conversions(weight_conversions, *model), *self.renamings]
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        del model.initialize_weights
-        for name, tensor in sorted(model.state_dict().items()):  # transformers before 5.24 takes those of any shape
-            if tensor.numel() and list(tensor.shape) != self.shapes[name]:
-                shapes = f"{list(tensor.shape)} in the file, {self.shapes[name]} in the model"
-                raise ValueError(f"the weights do not fit config.json: mismatched keys, first {name} ({shapes})")
-        # They are no part of what transformers would revert: `in_files` does it for models that were never loaded too.
-        model._weight_conversions = [c for c in model._weight_conversions if c not in self.renamings]
-        # Tensors read from a file start where the file has them; matmul kernels round differently off the 64-byte
-        # boundaries that allocations have, and a reloaded model must give the bits of the one that was saved.
-        moved = {}
-        for module in model.modules():
-            # Some architectures compute otherwise, with other rounding, where transformers says so.
-            vars(getattr(module, "config", None) or module).pop("_is_quantized", None)
-            for kind in (module._parameters, module._buffers):
-                for name, tensor in kind.items():
-                    if tensor is None or tensor.device.type != "cpu" or not tensor.data_ptr() % 64:
-                        continue
-                    if isinstance(tensor, nn.Parameter):
-                        tensor.data = tensor.data.clone()
-                    else:  # a view of the whole file, which would stay in memory with it
-                        if tensor not in moved:
-                            moved[tensor] = tensor.clone()
-                        kind[name] = moved[tensor]
-        if any(isinstance(m, _Version2Linear) for m in model.modules()):
-            log.warning("a checkpoint of format version 2: its weights of 4 and 3 bits are held in 16 bits")
-            replace(model, _Version2Linear, RoundedLinear.to_linear)
-
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict]:
-        if getattr(model, "_hf_peft_config_loaded", False):  # transformers then writes the adapter alone
-            return model.state_dict(), {}
-        describe(model)
-        return {**in_files(model, model.state_dict()), **guards(model)}, {}
-
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        if isinstance(model.get_input_embeddings(), TableEmbedding):
-            table_to_dense(model)
-        for group in groups(model):
-            group.to_dense(model)
-        for name in quantized(model):
-            model.set_submodule(name, model.get_submodule(name).to_linear())
-        return model
-
-    def is_serializable(self) -> bool:
-        return True
-
-    is_trainable = property(lambda self: True)
-    is_qat_trainable = property(lambda self: True)
-    is_compileable = property(lambda self: True)

@@ -14,7 +14,8 @@ from torch import nn
 
 from .learning import LearningLinear
 from .low_rank import LowRankLinear
-from .rounded import RoundedLinear, RoundingLinear
+from .rounded import RoundedLinear
+from .straight_through import RoundingLinear
 
 if TYPE_CHECKING:  # importing transformers imports the format, and with it this module
     from transformers import PreTrainedModel

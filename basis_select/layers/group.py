@@ -11,9 +11,10 @@ from . import rounding
 from .embedding import LowRankEmbedding, module_name, set_table, table_to_dense
 from .learning import LearningLinear
 from .low_rank import LowRankLinear, resize
-from .rounded import RoundedLinear, split
+from .rounded import RoundedLinear
 from .rounding import Side, fed_back
 from .shape import Shape
+from .split import split
 
 
 def groups(model: nn.Module) -> list["Group"]:

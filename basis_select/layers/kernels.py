@@ -1,5 +1,5 @@
-"""Products with weights of few bits as they are stored, and their rounding while they train (rounded.py), by C++ that
-is compiled once for a machine (kernels.cpp).
+"""Products with weights of few bits as they are stored, and their rounding while they train (straight_through.py), by
+C++ that is compiled once for a machine (kernels.cpp).
 
 3 and 2 bits are held in 4 by products.
 

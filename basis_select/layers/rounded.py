@@ -1,11 +1,10 @@
-"""Linear layers whose weights take 8, 4, 3 or 2 bits: as they are deployed, and as they train.
+"""Linear layers whose weights take 8, 4, 3 or 2 bits, as they are deployed.
 
-What the bits stand for says layers/rounding.py.
+What the bits stand for says layers/rounding.py; how such layers train, layers/straight_through.py.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +12,16 @@ from torch import nn
 
 from .rounding import (
     GROUP,
-    RANGE,
-    by_group,
     nearest,
     packed,
     restored,
     restored_from_bytes,
     row_bytes,
-    rows_at_once,
-    storable,
     unpacked,
 )
 
 FEW = 4  # tokens up to which the CPU's int8 kernel beats a product with weights that are cast first
 FEW_OF_4_BITS = 128  # and its int4 kernel one with weights that are multiplied out first
-SMALL = 2**20  # numbers of a weight up to which a GPU rounds it with others while it trains: calls take longest there
 FEW_ON_CUDA = 64  # and a GPU's int4 kernel; its int8 kernel never does, see eval/results/NOTES.md
 
 
@@ -193,185 +187,6 @@ class RoundedLinear(nn.Module):
         return f"in={self.in_features}, out={self.out_features}, {self.bits} bits"
 
 
-class _Rounding(torch.autograd.Function):
-    """A weight (out, in) rounded to whole numbers of so many bits times `storable` scales, returned in `dtype`.
-
-    Gradients pass through the rounding as if it were none (straight-through, arXiv 1308.3432), and what is outside of
-    the range of the whole numbers gets none; those of the scales are LSQ's (arXiv 1902.08153). One function, since the
-    operations it is made of, each with a pass over the weights, would take most of a step; on a CPU some rows at a
-    time, so that what one operation leaves is still in the cache for the next, or in one pass by kernels.cpp where
-    that is loaded.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-        ctx.bits, ctx.shape, by_row = bits, scale.shape, _by_row(scale)
-        ctx.save_for_backward(weight, by_row)
-        if _has_kernel(weight, dtype):
-            scales = by_row.squeeze(-1)
-            return torch.ops.basis_select.rounded_weight(weight, scales, *RANGE[bits], dtype == torch.bfloat16)
-        made = torch.empty_like(weight, dtype=dtype)
-        for rows in _pieces(weight):
-            x = by_group(weight[rows], bits) / by_row[rows]
-            made[rows] = _whole_(x, bits).mul_(by_row[rows]).flatten(1)[:, : weight.shape[1]]
-        return made
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        weight, by_row = ctx.saved_tensors
-        if _has_kernel(weight, grad.dtype):
-            options = by_row.squeeze(-1), grad.contiguous(), *RANGE[ctx.bits]
-            of_weight, of_scale = torch.ops.basis_select.rounded_weight_backward(weight, *options)
-            return of_weight, of_scale.view(ctx.shape), None, None
-        of_weight, of_scale = torch.empty_like(weight), torch.empty_like(by_row)
-        for rows in _pieces(weight):
-            x, g = by_group(weight[rows], ctx.bits) / by_row[rows], by_group(grad[rows].to(weight.dtype), ctx.bits)
-            lowest, highest = RANGE[ctx.bits]
-            inside = (x >= lowest) & (x <= highest)
-            of_scale[rows] = _whole_(x.clone(), ctx.bits).sub_(x.mul_(inside)).mul_(g).sum(-1, keepdim=True)
-            of_weight[rows] = torch.mul(g, inside, out=x).flatten(1)[:, : weight.shape[1]]
-        return of_weight, of_scale.view(ctx.shape), None, None
-
-
-def _has_kernel(weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether kernels.cpp is loaded (`kernels.load`) and rounds such a weight to such a dtype."""
-    known = weight.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16)
-    here = weight.device.type == "cpu" and weight.is_contiguous()
-    return known and here and hasattr(torch.ops.basis_select, "rounded_weight")
-
-
-def _pieces(weight: torch.Tensor) -> Iterator[slice]:
-    """Slices of the rows of a weight (out, in), those that are rounded at once."""
-    rows = rows_at_once(weight)
-    return (slice(start, start + rows) for start in range(0, len(weight), rows))
-
-
-def _by_row(scale: torch.Tensor) -> torch.Tensor:
-    """(out, groups, 1), as `by_group` has weights: scales as they are stored."""
-    return storable(scale).view(len(scale), -1, 1)
-
-
-def _whole_(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """The whole numbers that stand for x, in its place."""
-    return x.round_().clamp_(*RANGE[bits])
-
-
-class RoundingLinear(nn.Linear):
-    """An nn.Linear that computes with its weight rounded, while weight and `scale` train."""
-
-    _made: tuple = None, None  # of which version, and what `_round_together` has made of it
-
-    @classmethod
-    @torch.no_grad()
-    def training(cls, layer: RoundedLinear) -> "RoundingLinear":
-        """What trains in place of a deployed layer, and computes the same."""
-        made = cls(layer.in_features, layer.out_features, layer.bias is not None, "meta")
-        made.bits, made.weight = layer.bits, nn.Parameter(layer.weight.contiguous())
-        made.scale, made.bias = nn.Parameter(layer.numbers()[1].clone()), layer.bias
-        return made
-
-    @torch.no_grad()
-    def deployed(self) -> RoundedLinear:
-        scale = storable(self.scale)
-        q = _whole_(by_group(self.weight, self.bits) / scale.view(len(scale), -1, 1), self.bits)
-        return RoundedLinear.of(self, q.flatten(1)[:, : self.in_features].to(torch.int8), scale, self.bits)
-
-    def rounded_weight(self) -> torch.Tensor:
-        """(out, in), what the deployed layer's weight will be, in the dtype of products."""
-        dtype, (version, made) = _products_dtype(self.weight), self._made
-        if version == self._version() and made.dtype == dtype:
-            return made
-        return _Rounding.apply(self.weight, self.scale, self.bits, dtype)
-
-    def _version(self) -> tuple[int, int]:
-        return self.weight._version, self.scale._version
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.rounded_weight(), self.bias)
-
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, _Rounding.apply(self.weight, self.scale, self.bits, self.weight.dtype))
-
-
-def _products_dtype(weight: torch.Tensor) -> torch.dtype:
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def _round_together(layers: Iterable[RoundingLinear]) -> None:
-    """Make what `rounded_weight` of each gives, all weights that have bits and scales alike by the same operations."""
-    alike = {}
-    for m in layers:
-        alike.setdefault((m.bits, m.in_features), []).append(m)
-    for (bits, _), some in alike.items():
-        weights, scales = (torch.cat([getattr(m, name) for m in some]) for name in ("weight", "scale"))
-        made = _Rounding.apply(weights, scales, bits, _products_dtype(scales))
-        for m, part in zip(some, made.split([m.out_features for m in some]), strict=True):
-            m._made = m._version(), part
-
-
-class _Split(nn.Module):
-    """A factor whose first bases, its `head`, have other bits than the rest, its `tail`."""
-
-    dim: int  # of the weight, along which the bases lie
-
-    def __init__(self, head: nn.Module, tail: nn.Module):
-        super().__init__()
-        self.head, self.tail = head, tail
-
-    weight = property(lambda self: torch.cat([self.head.weight, self.tail.weight], self.dim))
-    bias = property(lambda self: self.head.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # x: (..., in)
-        if isinstance(self.head, RoundingLinear):  # one product is faster to train, deployed parts have their kernels
-            weight = torch.cat([self.head.rounded_weight(), self.tail.rounded_weight()], self.dim)
-            return F.linear(x, weight, self.bias)
-        return self.by_parts(x)
-
-
-class SplitRows(_Split):
-    """`v` in two parts: (head + tail, in)."""
-
-    dim = 0
-    in_features = property(lambda self: self.head.in_features)
-    out_features = property(lambda self: self.head.out_features + self.tail.out_features)
-
-    def by_parts(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.head(x), self.tail(x)], dim=-1)
-
-
-class SplitColumns(_Split):
-    """`u` in two parts: (out, head + tail); the head has the bias."""
-
-    dim = 1
-    in_features = property(lambda self: self.head.in_features + self.tail.in_features)
-    out_features = property(lambda self: self.head.out_features)
-
-    def by_parts(self, z: torch.Tensor) -> torch.Tensor:
-        first = self.head.in_features
-        return self.head(z[..., :first].contiguous()) + self.tail(z[..., first:].contiguous())
-
-
-def split(
-    linear: nn.Linear, head: int, bits: tuple[int, int], by: Callable[[nn.Linear, int], nn.Module], dim: int
-) -> nn.Module:
-    """The factor `linear`, u or v, as `by(part, bits)` makes it, of its first `head` bases and of the others.
-
-    dim: of the weight, along which the bases lie: 0 for v, 1 for u.
-    """
-    bases = linear.weight.shape[dim]
-    if head in (0, bases):
-        return by(linear, bits[0] if head else bits[1])
-    parts = linear.weight.split([head, bases - head], dim)
-    made = []
-    for weight, bias in zip(parts, (linear.bias, None), strict=True):
-        part = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
-        part.weight, part.bias = nn.Parameter(weight.contiguous(), requires_grad=False), bias
-        made.append(part)
-    kind = SplitColumns if dim else SplitRows
-    return kind(by(made[0], bits[0]), by(made[1], bits[1]))
-
-
 def quantized(model: nn.Module) -> dict[str, int]:
     """`{name: bits}` of the rounded layers, in model order."""
     return {name: m.bits for name, m in model.named_modules() if isinstance(m, RoundedLinear)}
@@ -384,29 +199,12 @@ def require_wide(model: nn.Module, verb: str) -> None:
 
 
 @contextlib.contextmanager
-def training(model: nn.Module) -> Iterator[None]:
-    """Within it, the rounded layers of `model` train, but a token embedding's that is no bases; after it they are again
-    what is deployed.
-    """
-    apart = _tables(model)
-    replace(model, RoundedLinear, lambda layer: layer if layer in apart else RoundingLinear.training(layer))
-    trained = [m for m in model.modules() if isinstance(m, RoundingLinear)]
-    small = [m for m in trained if m.weight.device.type == "cuda" and m.weight.numel() <= SMALL]
-    hook = model.register_forward_pre_hook(lambda *_: _round_together(small))
-    try:
-        yield
-    finally:
-        hook.remove()
-        replace(model, RoundingLinear, RoundingLinear.deployed)
-
-
-@contextlib.contextmanager
 def multiplied_out(model: nn.Module) -> Iterator[None]:
     """Within it, layers of few bits are the nn.Linear that they stand for, for what computes many tokens.
 
     In bfloat16 they have the very weights, since whole numbers and scales of few bits have products of few bits.
     """
-    layers, apart = model.named_modules(), _tables(model)
+    layers, apart = model.named_modules(), tables(model)
     few = {name: m for name, m in layers if isinstance(m, RoundedLinear) and m.bits < 8 and m not in apart}
     for name, layer in few.items():
         model.set_submodule(name, layer.to_linear())
@@ -417,7 +215,7 @@ def multiplied_out(model: nn.Module) -> Iterator[None]:
             model.set_submodule(name, layer)
 
 
-def _tables(model: nn.Module) -> set[RoundedLinear]:
+def tables(model: nn.Module) -> set[RoundedLinear]:
     """A token embedding's that is no bases, whose rows are read as well."""
     return {m.bases for m in model.modules() if isinstance(getattr(m, "bases", None), RoundedLinear)}
 

@@ -6,6 +6,7 @@ zero; it has 8 bits itself, a number of float8_e4m3fn times a power of two that 
 numbers in whatever dtype they are held.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -266,23 +267,25 @@ def factors(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Te
 
 
 def basis_costs(
-    u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, bits: int, outputs: Side, inputs: Side
-) -> torch.Tensor:
-    """What it costs in the metric to round each basis `s_i u_i v_i` to so many bits: (r,), float64.
+    u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, widths: Iterable[int], outputs: Side, inputs: Side
+) -> dict[int, torch.Tensor]:
+    """`{bits: what it costs in the metric to round each basis `s_i u_i v_i` to so many}`, (r,), float64.
 
     outputs, inputs: of G and A. Errors of rounding are as good as independent, so that `tr(dW^T G dW A)` needs no
     more of the two than the cost of each. Of basis i it is `(du^T G du) (v A v^T) + (u^T G u) (dv A dv^T)`, and in the
     metric `u^T G u = v A v^T = 1`.
     """
-    output_cost, input_cost = outputs.cost(bits), inputs.cost(bits)
     norm = u.norm(dim=0).double().clamp_min(torch.finfo(torch.float32).tiny)
     wide, long = factors(u.float(), s.float(), v.float())
-    du = (restored(*nearest(wide, bits)) - wide).double().square()
-    dv = (restored(*nearest(long, bits, input_cost)) - long).double().square()
-    du, dv = output_cost.double() @ du, dv @ input_cost.double()
-    # `factors` scaled u_i by a and s_i v_i by 1 / a.
-    a = wide.norm(dim=0).double() / norm
-    return s.double().square() * du / a.square() + dv * a.square()
+    a = wide.norm(dim=0).double() / norm  # `factors` scaled u_i by it and s_i v_i by 1 / a
+    costs = {}
+    for bits in widths:
+        output_cost, input_cost = outputs.cost(bits), inputs.cost(bits)
+        du = (restored(*nearest(wide, bits)) - wide).double().square()
+        dv = (restored(*nearest(long, bits, input_cost)) - long).double().square()
+        du, dv = output_cost.double() @ du, dv @ input_cost.double()
+        costs[bits] = s.double().square() * du / a.square() + dv * a.square()
+    return costs
 
 
 def dense_cost(weight: torch.Tensor, bits: int, outputs: Side, inputs: Side) -> float:

@@ -11,8 +11,9 @@ from torch import nn
 
 from .kernels import pack
 from .low_rank import LowRankLinear
-from .rounded import RoundedLinear, SplitColumns, SplitRows, replace
+from .rounded import RoundedLinear, replace
 from .sharing import latent, read_together
+from .split import SplitColumns, SplitRows
 
 
 class Part(nn.Module):

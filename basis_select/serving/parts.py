@@ -15,8 +15,9 @@ from torch import nn
 from ..checkpoint.format import BasisSelectConfig, factored_weights
 from ..layers.embedding import LowRankEmbedding, RoundedEmbedding, TableEmbedding
 from ..layers.low_rank import LowRankLinear
-from ..layers.rounded import RoundedLinear, SplitColumns, SplitRows
+from ..layers.rounded import RoundedLinear
 from ..layers.rounding import GROUP, number_bytes, row_bytes, scales_of
+from ..layers.split import SplitColumns, SplitRows
 
 FACTOR = re.compile(r"\.[uv](\.head|\.tail)?$")  # what the name of a factor ends in
 Tensors = Mapping[str, torch.Tensor]

@@ -18,7 +18,8 @@ from ..checkpoint.format import BasisSelectConfig, build
 from ..checkpoint.targets import targets
 from ..layers.learning import Weights
 from ..layers.low_rank import LowRankLinear
-from ..layers.rounded import RoundedLinear, training
+from ..layers.rounded import RoundedLinear
+from ..layers.straight_through import training
 from .collage import CollageAdamW
 from .engine import checkpoint_layers
 from .loss import activation_gradients, overwritable, response_logits, task_loss
