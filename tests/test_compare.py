@@ -69,7 +69,9 @@ def test_a_grid_is_measured_once_and_reported(tmp_path):
         methods={
             "default": {"prune.bits": "auto", "sizes": ["2x", "3x"]},
             "cut twice": {"prune.bits": "auto", "first": "1.5x"},
+            "factors alone": {"prune.bits": "auto", "forms": "factors alone", "trained": [0]},
             "trimmed": {"dense": 16, "trained": [0]},
+            "shipped": {"shipped": True, "trained": [0]},
             "int4": {"dense": 4},
             "int3": {"dense": 3, "trained": [0]},
             "learned": {"learned": 0.5, "learn.rounds": 1, "learn.lr": [1e-3, 1e30]},
@@ -80,13 +82,15 @@ def test_a_grid_is_measured_once_and_reported(tmp_path):
     results = tmp_path / "results.jsonl"
     assert compare(grid, tmp_path / "runs", results) == []
     found = read(results)
-    assert len(found) == len(list(rows(grid))) == 1 + (2 + 1 + 1 + 1 + 2) + (2 + 1 + 1 + 1 + 2)
+    assert len(found) == len(list(rows(grid))) == 1 + (2 + 1 + 1 + 1 + 1 + 1 + 2) + (2 + 1 + 1 + 1 + 2)
     by_name = {(r["method"], r["size"], r["trained"]): r for r in found}
     assert len({tuple(r["tokens"]) for r in found}) == 1
     parent = by_name["parent", None, 0]["sizes"]["bytes"]
     for (_, size, trained), row in by_name.items():
         assert size is None or row["sizes"]["bytes"] <= parent / float(size[:-1]) + 4000  # the file's header
         assert ("correct" in row) == (trained > 0 or size is None)
+    assert by_name["shipped", None, 0]["nll"] == by_name["parent", None, 0]["nll"]  # which was not tuned
+    assert by_name["factors alone", "2x", 0]["sizes"]["bases"] < by_name["default", "2x", 0]["sizes"]["bases"]
     steps = {(row["trained"], sum(row["steps"].values())) for row in found if "steps" in row}
     assert steps == {(0, 0), (100, max(steps)[1])}
     assert max(steps)[1] > 1

