@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 HEADS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # bases of more bits before those of fewer
 WIDTHS = get_args(Bits)
 ROUNDING = 0.5  # times what rounding costs: it is overestimated, and mended first, eval/results/NOTES.md
+COUNTS = {8: 1, 4: 1, 3: 1, 2: 2}  # times that again, by bits: what 2 bits cost is underestimated, in NOTES.md too
 TABLE = 8  # bits of the token embedding, and of its bases: few bits hurt it most, eval/results/NOTES.md
 ENTRY = 90  # bytes that a safetensors header takes for a tensor, without its name
 
@@ -217,7 +218,8 @@ def forms(group: Group, multiple_of: int = 16, rounding: float = ROUNDING) -> li
     v = group.leader.v.weight[order].float()
     outputs, inputs = group.sides()
     energy = _sums(s.square())
-    lost = {b: _sums(costs) for b, costs in basis_costs(u, s.to(u), v, WIDTHS, outputs, inputs).items()}
+    costs = basis_costs(u, s.to(u), v, WIDTHS, outputs, inputs)
+    lost = {bits: _sums(COUNTS[bits] * costs[bits]) for bits in WIDTHS}
     found = []
     for rank in range(multiple_of, group.rank + 1, multiple_of):
         found += [(Form(rank, bits), energy[rank] - rounding * lost[bits][rank]) for bits in WIDTHS]
@@ -227,7 +229,7 @@ def forms(group: Group, multiple_of: int = 16, rounding: float = ROUNDING) -> li
                 found.append((Form(rank, bits, head, more), energy[rank] - rounding * rounded))
     weight = (u * s.to(u)) @ v
     for bits in WIDTHS:
-        rounded = dense_cost(weight, bits, outputs, inputs)
+        rounded = COUNTS[bits] * dense_cost(weight, bits, outputs, inputs)
         found.append((Form(None, bits), energy[-1] - rounding * rounded))
     return [(form, form.price(group), float(value)) for form, value in found]
 
