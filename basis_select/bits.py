@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 HEADS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # bases of more bits before those of fewer
 WIDTHS = get_args(Bits)
 ROUNDING = 0.5  # times what rounding costs: it is overestimated, and mended first, eval/results/NOTES.md
-COUNTS = {8: 1, 4: 1, 3: 1, 2: 2}  # times that again, by bits: what 2 bits cost is underestimated, in NOTES.md too
+COUNTS = {8: 1, 4: 1, 3: 1, 2: 1.5}  # times that again, by bits: what 2 bits cost is underestimated, in NOTES.md too
 TABLE = 8  # bits of the token embedding, and of its bases: few bits hurt it most, eval/results/NOTES.md
 ENTRY = 90  # bytes that a safetensors header takes for a tensor, without its name
 
