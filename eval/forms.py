@@ -3,7 +3,8 @@
 python eval/forms.py DECOMPOSED TASK OUT.json SIZE ...     DECOMPOSED: a checkpoint of weighted bases, such as a run's
                                                            `decompose` stage; TASK: what `load_task` reads
 
-Besides: what if losses by rounding counted more or less than losses by dropped bases. About a minute a row on one core.
+Besides: what if losses by rounding, or by 2 bits among them, counted more or less than losses by dropped bases. About a
+minute a row on one core.
 """
 
 import argparse
@@ -28,6 +29,7 @@ KEPT = {
     "no heads": lambda form: not form.head,
 }
 WEIGHTS = (0.1, 0.25, 0.5, 2, 4)  # times what rounding costs
+OF_2_BITS = (1, 1.5, 2, 3)  # times that again where weights have 2 bits
 
 
 @contextlib.contextmanager
@@ -68,6 +70,11 @@ def main():
         for times in WEIGHTS:
             offers = {g.name: bits.forms(g, rounding=times) for g in groups}
             name = f"rounding counts {times:g} times"
+            rows.append({"size": size, "forms": name, "validation_nll": measured(model, task, size, offers)})
+        for times in OF_2_BITS:
+            with mock.patch.dict(bits.COUNTS, {2: times}):
+                offers = {g.name: bits.forms(g) for g in groups}
+            name = f"2 bits count {times:g} times"
             rows.append({"size": size, "forms": name, "validation_nll": measured(model, task, size, offers)})
         a.out.write_text(json.dumps(rows, indent=1) + "\n")
 
