@@ -55,4 +55,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
-after_import("transformers.modeling_utils", lambda: importlib.import_module(".checkpoint.quantizer", __name__))
+after_import("transformers.modeling_utils", lambda: importlib.import_module(".checkpoint.format", __name__))

@@ -10,8 +10,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
-from .checkpoint.format import require_loadable
-from .checkpoint.quantizer import register
+from .checkpoint.format import register, require_loadable
 from .checkpoint.targets import targets
 from .data.tasks import Task
 from .layers.embedding import install, is_tied, lookup_scale, module_name, settle_ties

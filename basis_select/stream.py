@@ -18,9 +18,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
+from .checkpoint.build import build
 from .checkpoint.checks import is_compressed
 from .checkpoint.files import save_tokenizer, whole
-from .checkpoint.format import BasisSelectConfig, build, describe, guards, in_files
+from .checkpoint.format import BasisSelectConfig, describe, guards, in_files
 from .checkpoint.models import config_and_tokenizer, load
 from .checkpoint.targets import targets
 from .data import tuned_on

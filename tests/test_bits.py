@@ -78,7 +78,7 @@ def test_heads_of_more_bits_than_tails_are_what_their_factors_multiply_to(more, 
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["format_version"] == 3
     assert set(config["heads"].values()) == {32}
-    dense = bs.checkpoint.quantizer.BasisSelectQuantizer(BasisSelectConfig())._dequantize(again)
+    dense = bs.checkpoint.format.BasisSelectQuantizer(BasisSelectConfig())._dequantize(again)
     assert not quantized(dense)
     assert torch.allclose(logits(dense, ids), logits(model, ids), atol=1e-4)
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_of_version_2_loads_with_the_weights_that_it_had(bases, ids
 def test_weighted_bases_of_version_1_count_every_error_alike(ids, tmp_path):
     config = BasisSelectConfig(ranks={"model.layers.0.mlp.down_proj": 64}, weighted=1, format_version=1)
     model = tiny()
-    bs.checkpoint.format.build(model, config)
+    bs.checkpoint.build.build(model, config)
     layer = model.model.layers[0].mlp.down_proj
     assert not [name for name in layer.state_dict() if "cost" in name]
     for p in layer.parameters():

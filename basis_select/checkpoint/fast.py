@@ -16,7 +16,7 @@ from ..layers import kernels
 from ..layers.rounded import quantized
 from ..layers.stacking import stack
 from ..system.machine import cache, compile_options, fast_bf16
-from .quantizer import register
+from .format import register
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,8 @@ from ..system import processes
 from ..system.reading import sha256
 from ..target import Dtype
 from .checks import SIDECAR
-from .format import describe, guards
+from .format import BasisSelectQuantizer, describe, guards, register
 from .pieces import NAME, tokenizer_model
-from .quantizer import BasisSelectQuantizer, register
 
 
 def save(

@@ -3,7 +3,8 @@
     "quantization_config": {"quant_method": "basis_select", "format_version": 3,
                             "ranks": {module: r}, "groups": [[leader, follower, ...]], "weighted": 0, "new": 0}
 
-quantizer.py lets transformers read it. `groups` lists layers that share one `v`, stored under the first.
+Registered with transformers as a quantizer: after `import basis_select` from_pretrained builds the factored layers
+(build.py) before the weights are read. `groups` lists layers that share one `v`, stored under the first.
 Where `weighted` is not 0 the bases still carry `scale` and `weight`, and it is the `power` of the weight; `new` is the
 number of new bases beside them: such checkpoints come from decompose and learn. `embedding` says how the token
 embedding is written as bases: {"name": module, "rank": r, "tied": bool, "scale": 1.0}; `table` that it is rounded, with
@@ -21,6 +22,7 @@ holds an empty tensor by the name of a dense weight: from_pretrained then raises
 import collections
 import copy
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,25 +37,25 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.quantizers import register_quantization_config
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.embedding import (
     LowRankEmbedding,
     RoundedEmbedding,
     TableEmbedding,
-    install,
-    install_rounded,
     module_name,
     settle_ties,
+    table_to_dense,
 )
 from ..layers.group import Group, groups
 from ..layers.learning import LearningLinear
 from ..layers.low_rank import LowRankLinear
-from ..layers.rounded import RoundedLinear, quantized
-from ..layers.split import SplitRows, split
+from ..layers.rounded import quantized
+from ..layers.split import SplitRows
 from ..layers.stacking import is_stacked
-from .earlier import Version2Linear, forget_costs
+from .build import build, stand_ins
+from .earlier import hold_in_16_bits
 from .schema import VERSION, require_description
 
 METHOD = "basis_select"
@@ -135,6 +137,11 @@ def unstorable(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> list[
         for name, found in places.items()
         if any(uses[place] > 1 or rename_source_key(place, *kinds)[0] != name for place in found)
     ]
+
+
+def register(model: PreTrainedModel) -> None:
+    """Let `save_pretrained` of `model` describe what it then is, whoever calls it."""
+    model.hf_quantizer = BasisSelectQuantizer(BasisSelectConfig())
 
 
 def describe(model: PreTrainedModel) -> None:
@@ -236,12 +243,12 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def in_files(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state`, tensors by their names in `model`, by the names that they have in checkpoints."""
-    layers = weighted_layers(model)
+    layers = _weighted(model)
     names = {f"{layer}.{here}": f"{layer}.{there}" for layer in layers for here, there in WEIGHTS.items()}
     return {names.get(name, name): tensor for name, tensor in state.items()}
 
 
-def weighted_layers(model: nn.Module) -> list[str]:
+def _weighted(model: nn.Module) -> list[str]:
     """Names of the layers that own weights of bases."""
     return [n for n, m in model.named_modules() if isinstance(m, LearningLinear) and m.leader is m]
 
@@ -250,7 +257,7 @@ def guards(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """`{name: empty tensor}` of what a checkpoint of `model` holds beside its state: nothing if no layer is bases."""
     found, state = description(model), in_files(model, model.state_dict())
     # The `weight` of weighted bases can have the name: its shape is not the dense one either.
-    names = guard_names(model, found) if found else []
+    names = _guard_names(model, found) if found else []
     return {name: torch.empty(0, dtype=model.dtype) for name in names if name not in state}
 
 
@@ -260,65 +267,81 @@ def factored_weights(config: BasisSelectConfig) -> list[str]:
     return [f"{name}.weight" for name in sorted(names)]
 
 
-def guard_names(model: PreTrainedModel, config: BasisSelectConfig) -> list[str]:
+def _guard_names(model: PreTrainedModel, config: BasisSelectConfig) -> list[str]:
     weights = factored_weights(config)
     # Not one that transformers stores under another name or as a part of another tensor.
     kept = (name for name in weights if [*revert_weight_conversion(model, {name: torch.empty(0)})] == [name])
     return [*itertools.islice(kept, 1), HINT] if weights else []
 
 
-def build(model: PreTrainedModel, config: BasisSelectConfig) -> None:
-    """Replace the listed nn.Linear layers by LowRankLinear of the listed ranks, weights uninitialised.
+@register_quantizer(METHOD)
+class BasisSelectQuantizer(HfQuantizer):
+    requires_calibration = True  # it only ever reads what decompose and prune have written
+    renamings = ()  # of the tensors of this load alone
 
-    Raises ValueError, naming the layer, if the model cannot have such layers.
-    """
-    leaders = _leaders(config)
-    built, kind = {}, LearningLinear if config.weighted else LowRankLinear
-    for name, rank in sorted(config.ranks.items(), key=lambda item: item[0] in leaders):
-        linear = _listed(model, name, nn.Linear)
-        leader = built.get(leaders.get(name))
-        built[name] = kind.like(linear, rank, leader=leader)
-        if config.format_version == 1:
-            forget_costs(built[name])
-        model.set_submodule(name, built[name])
-    for group in groups(model):
-        if config.weighted:
-            group.leader.s.power = config.weighted
-        if config.new:
-            group.add_new(config.new)
-    if config.embedding:
-        _listed(model, config.embedding["name"], nn.Embedding)
-        install(model, **config.embedding, weighted=bool(config.weighted))
-    heads, table = getattr(config, "heads", {}), getattr(config, "table", None)  # version 1 has neither
-    for group in groups(model):
-        if group.name in heads:
-            _split(group, heads[group.name])
-    for name, width in config.rounded.items():
-        kind = Version2Linear if config.format_version == 2 and width < 8 else RoundedLinear
-        model.set_submodule(name, kind.like(_listed(model, name, nn.Linear), width))
-    if table:
-        _listed(model, table["name"], nn.Embedding)
-        install_rounded(model, **table)
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        build(model, self.quantization_config)
+        layers = "|".join(map(re.escape, _weighted(model)))
+        names = WEIGHTS.items() if layers else ()
+        self.renamings = [WeightRenaming(rf"^({layers})\.{there}$", rf"\1.{here}") for here, there in names]
+        known = {rf"^(.+\.)?{re.escape(name)}$" for name in _guard_names(model, self.quantization_config)}
+        model._keys_to_ignore_on_load_unexpected = known | set(model._keys_to_ignore_on_load_unexpected or ())
 
+        def initialize_weights() -> None:
+            with stand_ins(model):
+                type(model).initialize_weights(model)
 
-def _split(group: Group, head: int) -> None:
-    """The factors of a group in two parts, neither rounded yet."""
-    group.leader.v = split(group.leader.v, head, (16, 16), lambda part, bits: part, 0)
-    for layer in group.layers:
-        layer.u = split(layer.u, head, (16, 16), lambda part, bits: part, 1)
+        model.initialize_weights = initialize_weights  # of this load alone
+        self.shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
+    def update_weight_conversions(self, weight_conversions: list, *model: PreTrainedModel) -> list:
+        # Newer versions of transformers hand over the model.
+        return [*super().update_weight_conversions(weight_conversions, *model), *self.renamings]
 
-def _leaders(config: BasisSelectConfig) -> dict[str, str]:
-    """`{follower: leader}` of all groups."""
-    return {name: leader for leader, *followers in config.groups for name in followers}
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        del model.initialize_weights
+        for name, tensor in sorted(model.state_dict().items()):  # transformers before 5.24 takes those of any shape
+            if tensor.numel() and list(tensor.shape) != self.shapes[name]:
+                shapes = f"{list(tensor.shape)} in the file, {self.shapes[name]} in the model"
+                raise ValueError(f"the weights do not fit config.json: mismatched keys, first {name} ({shapes})")
+        # They are no part of what transformers would revert: `in_files` does it for models that were never loaded too.
+        model._weight_conversions = [c for c in model._weight_conversions if c not in self.renamings]
+        # Tensors read from a file start where the file has them; matmul kernels round differently off the 64-byte
+        # boundaries that allocations have, and a reloaded model must give the bits of the one that was saved.
+        moved = {}
+        for module in model.modules():
+            # Some architectures compute otherwise, with other rounding, where transformers says so.
+            vars(getattr(module, "config", None) or module).pop("_is_quantized", None)
+            for kind in (module._parameters, module._buffers):
+                for name, tensor in kind.items():
+                    if tensor is None or tensor.device.type != "cpu" or not tensor.data_ptr() % 64:
+                        continue
+                    if isinstance(tensor, nn.Parameter):
+                        tensor.data = tensor.data.clone()
+                    else:  # a view of the whole file, which would stay in memory with it
+                        if tensor not in moved:
+                            moved[tensor] = tensor.clone()
+                        kind[name] = moved[tensor]
+        hold_in_16_bits(model)
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict]:
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers then writes the adapter alone
+            return model.state_dict(), {}
+        describe(model)
+        return {**in_files(model, model.state_dict()), **guards(model)}, {}
 
-def _listed(model: nn.Module, name: str, kind: type[nn.Module]) -> nn.Module:
-    """The module that config.json calls `name`."""
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"config.json lists the layer {name}, which {type(model).__name__} lacks") from None
-    if not isinstance(module, kind):
-        raise ValueError(f"config.json lists the layer {name}, which is no nn.{kind.__name__}")
-    return module
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        if isinstance(model.get_input_embeddings(), TableEmbedding):
+            table_to_dense(model)
+        for group in groups(model):
+            group.to_dense(model)
+        for name in quantized(model):
+            model.set_submodule(name, model.get_submodule(name).to_linear())
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    is_trainable = property(lambda self: True)
+    is_qat_trainable = property(lambda self: True)
+    is_compileable = property(lambda self: True)

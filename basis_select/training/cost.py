@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..checkpoint.format import BasisSelectConfig, build
+from ..checkpoint.build import build
+from ..checkpoint.format import BasisSelectConfig
 from ..checkpoint.targets import targets
 from ..layers.learning import Weights
 from ..layers.low_rank import LowRankLinear
