@@ -29,7 +29,7 @@ KEPT = {
     "no heads": lambda form: not form.head,
 }
 WEIGHTS = (0.1, 0.25, 0.5, 2, 4)  # times what rounding costs
-OF_2_BITS = (1, 1.5, 2, 3)  # times that again where weights have 2 bits
+OF_2_BITS = (1, 2, 3)  # times that again where weights have 2 bits, beside what `all` counts
 
 
 @contextlib.contextmanager
@@ -62,20 +62,18 @@ def main():
     task = load_task(a.task, tokenizer, validation=64)
     groups = weighted_groups(model)
     forms = {g.name: bits.forms(g) for g in groups}
+    offers = {
+        name: {n: [x for x in found if keeps(x[0])] for n, found in forms.items()} for name, keeps in KEPT.items()
+    }
+    for times in WEIGHTS:
+        offers[f"rounding counts {times:g} times"] = {g.name: bits.forms(g, rounding=times) for g in groups}
+    for times in OF_2_BITS:
+        with mock.patch.dict(bits.COUNTS, {2: times}):
+            offers[f"2 bits count {times:g} times"] = {g.name: bits.forms(g) for g in groups}
     rows = []
     for size in a.sizes:
-        for name, keeps in KEPT.items():
-            offers = {n: [x for x in found if keeps(x[0])] for n, found in forms.items()}
-            rows.append({"size": size, "forms": name, "validation_nll": measured(model, task, size, offers)})
-        for times in WEIGHTS:
-            offers = {g.name: bits.forms(g, rounding=times) for g in groups}
-            name = f"rounding counts {times:g} times"
-            rows.append({"size": size, "forms": name, "validation_nll": measured(model, task, size, offers)})
-        for times in OF_2_BITS:
-            with mock.patch.dict(bits.COUNTS, {2: times}):
-                offers = {g.name: bits.forms(g) for g in groups}
-            name = f"2 bits count {times:g} times"
-            rows.append({"size": size, "forms": name, "validation_nll": measured(model, task, size, offers)})
+        for name, offered in offers.items():
+            rows.append({"size": size, "forms": name, "validation_nll": measured(model, task, size, offered)})
         a.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -243,8 +243,7 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def in_files(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state`, tensors by their names in `model`, by the names that they have in checkpoints."""
-    layers = _weighted(model)
-    names = {f"{layer}.{here}": f"{layer}.{there}" for layer in layers for here, there in WEIGHTS.items()}
+    names = {f"{layer}.{here}": f"{layer}.{there}" for layer in _weighted(model) for here, there in WEIGHTS.items()}
     return {names.get(name, name): tensor for name, tensor in state.items()}
 
 
