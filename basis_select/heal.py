@@ -25,6 +25,7 @@ from .training.engine import train
 from .training.loss import task_loss
 from .training.precision import CastOnce
 from .training.soft_labels import Teacher
+from .training.spread import spread
 from .tune import trainable
 
 log = logging.getLogger(__name__)
@@ -40,14 +41,15 @@ def heal(
     teacher: Teacher | None = None,
     folder: str | Path | None = None,
     seed: int = 0,
+    sharded: bool = False,
     *,
     steps: Annotated[Natural, Field(description="Training steps of the pruned model; 0: none.")] = 100,
     batch_size: BatchSize = 16,
     lr: Annotated[
         Positive | None,
         Field(
-            description="Highest learning rate; without one it follows the distance to the parent, since what mends a "
-            "broken start harms a good one."
+            description="Highest learning rate; without one it follows the distance to the parent: the rate that a "
+            "badly damaged model needs would harm a good one."
         ),
     ] = None,
     kl: Annotated[Weight, Field(description="Weight of the parent's predictions in the loss.")] = 1.0,
@@ -64,8 +66,9 @@ def heal(
     `suitable_rate`. A dense embedding and head stay as they are unless `embeddings`. `precision` and `checkpointing` as
     in training/engine.py: "plus" trains wholly in bfloat16, with 12 bytes a parameter instead of 16. `lora` > 0 trains
     only adapters of that rank on the factors and on layers left dense (peft), and merges them in the end: no rank
-    changes, and gradients and states are those of the adapters alone. Raises ValueError on bases that are still
-    weighted, without both `lr` and `teacher`, and with `lora` on a sharded model.
+    changes, and gradients and states are those of the adapters alone. `sharded` spreads what trains of a model that is
+    whole in every process of torchrun over them (training/spread.py). Raises ValueError on bases that are still
+    weighted, without both `lr` and `teacher`, and with `lora` on what is sharded.
 
         >>> model = bs.prune(bs.decompose(copy.deepcopy(parent), task, examples=16), keep=0.5)
         >>> model = bs.heal(model, task, teacher=parent, steps=2, batch_size=4)
@@ -74,27 +77,27 @@ def heal(
     processes.join()
     if any(group.weighted for group in groups(model)):
         raise ValueError("these bases are still weighted: call prune before heal")
-    if lora and processes.is_sharded(model):
+    if lora and (sharded or processes.is_sharded(model)):
         raise ValueError("a model that is spread over processes cannot take in adapters: load it whole, or pass lora=0")
     if lora:
         require_wide(model, "lora")
     if embeddings and isinstance(model.get_input_embeddings(), RoundedEmbedding):
         raise ValueError("a rounded token embedding does not train: leave out embeddings=True")
     if quantized(model) and processes.is_sharded(model):
-        raise ValueError("rounded weights do not train in a model that is spread over processes: load it whole")
+        raise ValueError("rounded weights do not train in a model that was loaded sharded: load it whole")
     if lr is None and steps:
         if precision != "fp32" and processes.is_sharded(model):
             raise ValueError("FSDP cannot measure a model in fp32 and then train it in another precision: pass lr")
         lr = suitable_rate(model, task, teacher, seed) * (LORA_RATE if lora else 1)
     if steps and quantized(model) and model.device.type == "cpu":
         kernels.try_load(cache() / "kernels", "rounded weights train without it, more slowly")
-    with training(model), CastOnce(teacher):
+    with (spread if sharded else training)(model) as trained, CastOnce(teacher):
         if lora:
-            add_adapters(model, lora)
+            add_adapters(trained, lora)
         else:
-            trainable(model, embeddings)
+            trainable(trained, embeddings)
         train(
-            model,
+            trained,
             task,
             name="heal",
             steps=steps,
@@ -108,7 +111,7 @@ def heal(
             checkpointing=checkpointing,
         )
         if lora:
-            _merge_adapters(model)
+            _merge_adapters(trained)
     model.requires_grad_(False)
     return model
 
@@ -135,7 +138,7 @@ def _merge_adapters(model: PreTrainedModel) -> None:
 def suitable_rate(model: PreTrainedModel, task: Task, teacher: Teacher | None, seed: int = 0) -> float:
     """`rate_at` of how far `model` is from its parent now."""
     if teacher is None:
-        raise ValueError("how fast to heal is read off the distance to the dense parent: pass a teacher or lr")
+        raise ValueError("heal derives the learning rate from the distance to the dense parent: pass a teacher or lr")
     far = distance(model, task, teacher, seed)
     rate = rate_at(far, bool(quantized(model)))
     log.info("KL to the parent %.3g nats per token: healing at a rate of %.2g", far, rate)

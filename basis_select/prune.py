@@ -76,8 +76,8 @@ def prune(
     rounding: Annotated[
         Fraction,
         Field(
-            description="With bits=auto, the share of the loss by rounding that counts. The less, the more bases of "
-            "fewer bits are chosen; healing mends rounding, the more the longer it trains."
+            description="With bits=auto, the share of the rounding loss that counts. A smaller share keeps more bases "
+            "with fewer bits; it suits long healing, which repairs more of the rounding loss."
         ),
     ] = ROUNDING,
     keep_embedding: Annotated[
@@ -132,7 +132,7 @@ def prune(
         prune_to_bytes(model, asked, rule, task, dtype, keep_embedding, rounding)
         return model
     if rounding != ROUNDING:
-        raise ValueError(f"rounding={rounding} weighs what bits=auto rounds: leave it out, or choose bits=auto")
+        raise ValueError(f"rounding={rounding} has an effect only with bits=auto: leave it out, or choose bits=auto")
     for group, index in select(model, asked, rule, task, dtype, costs, keep_embedding):
         if index is None:
             group.to_dense(model)

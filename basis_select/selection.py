@@ -217,7 +217,7 @@ def _in_time(
 ) -> Chosen:
     """`select` by measured times. settled: `[(table, its rank)]` of an embedding whose part is known."""
     if costs is None:
-        raise ValueError("latency is reached by measured times: name the file of costs that basis-select profile wrote")
+        raise ValueError("latency needs measured times: name the file of costs that basis-select profile wrote")
     if rule.budget != "global":
         raise ValueError(f"latency is shared over all layers: it goes with budget=global, not {rule.budget}")
     later = rule.reserve + found[0].new_rank

@@ -52,7 +52,7 @@ def prices(
     if least > free:
         fastest = allowed - free + least
         raise ValueError(
-            f"{asked} asks for {allowed * 1e3:.3g} ms, the fastest choice of ranks in {path} makes it "
+            f"{asked} asks for {allowed * 1e3:.3g} ms, but by the times in {path} the fastest choice of ranks takes "
             f"{fastest * 1e3:.3g} ms, {now / fastest:.2f}x"
         )
     return choices, free

@@ -50,7 +50,7 @@ def trim(
     What stays: tokens of the training split, those that they are merged from, all single bytes (or all single
     characters where the tokenizer has no bytes), special tokens, those of the chat template and those that the model's
     config names; and, with `text`, the path of a UTF-8 file, its `frequent` most frequent tokens. So training text
-    keeps its tokens, and any other text is encoded and decoded as exactly as before, in more tokens.
+    keeps its tokens, and any other text is encoded and decoded as exactly as before, but may take more tokens.
 
     Raises ValueError for a tokenizer that is neither BPE nor Unigram, for one whose training text would not keep its
     tokens, and for a model with other tables of tokens or whose embedding is written as bases (trim before decompose).

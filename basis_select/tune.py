@@ -105,7 +105,7 @@ class _Best:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the best weights into the trained model, those of the last step if they are."""
+        """Put the best weights into the trained model: those of the last step, if none were better."""
         if self.waited < self.patience:
             self._look(self.looked + self.epoch, None)
         for name, p in self.model.named_parameters():

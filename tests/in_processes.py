@@ -20,6 +20,14 @@ CASES = {  # what is trained, whether it is sharded, how
     "heal plus": (heal, "cut", False, {"steps": 12, "lr": 1e-3, "precision": "plus"}),
     "heal plus sharded": (heal, "cut", True, {"steps": 12, "lr": 1e-3, "precision": "plus", "checkpointing": True}),
     "heal embedding": (heal, "table", True, {"steps": 6, "lr": 1e-3}),
+    "heal rounded": (heal, "rounded", False, {"steps": 8, "lr": 1e-3}),
+    "heal rounded spread": (heal, "rounded", False, {"steps": 8, "sharded": True}),
+    "heal rounded table plus spread": (
+        heal,
+        "rounded table",
+        False,
+        {"steps": 8, "sharded": True, "precision": "plus", "checkpointing": True},
+    ),
     "heal adapters": (heal, "cut", False, {"steps": 6, "lr": 1e-2, "lora": 2}),
 }
 

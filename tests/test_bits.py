@@ -97,6 +97,18 @@ def test_healing_trains_what_is_rounded_and_ends_in_what_is_saved(bases, task, i
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 
+def test_a_copy_that_is_spread_over_one_process_trains_as_the_model_itself_does(bases, task):
+    start = bs.prune(copy.deepcopy(bases), task, size="4x", bits="auto", multiple_of=4)
+    own, spread = copy.deepcopy(start), copy.deepcopy(start)
+    for model, sharded in ((own, False), (spread, True)):
+        bs.heal(model, task, sharded=sharded, steps=3, batch_size=8, lr=3e-3, kl=0)
+    assert quantized(spread) == quantized(start)
+    state = own.state_dict()
+    assert any(not torch.equal(x, state[name]) for name, x in start.state_dict().items())
+    assert all(torch.equal(x, state[name]) for name, x in spread.state_dict().items())
+    assert spread.tuned_on.trained([task.train[0].prompt]) == [True]
+
+
 def test_what_is_multiplied_out_has_the_very_weights_and_comes_back(bases, ids):
     model = copy.deepcopy(bases)
     for group in groups(model):

@@ -188,7 +188,7 @@ DAMAGES = {  # what happens to the folder of a run, and words of the sentence
         lambda r: (r / "stages" / ".heal-0123456789").write_text(""),
         "is not the folder of a stage",
     ),
-    "the stages are a file": (lambda r: into_file(r / "stages"), "is no run's folder"),
+    "the stages are a file": (lambda r: into_file(r / "stages"), "but no run made it"),
     "the recipe is a folder": (lambda r: into_folder(r / "recipe.yaml"), "recipe.yaml is no file that a run wrote"),
     "the results are a folder": (lambda r: into_folder(r / "results.json"), "is no file that a run wrote"),
     "final has a file more": (lambda r: (r / "final" / ".env").write_text("KEY=1"), ".env was not written by a run"),
@@ -273,7 +273,7 @@ def test_a_folder_with_files_of_ones_own_is_refused(name, copy, tmp_path):
     path = tmp_path / "mine" / name
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    assert "and is no run's folder: name another with --out, or move that" in said(
+    assert "but no run made it: name another folder with --out, or move that" in said(
         "run", copy[0], "--out", tmp_path / "mine"
     )
     assert state(tmp_path / "mine") == {Path(name): b"mine"}

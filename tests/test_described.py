@@ -314,7 +314,7 @@ def test_layers_whose_weight_the_model_reads_stay_dense(caplog):
     model.model.norm.__class__ = Reads
     bs.decompose(model, metric="plain")
     assert model.lm_head is head
-    assert "left dense, for the model reads their weights, and does not only call them: lm_head" in caplog.text
+    assert "left dense, because the model reads their weights directly: lm_head" in caplog.text
     assert isinstance(model.model.layers[0].mlp.down_proj, LowRankLinear)
 
 

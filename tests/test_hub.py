@@ -196,7 +196,7 @@ def test_results_of_other_weights_are_not_published(run, tmp_path):
     shutil.rmtree(run / "final")
     model = bs.prune(bs.decompose(tiny(), make_task(), examples=16), keep=0.5, multiple_of=1)
     bs.save(model, make_tokenizer(), run / "final")
-    with pytest.raises(ValueError, match=r"has no results of .*final: its weights are others"):
+    with pytest.raises(ValueError, match=r"has no results of .*final: no row has its weights"):
         contents(run, "me/small")
 
 

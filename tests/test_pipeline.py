@@ -275,7 +275,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(recipe, t
         (["prune.keep=null"], "prune: nothing says how much stays"),
         (["prune.keep=null", "prune.size=twice"], "size='twice' should read like 4x, 90M or 120MB"),
         (["prune.keep=null", "prune.mass=0.5"], "it goes with prune.budget=mass"),
-        (["prune.rounding=0.1"], "rounding weighs what prune.bits=auto rounds"),
+        (["prune.rounding=0.1"], "prune.rounding has an effect only with prune.bits=auto"),
         (["prune.keep_embedding=0.5"], "it goes with decompose.embedding"),
         (["prune.score=best"], "prune.score is 'best', it should be energy, magnitude, taylor or random"),
         (["extend.init=best"], "extend.init is 'best', it should be random, residual or gradient"),

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A task, its dense model, and that model weighted, cut, and cut with its embedding as bases."""
+    """A task, its dense model, and that model weighted, cut, cut with its embedding as bases, and that with few bits."""
     folder, tokenizer = tmp_path_factory.mktemp("source"), make_tokenizer()
     rows = [{"prompt": f"{a}+{b}=", "response": str(a + b) * (1 + a % 3)} for a in range(12) for b in range(12)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -43,8 +43,12 @@ def source(tmp_path_factory):
         weighted = bs.decompose(copy.deepcopy(parent), task, examples=16)
         cut = bs.prune(copy.deepcopy(weighted), keep=0.4, multiple_of=2)
         table = bs.decompose(copy.deepcopy(parent), task, examples=16, embedding=True)
+        rounded = bs.prune(copy.deepcopy(table), task, size="4x", bits="auto")
+        rounded_table = bs.prune(copy.deepcopy(weighted), size="4x", bits="auto")
         bs.prune(table, keep=0.4, keep_embedding=0.5, multiple_of=2)
-    for name, model in {"parent": parent, "weighted": weighted, "cut": cut, "table": table}.items():
+    models = {"parent": parent, "weighted": weighted, "cut": cut, "table": table}
+    models |= {"rounded": rounded, "rounded table": rounded_table}
+    for name, model in models.items():
         bs.save(model, tokenizer, folder / name)
     return folder
 
@@ -133,7 +137,10 @@ def test_a_recipe_has_the_same_stages_on_several_processes(source, tmp_path):
         "prune": {"keep": 0.4, "multiple_of": 2},
         "heal": {"steps": 6, "batch_size": 6},
         "soft_labels": 16,
-        "compare": {"taught": {"soft_labels": 0, "learn.steps": 0}},
+        "compare": {
+            "taught": {"soft_labels": 0, "learn.steps": 0},
+            "rounded": {"prune.keep": None, "prune.size": "5x", "prune.bits": "auto", "learn.steps": 0},
+        },
     }
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(content))
@@ -142,7 +149,7 @@ def test_a_recipe_has_the_same_stages_on_several_processes(source, tmp_path):
     assert status == 0, printed
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert hashes(tmp_path / "one").keys() == hashes(tmp_path / "two").keys()
-    for row in ("result", "taught"):
+    for row in ("result", "taught", "rounded"):
         assert two[row]["nll"]["value"] == pytest.approx(one[row]["nll"]["value"], rel=0.02)
         assert two[row]["sizes"] == one[row]["sizes"]
     less = ("heal.steps=0", "learn.steps=0", "compare={}")

@@ -286,7 +286,7 @@ def test_a_layer_that_is_read_where_the_mode_changes_stays_dense(task, caplog):
     assert type(mlp.down_proj) is torch.nn.Linear
     assert torch.equal(mlp.down_proj.weight, weight)
     assert not model.training
-    assert "reads their weights, and does not only call them: model.layers.0.mlp.down_proj" in caplog.text
+    assert "reads their weights directly: model.layers.0.mlp.down_proj" in caplog.text
 
 
 def test_a_head_that_reads_more_than_one_vector_a_token_is_refused(task):

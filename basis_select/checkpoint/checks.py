@@ -130,8 +130,8 @@ def _check_guards(folder: Path, config: BasisSelectConfig, places: dict[str, Pla
                 continue
             if len(place.shape) != 1 or (guard == HINT and place.shape != [0]):
                 raise ValueError(
-                    f"{place.file} holds {name} of shape {place.shape}, which should be empty: transformers would take "
-                    "it for the layer where basis_select is not imported"
+                    f"{place.file} holds {name} of shape {place.shape}, which should be empty: without basis_select, "
+                    "transformers would load it as the layer"
                 )
 
 
@@ -216,7 +216,7 @@ def _check_choice(folder: Path) -> None:
     """The config must leave it to the index which files hold the weights."""
     path = folder / "config.json"
     if (chosen := read_json(path).get("transformers_weights")) is not None:
-        raise ValueError(f"{path} names {chosen!r} as its weights (transformers_weights): {INDEX} does that")
+        raise ValueError(f"{path} names {chosen!r} as its weights (transformers_weights): only {INDEX} may name them")
 
 
 def stored(folder: str | Path) -> dict[str, Place]:

@@ -186,7 +186,7 @@ def _require_alike(group: Group, first: Group) -> None:
         if _kind(layer) != _kind(first.leader):
             raise ValueError(
                 f"{name} differs from the other layers of bases in whether they are weighted or have new bases: "
-                "give all of them to learn and prune, none alone"
+                "run learn and prune on the whole model, not on single layers"
             )
 
 
@@ -203,7 +203,7 @@ def _describe_table(model: PreTrainedModel, table: TableEmbedding, **more: int) 
 
 def _require_described(model: PreTrainedModel, found: BasisSelectConfig | None) -> None:
     if is_stacked(model):
-        raise ValueError("a model loaded with fast=True only answers: save what is loaded without it")
+        raise ValueError("a model loaded with fast=True only answers: to save it, load it without fast=True")
     here = model.state_dict()
     for part, remedy in REMEDIES.items():
         if wrong := next((name for name in here if part in name), None):

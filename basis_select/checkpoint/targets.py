@@ -51,7 +51,7 @@ def targets(model: nn.Module, required: bool = True) -> dict[str, nn.Module]:
     if not required:
         return found
     if skipped:
-        log.warning("left as they are, for they do not compute what nn.Linear does: %s", some(skipped))
+        log.warning("left as they are, because they do not compute what nn.Linear does: %s", some(skipped))
     if shared:
         log.warning("left dense, for they are one parameter under several names: %s", some(list(shared)))
     if lost:

@@ -75,8 +75,8 @@ def _chat_row(row: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> dict
     marked = written([*messages[:-1], {"role": "assistant", "content": _MARK}])
     if not whole.startswith(prompt) or _MARK not in marked:
         raise ValueError(
-            f"{where}: the chat template does not continue its own prompt when the answer is there "
-            f"({prompt[-40:]!r}), so what is trained would not be what generation is given"
+            f"{where}: the chat template does not continue its own prompt when the answer is added "
+            f"({prompt[-40:]!r}), so training would see another prompt than generation"
         )
     _check_written(whole, messages, tools, where)
     response, end = whole[len(prompt) :], marked.rpartition(_MARK)[2]
@@ -151,7 +151,7 @@ def _parsed(text: str, where: str | Path) -> Any:
         value = json.loads(text, object_pairs_hook=once, parse_constant=_constant)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{where} holds half of a character, \\ud800 to \\udfff, which is no text") from None
+        raise ValueError(f"{where} holds half of a character (\\ud800 to \\udfff), which is not valid text") from None
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply") from None
     except ValueError as error:

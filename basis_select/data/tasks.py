@@ -73,9 +73,9 @@ def load_task(
     a JSON or JSONL file of `{prompt, response}` or `{messages, tools}` rows, a folder that holds
     `train.jsonl`, `test.jsonl` and perhaps `validation.jsonl` of such rows, or
     `reasoning_gym:FAMILY` with `options` for the family and `prompt` a template over its metadata. `score`,
-    "exact" or "number", replaces the source's own way. `train`, `validation` and `test` cap the splits; what a split
-    has more is left out as `seed` draws. No prompt, letter case and white space aside, occurs in two splits, and in
-    training alone more than once.
+    "exact" or "number", replaces the source's own way. `train`, `validation` and `test` cap the splits: of a
+    larger split, `seed` draws the rows that stay. No prompt occurs in two splits, and only in training may one occur
+    more than once; prompts that differ only in letter case or white space count as the same.
     Examples longer than `max_length` tokens are cut at their end. What was dropped or cut is counted in `report`, never
     silently. Raises ValueError or FileNotFoundError naming the source, and for a row of a file the file and the row;
     also if the task's own responses do not score as right.
@@ -147,7 +147,7 @@ def _scoring(source: str, rows: list[dict], score: Callable | None) -> Callable 
     raise ValueError(
         f"{len(wrong):,} of the {len(rows):,} responses of {source} do not score as right by {names}"
         f"; {where or 'one'} has the answer {answer!r} and the response {response!r}: "
-        "an answer is what a right response is scored by, text that is the whole response or the number it ends in"
+        "an answer should be the text of the whole response, or the number that the response ends in"
     )
 
 

@@ -46,9 +46,9 @@ def measure(
     one dtype, on the same prompts, in batches of the same size. Returns, and writes to the file `out`, `model`
     (source, dtype, sha256 of its weights, the four sizes), `tasks` (`{name: result}`), `domains` of the suite, the
     same three for `against`, `paired` (`{name: compare}`), versions, seed, settings and the command. Raises
-    ValueError if results cannot be paired. Rows that the model was tuned on are not tested, on the parent neither.
-    Likelihoods of a trimmed model are per token of its parent's tokenizer, as those of a run, where `against` is that
-    parent; else per token of the one it has, and `model["counted_in"]` and `lines` say so.
+    ValueError if results cannot be paired. Rows that the model was tuned on are left out for both models.
+    If `against` is its parent, the likelihoods of a trimmed model are per token of the parent's tokenizer, as in a run;
+    otherwise they are per token of its own tokenizer, and `model["counted_in"]` and `lines` say so.
     """
     if out:
         require_file(out)

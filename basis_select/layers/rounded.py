@@ -195,7 +195,7 @@ def quantized(model: nn.Module) -> dict[str, int]:
 def require_wide(model: nn.Module, verb: str) -> None:
     """Raise ValueError for a model with rounded layers, which `verb` cannot change."""
     if names := list(quantized(model)):
-        raise ValueError(f"{verb} needs weights of 16 bits or more, and {names[0]} is rounded: give it what that was")
+        raise ValueError(f"{verb} needs weights of 16 bits or more, but {names[0]} is rounded: pass an unrounded model")
 
 
 @contextlib.contextmanager

@@ -91,6 +91,14 @@ class RoundingLinear(nn.Linear):
         made.scale, made.bias = nn.Parameter(layer.numbers()[1].clone()), layer.bias
         return made
 
+    def with_values(self, values: dict[str, torch.Tensor]) -> "RoundingLinear":
+        """Another such layer that has these values of its parameters."""
+        made = RoundingLinear(self.in_features, self.out_features, self.bias is not None, "meta")
+        made.bits, made.scale = self.bits, None
+        for name, value in values.items():
+            setattr(made, name, nn.Parameter(value))
+        return made
+
     @torch.no_grad()
     def deployed(self) -> RoundedLinear:
         scale = storable(self.scale)
@@ -131,18 +139,21 @@ def _round_together(layers: Iterable[RoundingLinear]) -> None:
             m._made = m._version(), part
 
 
-@contextlib.contextmanager
-def training(model: nn.Module) -> Iterator[None]:
-    """Within it, the rounded layers of `model` train, but a token embedding's that is no bases; after it they are again
-    what is deployed.
-    """
+def in_training(model: nn.Module) -> nn.Module:
+    """The model, in place, with rounded layers that train, but a token embedding's that is no bases."""
     apart = tables(model)
     replace(model, RoundedLinear, lambda layer: layer if layer in apart else RoundingLinear.training(layer))
-    trained = [m for m in model.modules() if isinstance(m, RoundingLinear)]
+    return model
+
+
+@contextlib.contextmanager
+def training(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it, `model` is `in_training`; after it, its rounded layers are again what is deployed."""
+    trained = [m for m in in_training(model).modules() if isinstance(m, RoundingLinear)]
     small = [m for m in trained if m.weight.device.type == "cuda" and m.weight.numel() <= SMALL]
     hook = model.register_forward_pre_hook(lambda *_: _round_together(small))
     try:
-        yield
+        yield model
     finally:
         hook.remove()
         replace(model, RoundingLinear, RoundingLinear.deployed)

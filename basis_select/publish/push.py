@@ -94,7 +94,7 @@ def overview(
     by_weights = {row["weights_sha256"]: row for row in results.values()}
     rows = {name: by_weights.get(checks.weight_hash(path)) for name, path in _members(run, repo_id).items()}
     if missing := [name for name, row in rows.items() if row is None]:
-        raise ValueError(f"{run / 'results.json'} has no results of {missing[0]}: its weights are others")
+        raise ValueError(f"{run / 'results.json'} has no results of {missing[0]}: no row has its weights")
     rows = dict(sorted(rows.items(), key=lambda item: item[1]["sizes"]["bytes"]))
     recipe = facts["recipe.yaml"]
     text = family_card(repo_id, base or _base(run), metadata or {}, recipe, rows, results["parent"])
@@ -183,7 +183,7 @@ def contents(
         results, digest = facts["results.json"], checks.weight_hash(checkpoint)
         row = next((row for row in results.values() if row["weights_sha256"] == digest), None)
         if row is None:
-            raise ValueError(f"{run / 'results.json'} has no results of {checkpoint}: its weights are others")
+            raise ValueError(f"{run / 'results.json'} has no results of {checkpoint}: no row has its weights")
         parent, versions = results["parent"], facts["manifest.json"]["versions"]
     text = card(
         repo_id,

@@ -64,7 +64,7 @@ def require_own(folder: Path, model: str) -> None:
         raise ValueError(f"{folder} is the folder of the model: name another with --out")
     there = sorted(p.name for pattern in (*WRITTEN, *FINALS, "stages") for p in folder.glob(pattern))
     if there and not _is_run(folder / "stages"):
-        raise ValueError(f"{folder} holds {there[0]}, and is no run's folder: name another with --out, or move that")
+        raise ValueError(f"{folder} holds {there[0]} but no run made it: name another folder with --out, or move that")
     for path in (p for pattern in WRITTEN for p in folder.glob(pattern)):
         if not path.is_file():
             raise ValueError(f"{path} is no file that a run wrote: move it")
@@ -84,7 +84,7 @@ def require_saved(folder: Path) -> None:
     known = recorded_files(folder)
     for path in sorted(folder.iterdir()):
         if path.name not in known or path.is_symlink() or not path.is_file():
-            raise ValueError(f"{path} was not written by a run, which would remove it with {folder}: move it")
+            raise ValueError(f"{path} was not written by a run, and this run would remove it with {folder}: move it")
     try:
         check(folder)
     except ValueError as error:

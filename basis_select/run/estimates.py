@@ -146,10 +146,11 @@ def healing(view: View, machine: Machine) -> Estimate:
     trains = functools.partial(trainable, embeddings=r.heal.embeddings)
     if r.heal.lora:
         trains = functools.partial(add_adapters, rank=r.heal.lora)
-    rounded = r.prune.bits != 16
-    return _training(
-        view, machine, "heal", r.seed + 1, trains, sharded=not (r.heal.lora or rounded), bases=cut, rounded=rounded
-    )
+    rounded, sharded = r.prune.bits != 16, not r.heal.lora
+    found = _training(view, machine, "heal", r.seed + 1, trains, sharded=sharded, bases=cut, rounded=rounded)
+    if rounded and sharded and machine.processes > 1:  # beside what is spread, each has the rounded model
+        found = dataclasses.replace(found, memory=found.memory + room.bytes_of(r, view.parent, view.published))
+    return found
 
 
 def saving(view: View, machine: Machine) -> Estimate:

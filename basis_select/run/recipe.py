@@ -67,8 +67,8 @@ class Recipe:
     soft_labels: Annotated[
         Natural,
         Field(
-            description="How many of the parent's likeliest tokens teach: found in one pass, they serve all epochs, "
-            "rows and sizes, without the parent in memory. 0: all tokens, by the parent anew for every batch."
+            description="How many of the parent's likeliest tokens teach. One pass finds them for all epochs, rows and "
+            "sizes, and the parent then leaves memory. 0: all tokens, computed by the parent for every batch."
         ),
     ] = 64
     dtype: Annotated[Dtype, Field(description="dtype of the final checkpoint and of all evaluation.")] = "bfloat16"
@@ -165,7 +165,7 @@ def _check_rows(recipe: Recipe, path: Path) -> None:
             )
         for key in changes:
             if key.partition(".")[0] in COMMON:
-                raise ValueError(f"{where}: {key} is what all rows share: a run of its own can have another")
+                raise ValueError(f"{where}: all rows share {key}: change it in the recipe, or make another run")
 
 
 def _check_together(r: Recipe) -> None:
@@ -179,13 +179,13 @@ def _check_together(r: Recipe) -> None:
                 "the embedding's part is found in a size of the whole model: give prune.size or keep_embedding"
             )
         if r.learn.steps and r.learn.rounds:
-            raise ValueError("learning prunes the layers to a size known beforehand: give prune.keep_embedding with it")
+            raise ValueError("learn must know the size of the layers beforehand: give prune.keep_embedding")
     if r.sizes and asked.name not in ("keep", "size"):
         raise ValueError("sizes is a list of further sizes: prune itself needs keep or size then")
     if r.prune.budget != "mass" and asked.name == "mass":
         raise ValueError("prune.mass is a share of every layer's scores: it goes with prune.budget=mass")
     if r.prune.rounding != ROUNDING and r.prune.bits == 16:
-        raise ValueError("prune.rounding weighs what prune.bits=auto rounds: it goes with that")
+        raise ValueError("prune.rounding has an effect only with prune.bits=auto")
     if asked.name == "latency" and (r.prune.costs is None or r.prune.budget != "global"):
         raise ValueError("prune.latency needs prune.costs, a file of basis-select profile, and prune.budget=global")
     if r.learn.rounds > (room := r.learn.steps - int(r.learn.unpruned * r.learn.steps)) and r.learn.steps:

@@ -150,7 +150,7 @@ def recipe(run: Run) -> tuple[str, list[Markup]] | str:
             short[key] = value
     full = (run.folder / "recipe.yaml").read_text(encoding="utf-8")
     return (
-        "With this recipe in recipe.yaml, the command repeats the run; what it does not name has its default.",
+        "The command repeats the run if recipe.yaml holds this recipe. Keys that it does not name have their defaults.",
         [
             html.code(f"basis-select run recipe.yaml --out {run.folder.resolve().name}"),
             html.code(yaml.safe_dump(short, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)),

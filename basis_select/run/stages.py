@@ -203,7 +203,7 @@ STAGES = (
         says=lambda view: f"train the smaller model, {_steps(view.recipe.heal)}",
         run=verbs.run_heal,
         cost=estimates.healing,
-        # Adapters are added to whole layers, and rounded weights train in whole ones.
+        # Adapters are added to whole layers; a rounded model is read whole, and what trains of it is spread by heal.
         processes=lambda recipe, shard: COPIES if recipe.heal.lora or recipe.prune.bits != 16 else SPREAD,
     ),
     Stage(

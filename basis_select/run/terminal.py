@@ -118,7 +118,7 @@ class Progress:
         try:
             return [step.cost for step in self._foreseen(Machine(machine_rates(), processes.count()))]
         except UNSEEN as error:
-            log.info("how much time is left is not known, for this model computes with its data: %s", error)
+            log.info("the time left is unknown, because the work of this model depends on its data: %s", error)
             return []
 
     def _foreseen(self, machine: Machine | None) -> list[Step]:

@@ -103,9 +103,9 @@ def say_prune(view: View) -> str:
     words = {
         "keep": "{:.3g} of the parameters of the layers stay",
         "size": "the whole model becomes {} smaller" if str(asked.get("size")).endswith("x") else "{} stay in all",
-        "max_drop": "as few as cost at most {:g} nats per token",
+        "max_drop": "as few as possible for a loss of at most {:g} nats per token",
         "mass": "{:.3g} of the scores of every layer stay",
-        "latency": "as many as make {}",
+        "latency": "as many as a speed of {} allows",
     }
     (how,) = (text.format(asked[name]) for name, text in words.items() if name in asked)
     return f"keep the best bases; {how}"
@@ -135,7 +135,8 @@ def run_heal(work: Work) -> None:
     if work.spread and options["lr"] is None:
         # On a copy, because FSDP stays with the dtype in which a model was first used.
         options["lr"] = suitable_rate(work.fresh(), work.task, teacher, seed)
-    heal(work.model, work.task, teacher, work.folder, seed, **options)
+    apart = work.sharded and not (work.spread or options["lora"])  # what trains of a model that was read whole
+    heal(work.model, work.task, teacher, work.folder, seed, apart, **options)
 
 
 def run_save(work: Work) -> None:

@@ -205,7 +205,7 @@ class PartsMethod(LinearMethodBase):
         """What vLLM calls with every tensor of `layer` in the file. shard: which of `layers` it is of."""
         if isinstance(shard, tuple):
             raise ValueError(
-                f"vLLM reads {' and '.join(self.layers)} as one tensor, and config.json describes them apart"
+                f"vLLM expects {' and '.join(self.layers)} in one tensor, but config.json lists them as separate layers"
             )
         owner, served = self.layers[SHARDS.get(shard, shard)], self.served
         if name.endswith("bias"):

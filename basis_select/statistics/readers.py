@@ -61,9 +61,7 @@ def only_called(model: nn.Module, layers: dict[str, nn.Module], task: Task | Non
             "not one vector a token"
         )
     if read:
-        log.warning(
-            "left dense, for the model reads their weights, and does not only call them: %s", some(sorted(read))
-        )
+        log.warning("left dense, because the model reads their weights directly: %s", some(sorted(read)))
     return {name: layer for name, layer in layers.items() if name not in read}
 
 

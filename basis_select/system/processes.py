@@ -128,6 +128,12 @@ def layout() -> Any:
     return DistributedConfig(fsdp_size=node, dp_replicate_size=count() // node)
 
 
+def spread(model: Any) -> None:
+    """Spread the parameters of a model of transformers that is on the meta device, in place (`layout`)."""
+    config, _, mesh = model.prepare_distribute_model(layout())
+    model.maybe_distribute_model(model, config, mesh)
+
+
 def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
@@ -145,6 +151,11 @@ def whole(x: Any) -> Any:
         return x
     full = x.full_tensor()
     return full.cpu() if index() == 0 else None
+
+
+def in_full(x: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is, a sharded one gathered by all, in every process."""
+    return x.full_tensor() if isinstance(x, DTensor) else x.detach()
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
