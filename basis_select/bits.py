@@ -88,7 +88,7 @@ def prune_to_bytes(
     rounds, rank = table is not None or can_round(model), None
     room = allowed(model, asked, dtype) - _elsewhere(model, [name for group in found for name in group.names], rounds)
     if table is not None:
-        rank = _rank(model, table, climbs, room, task, rule, keep_embedding)
+        rank = _rank(model, found, table, climbs, room, task, rule, keep_embedding)
         room -= _form(table, rank).price(table)
     elif rounds:
         room -= _whole_table(model)
@@ -185,6 +185,7 @@ def _form(table: Group, rank: int) -> Form:
 
 def _rank(
     model: PreTrainedModel,
+    found: list[Group],
     table: Group,
     climbs: list,
     room: float,
@@ -197,7 +198,6 @@ def _rank(
         return table_rank(keep_embedding, table.shape, rule.multiple_of)
     if task is None:
         raise ValueError("the embedding's part of a size is found on a validation split: pass a task or keep_embedding")
-    found = weighted_groups(model)
 
     def choose(rank: int) -> Chosen:
         chosen = best_for(climbs, room - _form(table, rank).price(table), "bytes")

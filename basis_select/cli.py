@@ -266,7 +266,7 @@ def bench(
 
     loaded = {_name(m, models): load_fastest(m, device)[0] for m in dict.fromkeys(models)}
     facts = measure(loaded, prompts=lengths, tokens=tokens, rounds=rounds, fast=not eager, pause=pause)
-    _write(out, {"command": _command_line(), **facts})
+    _write(out, facts)
     typer.echo(table(facts))
 
 
@@ -284,7 +284,7 @@ def profile(
     from .evaluation.speed import load_fastest
 
     facts = measure(load_fastest(model, device)[0], tokens=counts)
-    _write(out, {"command": _command_line(), **facts})
+    _write(out, facts)
     typer.echo(f"costs of {len(facts['layers'])} layer shapes on {facts['device']}: {out}")
 
 
@@ -385,13 +385,10 @@ def _name(source: str, among: Sequence[str]) -> str:
     return Path(source).name if [Path(m).name for m in among].count(Path(source).name) == 1 else source
 
 
-def _command_line() -> str:
-    return " ".join(["basis-select", *sys.argv[1:]])
-
-
 def _write(path: Path | None, facts: dict) -> None:
+    from .system.machine import command_line
     from .system.writing import replace_text
 
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(facts, indent=1) + "\n")
+        replace_text(path, json.dumps({"command": command_line(), **facts}, indent=1) + "\n")

@@ -87,6 +87,7 @@ def decompose(
     measured = moments is None and bool(uses.inputs or uses.outputs)
     if task is None and (measured or embedding):
         raise ValueError(f"metric {metric!r} with embedding={embedding} looks at task data: pass a task")
+    require_range(model.dtype)
     if task is not None:
         require_fit(model, task)
     found = dense_groups(model, targets(model), task, share)
@@ -115,6 +116,12 @@ def decompose(
                 _install(model, found, i, layers)
     register(model)
     return decompose_embedding(model, task, table) if embedding else model
+
+
+def require_range(dtype: torch.dtype) -> None:
+    """Raise ValueError for float16: bases in a metric are larger than it can hold."""
+    if dtype == torch.float16:
+        raise ValueError("bases have numbers that float16 cannot hold: load the model in float32 or bfloat16")
 
 
 def _room(model: PreTrainedModel, found: Sequence[Group], group: dist.ProcessGroup | None) -> int:

@@ -43,7 +43,9 @@ def extend(
     gradient reaches u~ at the scale of the others. Their directions: "random" (Basel), "residual" (the leading right
     singular vectors of what `parent` had and the layer lost), or "gradient" (those of the task loss's gradient with
     respect to the layer's product, summed over `examples` training examples of `task`). Layers that share a `v` share
-    the new rows too. The bases count against the size: `prune(reserve=rank)` leaves room for them.
+    the new rows too. The bases count against the size: `prune(reserve=rank)` leaves room for them. Raises ValueError
+    for a model without bases, with bases that are still weighted, or with rounded weights, and without the parent or
+    the task that `init` needs.
 
         >>> model = bs.decompose(copy.deepcopy(parent), task, examples=16)
         >>> model = bs.prune(model, keep=0.5, reserve=4)

@@ -61,7 +61,8 @@ def learn(
     outlived: `prune` gives any size from that. `new` adds new bases that train from the first step and are never
     pruned (Basel), `rest` trains everything that is not a basis as well: embeddings, norms, biases. `precision` and
     `checkpointing` as in training/engine.py; the weights of bases are fp32 in any.
-    Loss: CE + `kl` * KL(teacher || model).
+    Loss: CE + `kl` * KL(teacher || model). Raises ValueError for a model without weighted bases, for more cuts than
+    there are steps, for `square` where a weight is negative, and for both `keep` and `mass`.
 
         >>> model = bs.decompose(copy.deepcopy(parent), task, examples=16)
         >>> model = bs.learn(model, task, teacher=parent, keep=0.5, steps=4, rounds=2)
@@ -70,7 +71,7 @@ def learn(
     found = groups(model)
     if not found:
         raise ValueError("there are no bases to learn the weights of: call decompose first")
-    asked = None if keep is None and mass is None else target(keep=keep, mass=mass)
+    asked = None if not steps or (keep is None and mass is None) else target(keep=keep, mass=mass)
     if asked and not 1 <= rounds <= steps - int(unpruned * steps):
         raise ValueError(f"rounds={rounds} prunings do not fit into steps={steps} with unpruned={unpruned}")
     generator = torch.Generator().manual_seed(seed)

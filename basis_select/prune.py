@@ -123,16 +123,17 @@ def prune(
         ValueError: prune: keep is 2, it should be a fraction above 0 and up to 1, or null
     """
     asked = target(keep=keep, size=size, max_drop=max_drop, mass=mass, latency=latency)
+    if bits == "auto":
+        rule = Rule(budget, score, multiple_of, reserve, seed)
+        prune_to_bytes(model, asked, rule, task, dtype, keep_embedding, rounding)
+        return model
+    if rounding != ROUNDING:
+        raise ValueError(f"rounding={rounding} has an effect only with bits=auto: leave it out, or choose bits=auto")
     if SCORES.get(score) and SCORES[score].derivatives and derivatives is None:
         if task is None:
             raise ValueError(f"score {score!r} looks at the loss: pass a task or its derivatives")
         derivatives = differentiate(model, task, seed)
     rule = Rule(budget, score, multiple_of, reserve, seed, derivatives)
-    if bits == "auto":
-        prune_to_bytes(model, asked, rule, task, dtype, keep_embedding, rounding)
-        return model
-    if rounding != ROUNDING:
-        raise ValueError(f"rounding={rounding} has an effect only with bits=auto: leave it out, or choose bits=auto")
     for group, index in select(model, asked, rule, task, dtype, costs, keep_embedding):
         if index is None:
             group.to_dense(model)

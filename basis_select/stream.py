@@ -26,7 +26,7 @@ from .checkpoint.models import config_and_tokenizer, load
 from .checkpoint.targets import targets
 from .data import tuned_on
 from .data.tasks import Task
-from .decompose import Examples, Metric, Sharing, factored, reached
+from .decompose import Examples, Metric, Sharing, factored, reached, require_range
 from .layers.group import Group
 from .linalg import metrics
 from .linalg.metrics import METRICS
@@ -80,6 +80,7 @@ def decompose_checkpoint(
     config, tokenizer = config_and_tokenizer(source)
     files = _files(source)
     dtype = getattr(torch, dtype) if dtype else config.dtype or _read(files, next(iter(files))).dtype
+    require_range(dtype)
     model = _skeleton(config, dtype, files)
     if (source / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source)

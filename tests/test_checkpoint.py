@@ -315,3 +315,12 @@ def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tokeniz
         (tmp_path / name).mkdir()
     bs.save(tiny(), tokenizer, tmp_path / "small")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:], "small"])
+
+
+def test_what_a_dtype_cannot_hold_is_not_saved_in_it(tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"mlp.up_proj.weight has numbers that float16 cannot hold: save it in float32"):
+        bs.save(model, make_tokenizer(), tmp_path / "small", dtype="float16")
+    assert not (tmp_path / "small").exists()

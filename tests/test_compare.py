@@ -1,8 +1,12 @@
 """The comparison script on a tiny model: rows, resuming, the table and the plot."""
 
+import ast
+import importlib
 import json
 import threading
 import time
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,8 @@ from test_trim import TEXT, byte_level, wrapped
 import basis_select as bs
 from basis_select.checkpoint.targets import targets
 from basis_select.heal import rate_at
+
+EVAL = Path(__file__).parents[1] / "eval"
 
 
 def grid_of(folder, tokenizer, rows, **more):
@@ -201,3 +207,18 @@ def test_intervals_pair_items():
     value, low, high = interval(one)
     assert low < value < high
     assert np.isclose(value, nll.sum() / 500)
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in EVAL.glob("*.py")))
+def test_a_script_takes_from_the_package_what_is_there(script):
+    tree, modules = ast.parse((EVAL / script).read_text()), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("basis_select"):
+            source = importlib.import_module(node.module)
+            for name in node.names:
+                found = getattr(source, name.name, None) or importlib.import_module(f"{node.module}.{name.name}")
+                if isinstance(found, types.ModuleType):
+                    modules[name.asname or name.name] = found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert hasattr(modules[node.value.id], node.attr), f"{script}, line {node.lineno}: {ast.unparse(node)}"

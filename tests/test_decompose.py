@@ -7,10 +7,11 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import in_processes, tiny
+from conftest import in_processes, make_tokenizer, tiny
 from safetensors.torch import load_file, save_file
 from test_unusual_layers import EXPERTS, experts
 
+import basis_select as bs
 from basis_select import decompose
 from basis_select.checkpoint.targets import targets
 from basis_select.decompose import deal, factored
@@ -207,3 +208,12 @@ def test_second_moments_of_what_is_in_bfloat16_lose_nothing_more(width):
     assert found["a"].dtype == torch.float32
     assert (found["a"].double() - exact).tril().abs().max() < 2e-6 * exact.diagonal().max()
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_float16_is_refused_for_it_cannot_hold_bases(task, tmp_path):
+    with pytest.raises(ValueError, match="bases have numbers that float16 cannot hold: load the model in float32"):
+        bs.decompose(tiny(dtype="float16"), task)
+    bs.save(tiny(dtype="float16"), make_tokenizer(), tmp_path / "parent")
+    with pytest.raises(ValueError, match="bases have numbers that float16 cannot hold"):
+        bs.decompose_checkpoint(tmp_path / "parent", tmp_path / "bases", metric="plain")
+    assert not (tmp_path / "bases").exists()

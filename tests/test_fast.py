@@ -15,6 +15,7 @@ import basis_select as bs
 from basis_select.checkpoint.fast import ready
 from basis_select.checkpoint.files import save
 from basis_select.layers import kernels
+from basis_select.layers.embedding import round_table
 from basis_select.layers.rounded import RoundedLinear, quantized
 from basis_select.layers.split import split
 from basis_select.layers.stacking import FixedLinear, FixedProduct, Part
@@ -133,6 +134,22 @@ def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"false could not compile kernels.cpp, the kernel for"):
         kernels.load(tmp_path)
     assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_without_a_folder_for_the_kernels_one_sentence_says_so_and_work_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_is_loaded", lambda: False)
+    (tmp_path / "file").write_text("")
+    assert not kernels.try_load(tmp_path / "file" / "kernels", "it is slower without")
+    assert "Not a directory" in caplog.text
+    assert "it is slower without" in caplog.text
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_token_embedding_of_few_bits_still_has_rows(tied, ids):
+    model = tiny(tied=tied)
+    round_table(model, 4)
+    fast = ready(copy.deepcopy(model), compiled=False)
+    torch.testing.assert_close(logits(fast, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_compiler_a_run_times_models_as_they_load(task, ids, tmp_path, monkeypatch, caplog):

@@ -192,6 +192,14 @@ def test_nothing_is_created_for_what_cannot_be_published(online, run, tmp_path):
     assert "me/small" not in online.repositories
 
 
+def test_a_damaged_recipe_is_named(online, run):
+    (run / "recipe.yaml").write_text("model: [")
+    result = push(run, "me/small")
+    assert result.exit_code == 1
+    assert "recipe.yaml" in result.output
+    assert "Traceback" not in result.output
+
+
 def test_results_of_other_weights_are_not_published(run, tmp_path):
     shutil.rmtree(run / "final")
     model = bs.prune(bs.decompose(tiny(), make_task(), examples=16), keep=0.5, multiple_of=1)

@@ -140,3 +140,10 @@ def test_a_learning_that_was_stopped_between_cuts_continues_bit_for_bit(task, tm
     found = learn(copy.deepcopy(whole), task, folder=tmp_path / "b", **options).state_dict()
     assert all(torch.equal(x, found[name]) for name, x in expected.items())
     assert max(int(x.max()) for name, x in found.items() if name.endswith("survived")) == 3
+
+
+def test_no_steps_of_learning_change_nothing(task):
+    model = decompose(tiny(), task, examples=8)
+    before = copy.deepcopy(model.state_dict())
+    learn(model, task, steps=0, keep=0.5)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

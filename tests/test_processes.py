@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import in_processes, make_tokenizer, start_no_process, tiny
-from in_processes import CASES, train
+from in_processes import CASES, average, train
 from kill_resume import hashes
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import ProcessException
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A task, its dense model, and that model weighted, cut, cut with its embedding as bases, and that with few bits."""
+    """A task, its dense model, and that model weighted, cut, cut with its embedding as bases, and with few bits."""
     folder, tokenizer = tmp_path_factory.mktemp("source"), make_tokenizer()
     rows = [{"prompt": f"{a}+{b}=", "response": str(a + b) * (1 + a % 3)} for a in range(12) for b in range(12)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -109,6 +109,10 @@ def test_several_processes_train_as_one_does(size, case, runs):
     for name, w in weights.items():
         # Where rounding decides a gradient's sign, the first step of AdamW goes one rate, 1e-3, either way.
         assert w.allclose(theirs[2][name], rtol=0, atol=3e-3 if narrow else 1e-6), name
+
+
+def test_a_parameter_that_the_loss_of_one_process_does_not_depend_on_has_a_gradient_of_zeros():
+    in_processes(average, free_port())
 
 
 def test_after_one_process_was_killed_the_same_command_ends_with_the_same_weights(source, runs, tmp_path):

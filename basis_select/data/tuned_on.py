@@ -77,11 +77,12 @@ def _hash(text: str, size: int) -> int:
 
 def near(texts: Iterable[str], tests: Sequence[str]) -> list[bool]:
     """Whether each of `texts` holds SHARE of the passages of one of `tests`."""
-    holders = {}
+    holders, lengths = {}, []
     for i, test in enumerate(tests):
-        for passage in passages(test):
+        marks = passages(test)
+        lengths.append(len(marks))
+        for passage in marks:
             holders.setdefault(passage, []).append(i)
-    lengths = [len(passages(test)) for test in tests]
     found = []
     for text in texts:
         shared = Counter(i for passage in passages(text) for i in holders.get(passage, ()))

@@ -20,11 +20,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from ..checkpoint.fast import ready
-from ..layers.group import table_of
 from ..layers.low_rank import LowRankLinear
+from ..layers.rounded import RoundedLinear
 from ..refine import blocks
 from ..training.cost import forward_pass
-from .speed import Generation, environment, spread, take_turns, wait
+from .speed import Generation, spread, take_turns, timed_on, wait
 
 PARTS = ("attention", "feed-forward", "head", "embedding", "norms and rest")
 
@@ -66,7 +66,7 @@ def bench(
     runs |= {("decode", name, way): generations[short, name, way].to_decode for name in models for way in forms}
     seconds = take_turns(runs, rounds, pause, first.device)
     floors = {name: _floors(model, prompts, generations[short, name, "eager"]) for name, model in models.items()}
-    facts = {**environment(first.device, first.dtype), "tokens": tokens, "rounds": rounds, "pause": pause}
+    facts = {**timed_on(first.device, first.dtype), "tokens": tokens, "rounds": rounds, "pause": pause}
     facts["rows"] = [_row(*key, seconds, floors, tokens) for key in runs]
     facts["memory"] = {name: _memory(model, generations[long, name, "eager"]) for name, model in models.items()}
     facts["parts"], facts["operators"] = [], []
@@ -113,8 +113,9 @@ def _floors(model: PreTrainedModel, prompts: Sequence[int], generation: Generati
 
 def weights_read(model: PreTrainedModel) -> int:
     """Bytes of the weights that every token needs: all but an embedding of which only rows are looked up."""
-    table, head = table_of(model), model.get_output_embeddings()
-    looked_up = (table.leader.u if table is not None else model.get_input_embeddings()).weight
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table = getattr(embedding, "bases", embedding)
+    looked_up = next(getattr(table, "u", table).parameters())
     untied = not any(p is looked_up for p in head.parameters())
     return sum(p.nbytes for p in model.parameters()) - untied * looked_up.nbytes
 
@@ -148,7 +149,7 @@ def part_shares(model: PreTrainedModel, prepare: Callable[[], Callable], rounds:
     parts = {model.get_input_embeddings(): "embedding", model.get_output_embeddings(): "head"}
     for block in blocks(model):
         for child in block.children():
-            if any(isinstance(m, nn.Linear | LowRankLinear) for m in child.modules()):
+            if any(isinstance(m, nn.Linear | LowRankLinear | RoundedLinear) for m in child.modules()):
                 takes = inspect.signature(child.forward).parameters
                 mixes = any("mask" in name or "cache" in name for name in takes)
                 parts[child] = "attention" if mixes else "feed-forward"

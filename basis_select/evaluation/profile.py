@@ -18,7 +18,7 @@ from ..layers.low_rank import LowRankLinear
 from ..layers.shape import Shape
 from ..statistics.readers import same_input
 from ..system.progress import progress
-from .speed import Generation, environment, take_turns
+from .speed import Generation, take_turns, timed_on
 
 COPIES = 4  # layers of a shape timed together, each with weights of its own: what was just read is still in a cache
 POOL = 2**28  # bytes of weights that are walked through, more than caches hold
@@ -56,7 +56,7 @@ def profile(
         runs[1] = Generation(model, 16, 1).to_decode
     seconds = take_turns(runs, rounds, device=model.device)
     times = {str(n): min(seconds[n]) for n in tokens}
-    return {**environment(weight.device, weight.dtype), "layers": layers, "model": times}
+    return {**timed_on(weight.device, weight.dtype), "layers": layers, "model": times}
 
 
 class _Weights:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoint.models import config_and_tokenizer, load
 from ..data.tuned_on import TunedOn
 from ..sizes import sizes
-from ..system.machine import environment
+from ..system.machine import command_line, environment
 from ..system.reading import misfit, read_json
 from ..system.writing import replace_text, require_file
 from ..target import Dtype
@@ -67,7 +65,7 @@ def measure(
     origin = parent["model"]["source"] if parent else against
     measured, known = _measured(source, dtype, names, how, batches, origin=origin)
     report = {
-        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "basis-select"), *sys.argv[1:]]),
+        "command": command_line(),
         **environment(),
         "seed": SEED,
         "settings": how,

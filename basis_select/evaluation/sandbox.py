@@ -155,13 +155,19 @@ def _inside(role: str, memory: int, seconds: float, stdin: socket.socket, stdout
             env={"PYTHONHASHSEED": "0"},
             pass_fds=[filtered, told],
         )
+    except OSError:
+        os.close(info)
+        raise
     finally:
         os.close(filtered)
         os.close(told)
     first = None
     try:
         with open(info, "rb") as file:
-            first = os.pidfd_open(json.loads(file.read())["child-pid"])
+            said = file.read()
+        if not said:
+            raise RuntimeError(f"the sandbox did not start: {command[0]} ended with status {process.wait()}")
+        first = os.pidfd_open(json.loads(said)["child-pid"])
         yield
     finally:
         # The kernel ends all others of the namespace before its first process. bwrap is no measure: where the program

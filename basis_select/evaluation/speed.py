@@ -139,7 +139,7 @@ def _compiled(function: Callable, device: torch.device) -> Callable:
     return torch.compile(alone, dynamic=False, fullgraph=True, options=options)
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> dict:
+def timed_on(device: torch.device, dtype: torch.dtype) -> dict:
     """What a time depends on beside the model: device, threads, dtype, versions."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoding import Encoder
 from ..data.sources import HUB
 from ..data.tasks import Task, counted_as, load_task
 from ..data.tuned_on import TunedOn
+from ..system.machine import free_memory
 from ..system.reading import sha256
 from .accuracy import bootstrap, evaluate, likelihood, lm_eval, pooled, run, summary, wilson
 
@@ -235,8 +234,7 @@ def rows_that_fit(model: PreTrainedModel, generates: bool) -> int:
     config = model.config.get_text_config()
     values = 2 * config.num_hidden_layers * config.hidden_size
     per_token = values * model.dtype.itemsize if generates else 8 * config.vocab_size
-    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
-    return int(min(64, max(1, free // 4 // (per_token * TYPICAL))))
+    return int(min(64, max(1, free_memory(model.device) // 4 // (per_token * TYPICAL))))
 
 
 def _items(lm: Any, task: Any, samples: Iterable[dict], about: dict, counter: Encoder) -> list[dict]:

@@ -29,7 +29,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 def load(folder: Path) -> None:
     """Let PyTorch know the operators of kernels.cpp, compiled into `folder` where they are not there yet.
 
-    Raises RuntimeError with what the compiler said, or that there is none.
+    Raises RuntimeError with what the compiler said, or that there is none, and OSError if `folder` cannot be written.
     """
     if _is_loaded():
         return
@@ -48,7 +48,7 @@ def try_load(folder: Path, instead: str) -> bool:
     """Whether `load` did it. If not, a warning says why, and `instead`: what happens without the kernels."""
     try:
         load(folder)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         log.warning("%s; %s", error, instead)
         return False
     return True

@@ -100,8 +100,7 @@ class LowRankLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """The equivalent nn.Linear (no smaller, any tool reads it)."""
         u = self.u
-        more = {"device": u.weight.device, "dtype": u.weight.dtype}
-        linear = nn.Linear(self.in_features, self.out_features, u.bias is not None, **more)
+        linear = nn.Linear(self.in_features, self.out_features, u.bias is not None, "meta")
         linear.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
         if u.bias is not None:
             linear.bias = nn.Parameter(u.bias.detach().clone(), requires_grad=False)

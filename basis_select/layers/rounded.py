@@ -134,7 +134,7 @@ class RoundedLinear(nn.Module):
         # It reads 16 aligned weights at once and crashes, instead of raising, where there are none.
         if len(x) > FEW or self.in_features % 16 or self.q.data_ptr() % 16:
             return None
-        return torch._weight_int8pack_mm(x, self.q, self.scale)
+        return torch._weight_int8pack_mm(x.contiguous(), self.q, self.scale.to(x.dtype))
 
     def _of_few_bits(self, x: torch.Tensor) -> torch.Tensor | None:
         if len(x) > FEW_OF_4_BITS or self.out_features % 16 or (held := self._in_order(_arranged_for_cpu)) is None:
@@ -177,8 +177,7 @@ class RoundedLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """The equivalent nn.Linear."""
-        bias = self.bias is not None
-        linear = nn.Linear(self.in_features, self.out_features, bias, self.q.device, self.dtype)
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
         linear.weight = nn.Parameter(self.weight, requires_grad=False)
         linear.bias = self.bias
         return linear

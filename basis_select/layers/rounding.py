@@ -263,7 +263,7 @@ def factors(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Te
     norm = u.norm(dim=0).clamp_min(torch.finfo(u.dtype).tiny)
     u, v = u / norm, v * (s * norm)[:, None]
     balance = (v.square().mean() / u.square().mean()).sqrt().sqrt()
-    return u * balance, v / balance if balance > 0 else v
+    return (u * balance, v / balance) if 0 < balance < torch.inf else (u, v)  # of a layer of zeros it is no number
 
 
 def basis_costs(

@@ -11,7 +11,7 @@ from torch import nn
 
 from .kernels import pack
 from .low_rank import LowRankLinear
-from .rounded import RoundedLinear, replace
+from .rounded import RoundedLinear, replace, tables
 from .sharing import latent, read_together
 from .split import SplitColumns, SplitRows
 
@@ -55,7 +55,8 @@ class FixedLinear(RoundedLinear):
             return layer
         packed, layout = pack([layer])
         made = cls(layer.in_features, layer.out_features, False, layer.bits, "meta")
-        made.packed, made.layout = packed, layout
+        made.register_buffer("packed", packed, persistent=False)
+        made.layout = layout
         made.bias = layer.bias
         if layer.bits == 8:
             made.q, made.scale = layer.q, layer.scale
@@ -113,7 +114,8 @@ def stack(model: nn.Module) -> None:
                 model.set_submodule(name, part)
     if model.device.type == "cpu":
         replace(model, LowRankLinear, lambda layer: layer if layer in inside or layer in ends else _fixed(layer))
-        replace(model, RoundedLinear, FixedLinear.of)
+        by_rows = {table for table in tables(model) if table.bits < 8}  # the kernel's order has no rows
+        replace(model, RoundedLinear, lambda layer: layer if layer in by_rows else FixedLinear.of(layer))
     model.requires_grad_(False)
 
 

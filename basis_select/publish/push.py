@@ -23,7 +23,7 @@ from ..checkpoint.cleaning import cleaned, masked
 from ..checkpoint.models import load
 from ..checkpoint.snapshot import mask_logs
 from ..sizes import sizes
-from ..system.reading import read_json
+from ..system.reading import read_json, read_yaml
 from .card import card, evaluation, family_card, is_hub_id, is_ours
 
 log = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ def _find(folder: str | Path) -> tuple[Path, Path | None]:
 
 
 def _recipe(run: Path | None) -> dict:
-    return yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")) if run is not None else {}
+    return read_yaml(run / "recipe.yaml") if run is not None else {}
 
 
 def _base(run: Path | None) -> str | None:

@@ -141,7 +141,7 @@ class OnDisk:
 def data_key(recipe: Recipe, task: Task) -> str:
     """A digest of the examples themselves, however their source was edited, and of how they are scored."""
     splits = task.train, task.validation, task.test
-    examples = [[dataclasses.astuple(e) for e in split] for split in splits]
+    examples = [[(e.prompt, e.response, e.answer, e.input_ids, e.start, e.spelled) for e in split] for split in splits]
     data = [recipe.task, recipe.seed, own(recipe.data), examples, task.stops]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 

@@ -57,10 +57,10 @@ def require_decoder(config: PreTrainedConfig, source: str) -> None:
 def groups_of(r: Recipe, model: torch.nn.Module, layers: dict, task: Task) -> list[Group]:
     """Dense Groups of what will be bases that share a budget: the embedding too where it takes its part of theirs."""
     found = dense_groups(model, layers, task, r.decompose.share)
-    return [*found, table_of(model)] if shared_table(r, model) else found
+    return [*found, dense_table(model)] if shared_table(r, model) else found
 
 
-def table_of(model: torch.nn.Module) -> Group:
+def dense_table(model: torch.nn.Module) -> Group:
     """The dense token embedding as a Group."""
     table = model.get_input_embeddings()
     return Group((module_name(model, table),), (table,))
@@ -94,14 +94,14 @@ def bytes_of(r: Recipe, model: torch.nn.Module, parameters: float) -> float:
 
 def rank_of_table(r: Recipe, model: torch.nn.Module) -> int:
     """How many bases of the embedding a row keeps where that is said apart."""
-    return table_rank(r.prune.keep_embedding, table_of(model).shape, r.prune.multiple_of)
+    return table_rank(r.prune.keep_embedding, dense_table(model).shape, r.prune.multiple_of)
 
 
 def saved_elsewhere(r: Recipe, model: torch.nn.Module) -> int:
     """Parameters by which a row makes the embedding smaller."""
     if r.prune.keep_embedding is None:
         return 0
-    shape = table_of(model).shape
+    shape = dense_table(model).shape
     return shape.dense_cost - shape.deployed(rank_of_table(r, model))
 
 
@@ -118,7 +118,7 @@ def fraction(r: Recipe, model: torch.nn.Module, groups: list[Group]) -> float:
 
 def fraction_in_time(r: Recipe, model: torch.nn.Module, groups: list[Group]) -> float:
     """The fraction of the targeted parameters that stays where time is the budget, shared evenly."""
-    more = [] if r.prune.keep_embedding is None else [(table_of(model).shape, rank_of_table(r, model))]
+    more = [] if r.prune.keep_embedding is None else [(dense_table(model).shape, rank_of_table(r, model))]
     shapes, reserve = [g.shape for g in groups], r.extend.rank + r.learn.new
     choices, free = prices(r.prune.costs, r.asked, shapes, reserve, more)
     ranks = uniform(shapes, [s.full_rank for s in shapes], choices, free, unit="seconds")

@@ -1,9 +1,7 @@
 """Second moments of what layers read and of the loss's gradients at what they write, over the tokens of a task."""
 
-import os
 from collections.abc import Iterable, Sequence
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,6 +11,7 @@ from ..layers.group import Group
 from ..layers.shape import Shape
 from ..layers.sharing import layer_input
 from ..linalg import metrics
+from ..system.machine import free_memory
 from ..system.progress import progress
 from ..training.data import Batches, drawn
 from ..training.loss import activation_gradients, overwritable, pieces, response_logits
@@ -186,10 +185,6 @@ def moment_bytes(shape: Shape, uses: metrics.Metric) -> int:
 def moment_room(device: torch.device, coming: int) -> int:
     """Bytes that second moments may take: half of the memory free now after the `coming` bytes are held as well.
 
-    The other half is for activations and the float64 work on one layer. Processes of one machine share its memory.
+    The other half is for activations and the float64 work on one layer.
     """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return (free - coming) // 2
+    return (free_memory(device) - coming) // 2

@@ -5,6 +5,8 @@ import ctypes
 import gc
 import os
 import platform
+import shlex
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,6 +44,14 @@ def resident_memory() -> int:
     return psutil.Process().memory_info().rss
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take of a device; processes of one machine share that of its CPUs."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch's allocator
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def linux_memory(field: str) -> int:
     """Bytes that Linux gives for a field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -58,6 +68,11 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def command_line() -> str:
+    """The command that started this process, as a shell takes it."""
+    return shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "basis-select"), *sys.argv[1:]])
 
 
 def environment() -> dict:

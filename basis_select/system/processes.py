@@ -184,9 +184,13 @@ def unify(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Make gradients of what is not sharded (FSDP does the rest) the mean over processes, summed in fp32."""
+    """Make gradients of what is not sharded (FSDP does the rest) the mean over processes, summed in fp32.
+
+    A parameter that the loss of this process does not depend on has a gradient of zeros.
+    """
     bucket, size = [], 0
     for p in _replicated(parameters):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         bucket.append(p.grad)
         size += p.grad.numel()
         if size >= TOGETHER:

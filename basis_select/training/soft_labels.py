@@ -95,7 +95,8 @@ def soft_labels(teacher: PreTrainedModel, task: Task, top: int = 64) -> SoftLabe
     several processes each returns those of its part of the examples: `save` them in one folder, and `load` all.
 
         >>> labels = bs.soft_labels(parent, task, top=8)
-        >>> model = bs.tune(copy.deepcopy(parent), task, steps=2)
+        >>> model = bs.prune(bs.decompose(copy.deepcopy(parent), task, examples=16), keep=0.5)
+        >>> model = bs.heal(model, task, teacher=labels, steps=2, batch_size=4)
     """
     require_fit(teacher, task)
     size = EXAMPLES_TOGETHER

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layers.rounded import RoundedLinear
 from ..layers.straight_through import RoundingLinear, in_training
 from ..system import processes
 
