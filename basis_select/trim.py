@@ -6,6 +6,7 @@ import logging
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,6 +64,8 @@ def trim(
     """
     if tokens == "all":
         return model, tokenizer, dict.fromkeys(("tokens", "tokens_before"), model.get_input_embeddings().num_embeddings)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(f"a {type(tokenizer).__name__} cannot be trimmed: it has no tokenizer.json")
     if getattr(model.config, "trimmed", None):
         raise ValueError("this model has been trimmed already: trim the one that it was made of")
     if bool(text) != bool(frequent):
@@ -73,11 +76,14 @@ def trim(
     if text:
         ids = tokenizer(read_text(text), add_special_tokens=False)["input_ids"]
         used |= {token for token, _ in Counter(ids).most_common(frequent)}
-    kept = _closed(content, {*used, *_special(model, tokenizer, content), *_of_template(tokenizer)})
+    before, rows = model.num_parameters(), model.get_input_embeddings().num_embeddings
+    named = {i for *_, value in _token_ids(model) for i in _flat(value)}
+    wanted = {*used, *named, *_special(tokenizer, content), *_of_template(tokenizer)}
+    kept = [i for i in _closed(content, wanted) if i < rows]  # Gemma 3 has a token that the table has no row for
+    kept += sorted(named.intersection(range(rows)).difference(kept))  # rows without a token, such as a padding's
     smaller, new = _tokenizer(tokenizer, content, kept), {old: i for i, old in enumerate(kept)}
     _check_pieces(task, tokenizer, smaller, new)
     smaller.tokenizer_model = trimmed_model(tokenizer, smaller, new)
-    before, rows = model.num_parameters(), model.get_input_embeddings().num_embeddings
     report = {"tokens": len(kept), "tokens_before": rows}
     for split in ("validation", "test"):
         ids = [token for example in getattr(task, split) for token in example.input_ids]
@@ -115,26 +121,36 @@ def _vocabulary(content: dict) -> dict[str, int]:
     raise ValueError(f"a {kind} tokenizer cannot be trimmed: it has no smaller pieces to write other text with")
 
 
-def _special(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, content: dict) -> set[int]:
-    """Ids of special tokens, and of those that the model's configs name."""
-    found = {*tokenizer.all_special_ids, *(t["id"] for t in content["added_tokens"] if t["special"])}
-    for *_, value in _token_ids(model):
-        found.update(_flat(value))
+def _special(tokenizer: PreTrainedTokenizerBase, content: dict) -> set[int]:
+    """Ids of special tokens, of those around a text, and of all that are added where other tokens cannot spell them."""
+    bytewise = "ByteLevel" in json.dumps([content["normalizer"], content["pre_tokenizer"]])
+    spelled = bytewise or content["model"].get("byte_fallback")
+    found = {*tokenizer.all_special_ids, *(t["id"] for t in content["added_tokens"] if t["special"] or not spelled)}
+    _renumbered(content["post_processor"], lambda i: found.add(i) or i)
     return found
 
 
 def _token_ids(model: PreTrainedModel) -> list[tuple[Any, str, Any]]:
-    """`[(config, key, value), ...]` of all that names tokens in the configs of a model and of its generation."""
+    """`[(config, key, value), ...]` of all that names tokens in the configs of a model and of its generation.
+
+    Raises ValueError for what names tokens beside other numbers.
+    """
     parts = [model.config, *(getattr(model.config, name) for name in model.config.sub_configs), model.generation_config]
     found = []
     for part in filter(None, parts):
         for key, value in vars(part).items():
-            if (
-                re.search(r"token_ids?$|token_index$|^(begin_)?suppress_tokens$|^bad_words_ids$", key)
-                and value is not None
-            ):
-                found.append((part, key, value))
+            names = re.search(r"token_ids?$|token_index$|^(begin_)?suppress_tokens$|^(bad|force)_words_ids$", key)
+            if value is None or not (names or key in ("sequence_bias", "forced_decoder_ids")):
+                continue
+            if not names or not _are_ids(value):
+                raise ValueError(f"{key} of {type(part).__name__} is {value!r}, whose tokens trim cannot renumber")
+            found.append((part, key, value))
     return found
+
+
+def _are_ids(value: Any) -> bool:
+    """Whether this is the id of a token, or lists of them."""
+    return isinstance(value, int) or (isinstance(value, list | tuple) and all(map(_are_ids, value)))
 
 
 def _flat(value: int | list) -> list[int]:
@@ -160,7 +176,8 @@ def _closed(content: dict, wanted: set[int]) -> list[int]:
     alphabet = {t for t in vocabulary if len(t) == 1}
     if model.get("byte_fallback") and vocabulary.keys() >= BYTES:
         kept |= BYTES
-        alphabet &= {c for token in kept for c in token}
+        around = (content["normalizer"], content["pre_tokenizer"], content["decoder"])
+        alphabet &= {c for token in (*kept, *_texts(around)) for c in token}  # a decoder must find the sign of a space
     kept |= alphabet
     if model["type"] == "BPE":
         if model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
@@ -177,6 +194,14 @@ def _closed(content: dict, wanted: set[int]) -> list[int]:
     added = {t["id"] for t in content["added_tokens"]}
     own = sorted(vocabulary[token] for token in kept if token in vocabulary)
     return own + sorted(i for i in wanted if i in added and i not in names)
+
+
+def _texts(part: Any) -> list[str]:
+    """All texts in a part of a tokenizer.json."""
+    if isinstance(part, str):
+        return [part]
+    parts = part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
+    return [text for item in parts for text in _texts(item)]
 
 
 def _pair(merge: str | list[str]) -> list[str]:
@@ -207,7 +232,7 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase, content: dict, kept: list[int
         content["model"]["vocab"] = [model["vocab"][i] for i in kept if i < len(model["vocab"])]
         content["model"]["unk_id"] = new.get(model.get("unk_id"))
     content["added_tokens"] = [t | {"id": new[t["id"]]} for t in content["added_tokens"] if t["id"] in new]
-    content["post_processor"] = _renumbered(content["post_processor"], new)
+    content["post_processor"] = _renumbered(content["post_processor"], new.__getitem__)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         folder = Path(folder)
@@ -217,22 +242,22 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase, content: dict, kept: list[int
         for file, values in zip(FILES, (content, config), strict=True):
             (folder / file).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
         for file in folder.iterdir():
-            if file.name not in FILES and not file.name.startswith("chat_template"):
+            if file.is_file() and file.name not in FILES and not file.name.startswith("chat_template"):
                 file.unlink()  # an older form of the same tokens
         return AutoTokenizer.from_pretrained(folder)
 
 
-def _renumbered(part: Any, new: dict[int, int]) -> Any:
+def _renumbered(part: Any, renumber: Callable[[int], int]) -> Any:
     """A post-processor with new ids: of TemplateProcessing's `ids`, and of the pairs `[token, id]` that others hold."""
     if isinstance(part, dict):
         return {
-            k: [new[i] for i in v] if k == "ids" and isinstance(v, list) else _renumbered(v, new)
+            k: [renumber(i) for i in v] if k == "ids" and isinstance(v, list) else _renumbered(v, renumber)
             for k, v in part.items()
         }
     if isinstance(part, list):
         if len(part) == 2 and isinstance(part[0], str) and isinstance(part[1], int):
-            return [part[0], new[part[1]]]
-        return [_renumbered(item, new) for item in part]
+            return [part[0], renumber(part[1])]
+        return [_renumbered(item, renumber) for item in part]
     return part
 
 
@@ -252,6 +277,7 @@ def _shrink(model: PreTrainedModel, kept: list[int], new: dict[int, int]) -> Non
     """Take rows `kept` of embedding and head, and give the configs the new ids."""
     rows = torch.tensor(kept)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    before = embedding.num_embeddings
     tables = [embedding.weight] if head.weight is embedding.weight else [embedding.weight, head.weight]
     if head.bias is not None:
         tables.append(head.bias)
@@ -263,8 +289,11 @@ def _shrink(model: PreTrainedModel, kept: list[int], new: dict[int, int]) -> Non
     model.resize_token_embeddings(len(rows), mean_resizing=False)
     model.get_input_embeddings().padding_idx = new.get(padding)
     for part, key, value in named:
-        setattr(part, key, _mapped(value, new))
+        setattr(part, key, _mapped(value, new, before))
 
 
-def _mapped(value: int | list, new: dict[int, int]) -> int | list:
-    return new.get(value, value) if isinstance(value, int) else [_mapped(item, new) for item in value]
+def _mapped(value: int | list, new: dict[int, int], rows: int) -> int | list:
+    """The new ids; one that had no row of so many still has none, and a negative one stays."""
+    if isinstance(value, int):
+        return new.get(value, value if value < 0 else value - rows + len(new))
+    return [_mapped(item, new, rows) for item in value]

@@ -321,6 +321,8 @@ def test_what_a_dtype_cannot_hold_is_not_saved_in_it(tmp_path):
     model = tiny()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
-    with pytest.raises(ValueError, match=r"mlp.up_proj.weight has numbers that float16 cannot hold: save it in float32"):
+    with pytest.raises(
+        ValueError, match=r"mlp.up_proj.weight has numbers that float16 cannot hold: save it in float32"
+    ):
         bs.save(model, make_tokenizer(), tmp_path / "small", dtype="float16")
     assert not (tmp_path / "small").exists()

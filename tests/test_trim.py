@@ -8,8 +8,8 @@ import torch
 from conftest import logits, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from basis_select import decompose, load, load_task, prune, save, sizes
 from basis_select.data.tasks import counted_as
@@ -201,7 +201,85 @@ def test_the_most_frequent_tokens_of_a_text_stay_too(rows, tmp_path):
     assert spelled[0] > spelled[-1] == 0
 
 
-def test_what_cannot_be_trimmed_is_refused(rows, tokenizer, task):
+def test_a_token_that_the_table_has_no_row_for_goes(rows, tmp_path):
+    """Gemma 3 has one."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(), eos_token="</s>", extra_special_tokens={"image_token": "<image>"}
+    )
+    model = tiny("gemma3_text", vocab_size=len(tokenizer) - 1, tied=True)
+    model.config.image_token_id = len(tokenizer) - 1
+    smaller, report = trim(model, tokenizer, load_task(rows, tokenizer))[1:]
+    assert model.get_input_embeddings().num_embeddings == report["tokens"]
+    assert model.config.image_token_id == report["tokens"]
+    save(model, smaller, tmp_path / "small")
+    assert load(tmp_path / "small")[1].decode([report["tokens"] - 1])
+
+
+def test_rows_that_configs_name_stay_though_no_token_has_them(rows, tmp_path):
+    tokenizer = wrapped(byte_level())
+    size = len(tokenizer)
+    model = tiny(vocab_size=size + 24, pad_token_id=size + 4)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, size + 7]
+    padding = model.get_input_embeddings().weight[size + 4].clone()
+    model, smaller, report = trim(model, tokenizer, load_task(rows, tokenizer))
+    assert report["tokens"] == len(smaller) + 2
+    assert torch.equal(model.get_input_embeddings().weight[model.config.pad_token_id], padding)
+    assert model.generation_config.eos_token_id == [smaller.eos_token_id, report["tokens"] - 1]
+    save(model, smaller, tmp_path / "small")
+    assert load(tmp_path / "small")[0].config.pad_token_id == model.config.pad_token_id
+
+
+def test_several_chat_templates_stay(rows):
+    tokenizer = wrapped(byte_level())
+    templates = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    tokenizer.chat_template = templates
+    assert trim(tiny(vocab_size=len(tokenizer)), tokenizer, load_task(rows, tokenizer))[1].chat_template == templates
+
+
+def test_a_decoder_still_finds_the_sign_of_a_space_that_no_token_has(rows):
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    names = [*SPECIAL, *sorted(BYTES)]
+    made.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=600, special_tokens=names))
+    tokenizer = wrapped(made)
+    smaller = trim(tiny(vocab_size=len(tokenizer)), tokenizer, load_task(rows, tokenizer))[1]
+    for text in ("b c d", "  kat 7"):
+        assert smaller.decode(smaller.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+def test_added_tokens_stay_where_no_others_can_spell_them(rows):
+    tokenizer = wrapped(unigram(fallback=False))
+    tokenizer.add_tokens(["{", "\n"])
+    smaller = trim(tiny(vocab_size=len(tokenizer)), tokenizer, load_task(rows, tokenizer))[1]
+    text = "bat {mee}\nkart"
+    assert smaller.decode(smaller.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+def test_tokens_around_a_text_stay(rows):
+    made = byte_level()
+    token = f"\u0120{WORDS[0]}"
+    around = [("<s>", 1), (token, made.token_to_id(token))]
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair=f"<s> $A {token} $B", special_tokens=around
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    smaller = trim(tiny(vocab_size=len(tokenizer)), tokenizer, load_task(rows, tokenizer))[1]
+    assert smaller.convert_ids_to_tokens(smaller("a", "b")["input_ids"])[2] == token
+
+
+def test_what_names_tokens_beside_numbers_is_refused(rows):
+    tokenizer = wrapped(byte_level())
+    for key, value in {"sequence_bias": [[[270], -50.0]], "forced_decoder_ids": [[1, 270]]}.items():
+        model = tiny(vocab_size=len(tokenizer))
+        setattr(model.generation_config, key, value)
+        with pytest.raises(
+            ValueError, match=f"{key} of GenerationConfig is .*270.*, whose tokens trim cannot renumber"
+        ):
+            trim(model, tokenizer, load_task(rows, tokenizer))
+
+
+def test_what_cannot_be_trimmed_is_refused(rows, tokenizer, task, tmp_path):
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words = wrapped(words)
@@ -211,6 +289,11 @@ def test_what_cannot_be_trimmed_is_refused(rows, tokenizer, task):
         trim(decompose(tiny(), task, examples=8, embedding=True), tokenizer, task)
     with pytest.raises(ValueError, match="go together"):
         trim(tiny(), tokenizer, task, frequent=5)
+    with pytest.raises(ValueError, match=r"a ByT5Tokenizer cannot be trimmed: it has no tokenizer.json"):
+        trim(tiny(vocab_size=400), ByT5Tokenizer(), task)
+    (tmp_path / "text.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"text.txt is not UTF-8 text"):
+        trim(tiny(), tokenizer, task, text=str(tmp_path / "text.txt"), frequent=5)
 
 
 @pytest.mark.slow

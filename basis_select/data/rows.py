@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +31,22 @@ def one_kind(rows: Sequence[dict]) -> None:
             )
 
 
+DAY = datetime(2024, 7, 26)  # of chat templates that write the date: a row is the same text on any day
+_CODES = ("%d", "%b", "%B", "%m", "%Y", "%y", "%a", "%A")
+_DATES = "".join(f"|replace({code!r}, {DAY.strftime(code)!r})" for code in _CODES)
+_ON_THAT_DAY = f"{{% macro strftime_now(format) %}}{{{{ format{_DATES} }}}}{{% endmacro %}}"
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None = None, **how: Any
+) -> str:
+    """The text that the tokenizer's chat template makes of messages, on DAY."""
+    template = tokenizer.get_chat_template(tools=tools)
+    if "strftime_now" in template:
+        template = _ON_THAT_DAY + template
+    return tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False, **how)
+
+
 def _file_row(row: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> dict:
     if not isinstance(row, dict):
         raise ValueError(f"{where} is {_kind(row)}; a row is {{prompt, response}} or {{messages}}")
@@ -48,6 +65,8 @@ def _file_row(row: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> dict:
     return {**row, "where": where}
 
 
+_ANY_MESSAGE = ("role", "content", "tool_calls", "tool_call_id", "name")  # may have these, whatever the template is
+_NOTHING = (None, "", [])
 _MARK = "0f6b2d"  # stands for an answer where a template's turn end is looked for
 
 
@@ -60,14 +79,12 @@ def _chat_row(row: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> dict
     _check_objects(tools, "tools", where)
     if not tokenizer.chat_template:
         raise ValueError(f"{where}: `messages` need a chat template, which this model's tokenizer lacks")
-    content = messages[-1].get("content")
-    answer = row.get("answer", content or None)
-    if not isinstance(answer, str | None) or ("answer" in row and answer is None):
-        raise ValueError(f"{where}: `answer` is {_kind(answer)}, it should be text")
+    if not isinstance(row.get("answer", ""), str):
+        raise ValueError(f"{where}: `answer` is {_kind(row['answer'])}, it should be text")
 
     def written(messages: list[dict], tools: list[dict] | None = tools, **how: Any) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how)
+            return rendered(tokenizer, messages, tools, **how)
         except Exception as error:  # a template is a program: it raises what it likes
             raise ValueError(f"{where}: the chat template refuses these messages: {error}") from None
 
@@ -78,7 +95,7 @@ def _chat_row(row: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> dict
             f"{where}: the chat template does not continue its own prompt when the answer is added "
             f"({prompt[-40:]!r}), so training would see another prompt than generation"
         )
-    _check_written(whole, messages, tools, where)
+    _check_written(whole, messages, tools, tokenizer, where)
     response, end = whole[len(prompt) :], marked.rpartition(_MARK)[2]
     end = end if response.endswith(end) else ""
     if not response.removesuffix(end).strip():
@@ -86,15 +103,26 @@ def _chat_row(row: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> dict
     return {
         "prompt": prompt,
         "response": response,
-        "answer": answer,
+        "answer": row.get("answer", response.removesuffix(end) if messages[-1].get("content") else None),
         "turn_end": end,
         "rendered": True,
         "where": where,
     }
 
 
-def _check_written(text: str, messages: list[dict], tools: list[dict] | None, where: str) -> None:
-    """Raise ValueError if a template's text lacks the name of a tool or of one that is called."""
+def _check_written(
+    text: str, messages: list[dict], tools: list[dict] | None, tokenizer: PreTrainedTokenizerBase, where: str
+) -> None:
+    """Raise ValueError if a template's text lacks a content, the name of a tool or of one that is called, or if the
+    template knows nothing of a key of the messages.
+    """
+    known = json.dumps([tokenizer.chat_template, *_ANY_MESSAGE])
+    for message in messages:
+        if unknown := [key for key, value in message.items() if value not in _NOTHING and key not in known]:
+            raise ValueError(f"{where}: the chat template does not write `{unknown[0]}` of a message: leave it out")
+        content = (message.get("content") or "").rpartition("</think>")[2].strip()  # thoughts of earlier turns may go
+        if not any(written in text for written in (content, json.dumps(content)[1:-1], repr(content)[1:-1])):
+            raise ValueError(f"{where}: the chat template leaves out the message {content[:100]!r}")
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     for key, functions in (("tools", tools or ()), ("tool_calls", calls)):
         for function in functions:

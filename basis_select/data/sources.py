@@ -1,5 +1,6 @@
 """Where the rows of a task come from: data sets of the hub, generators of reasoning_gym, a user's own files."""
 
+import logging
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .answers import exact, number
 from .rows import file_rows, one_kind, read_rows
 
+log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 
 
@@ -194,6 +196,10 @@ def _folder(path: Path, tokenizer: PreTrainedTokenizerBase, sizes: dict[str, int
     missing = [split for split in ("train", "test") if not files[split].is_file()]
     if missing:
         raise FileNotFoundError(f"{path} has no {' and no '.join(f'{m}.jsonl' for m in missing)}")
+    others = [p.name for p in sorted(path.iterdir()) if p.suffix in (".json", ".jsonl") and p not in files.values()]
+    if others:
+        known = ", ".join(file.name for file in files.values())
+        log.warning("%s: %s is not read, splits are %s", path, ", ".join(others), known)
     rows = {split: file_rows(file, tokenizer) for split, file in files.items() if file.is_file()}
     one_kind([row for split in rows.values() for row in split])
     return _hold_out(rows, sizes, seed)

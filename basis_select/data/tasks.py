@@ -135,7 +135,12 @@ def _scoring(source: str, rows: list[dict], score: Callable | None) -> Callable 
 
     Raises ValueError, with an example, if the rows' own responses do not score as right.
     """
-    if any(row["answer"] is None for row in rows):
+    lacking = [row for row in rows if row["answer"] is None]
+    if lacking and score:
+        raise ValueError(f"{lacking[0].get('where', source)} has no answer to score: leave out the row, or `score`")
+    if lacking:
+        if len(lacking) < len(rows):
+            log.warning("%s: %d of %d rows have no answer: accuracy is not measured", source, len(lacking), len(rows))
         return None
     wrong = {}
     for function in [score] if score else SCORES.values():

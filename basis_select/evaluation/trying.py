@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..data.encoding import Encoder
+from ..data.rows import rendered
 from ..training.precision import products
 from .accuracy import end_tokens
 
@@ -41,7 +42,7 @@ def answer(
         raise ValueError("this tokenizer has no chat template: leave out --chat")
     if chat:
         turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        text = rendered(tokenizer, turn, add_generation_prompt=True)
     ids = torch.tensor([Encoder(tokenizer).text(text if chat else text.rstrip(), rendered=chat)], device=model.device)
     if not ids.numel():
         raise ValueError("there is nothing to answer: the prompt has no token")
