@@ -9,9 +9,10 @@ from typing import get_args
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from .data.tasks import Task
-from .layers.embedding import is_tied, module_name, round_table
+from .layers.embedding import TableEmbedding, is_tied, module_name, require_apart, round_table
 from .layers.group import Group, table_of
 from .layers.rounding import Bits, basis_costs, dense_cost, stored_bytes
 from .linalg.budget import best_for, rising, table_rank
@@ -86,7 +87,7 @@ def prune_to_bytes(
     require(asked, dataclasses.replace(rule, reserve=rule.reserve + found[0].new_rank), dtype)
     climbs = [rising(forms(group, rule.multiple_of, rounding)) for group in found]
     rounds, rank = table is not None or can_round(model), None
-    room = allowed(model, asked, dtype) - _elsewhere(model, [name for group in found for name in group.names], rounds)
+    room = _room(model, asked, dtype, _elsewhere(model, [name for group in found for name in group.names], rounds))
     if table is not None:
         rank = _rank(model, found, table, climbs, room, task, rule, keep_embedding)
         room -= _form(table, rank).price(table)
@@ -138,12 +139,17 @@ def largest_share(
         whole += _whole_table(model)
     elif rounds:
         rest += _whole_table(model)
+    return min(1.0, _room(model, asked, dtype, rest) / whole)
+
+
+def _room(model: PreTrainedModel, asked: Target, dtype: Dtype, rest: int) -> float:
+    """Bytes that a size leaves beside the `rest` of the model. Raises ValueError if there are none."""
     room = allowed(model, asked, dtype) - rest
     if room <= 0:
         raise ValueError(
             f"{asked} leaves nothing for the targeted layers: the rest of the model alone is {rest:,} bytes"
         )
-    return min(1.0, room / whole)
+    return room
 
 
 def _elsewhere(model: PreTrainedModel, names: list[str], rounds: bool) -> int:
@@ -153,24 +159,25 @@ def _elsewhere(model: PreTrainedModel, names: list[str], rounds: bool) -> int:
     embedding, head, apart = model.get_input_embeddings(), model.get_output_embeddings(), list(names)
     if rounds:
         apart.append(module_name(model, embedding))
-        if table_of(model) or is_tied(model):
+        if embedding.tied if isinstance(embedding, TableEmbedding) else is_tied(model):
             apart.append(module_name(model, head))
     apart = tuple(f"{name}." for name in apart)
+    state = {n: x.to("meta") for n, x in model.state_dict().items() if not n.startswith(apart) or n.endswith(".bias")}
     total = 4 * ENTRY  # the file's length, format and empty tensors
-    for name, tensor in model.state_dict().items():
+    for name, tensor in revert_weight_conversion(model, state).items():  # files hold every expert by itself
         width = 2 if tensor.is_floating_point() else tensor.element_size()
-        if not name.startswith(apart) or name.endswith(".bias"):
-            total += width * tensor.numel() + ENTRY + len(name)
+        total += width * tensor.numel() + ENTRY + len(name)
     return total
 
 
 def can_round(model: PreTrainedModel) -> bool:
-    """Whether the dense token embedding, on any device, can have fewer bits; a warning if it computes otherwise."""
-    embedding = model.get_input_embeddings()
-    plain = type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "embed_scale")
-    if not plain:
-        log.warning("the token embedding keeps its 16 bits, for it is a %s", type(embedding).__name__)
-    return plain
+    """Whether the dense token embedding, on any device, can have fewer bits; a warning says why if not."""
+    try:
+        require_apart(model)
+    except ValueError as error:
+        log.warning("the token embedding keeps its 16 bits: %s", error)
+        return False
+    return True
 
 
 def _whole_table(model: PreTrainedModel) -> int:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .checkpoint.format import register, require_loadable
 from .checkpoint.targets import targets
 from .data.tasks import Task
-from .layers.embedding import install, is_tied, lookup_scale, module_name, settle_ties
+from .layers.embedding import install, is_tied, lookup_scale, module_name, require_apart, settle_ties
 from .layers.group import Group
 from .layers.learning import LearningLinear
 from .layers.low_rank import LowRankLinear
@@ -22,7 +22,7 @@ from .linalg import metrics
 from .linalg.metrics import METRICS, MetricName
 from .options import Count, checked
 from .statistics.moments import TABLE, Moments, moment_bytes, moment_room, passes, second_moments
-from .statistics.readers import dense_groups
+from .statistics.readers import dense_groups, only_called
 from .statistics.sums import token_counts, trace
 from .system.progress import progress
 from .training.data import require_fit
@@ -90,6 +90,8 @@ def decompose(
     require_range(model.dtype)
     if task is not None:
         require_fit(model, task)
+    if embedding:
+        _require_table(model, task)
     found = dense_groups(model, targets(model), task, share)
     owners = deal([g.shape for g in found], dist.get_world_size(group) if group else 1)
     rank, parts, made = dist.get_rank(group) if group else 0, [range(len(found))], {}
@@ -116,6 +118,14 @@ def decompose(
                 _install(model, found, i, layers)
     register(model)
     return decompose_embedding(model, task, table) if embedding else model
+
+
+def _require_table(model: PreTrainedModel, task: Task) -> None:
+    """Raise ValueError unless the token embedding, and a head tied to it, can be written as bases."""
+    require_apart(model)
+    head = model.get_output_embeddings()
+    if is_tied(model) and not only_called(model, {module_name(model, head): head}, task):
+        raise ValueError("the model reads the weight of its head, which bases do not have: leave out embedding")
 
 
 def require_range(dtype: torch.dtype) -> None:
@@ -249,8 +259,11 @@ def decompose_embedding(
     rows = [metrics.shifted(rows.to(weight.device), SHIFT)]
     u, s, v = metrics.decompose([weight], rows, None if columns is None else metrics.shifted(columns, SHIFT))
     settle_ties(model)
+    bias = model.get_output_embeddings().bias if is_tied(model) else None
     table = install(model, module_name(model, embedding), len(s), is_tied(model), scale, weighted=True)
     table.u.weight.copy_(u)
+    if bias is not None:
+        table.u.bias.copy_(bias)
     table.v.weight.copy_(v)
     table.s.scale.copy_(s)
     table.requires_grad_(False)

@@ -70,12 +70,13 @@ def select(
                 "its part of the size is then found on the validation split"
             )
         rank = best_share(model, task, asked, rule, dtype)
-    if asked.name == "max_drop":
-        asked = smallest(model, task, asked, rule)
     if asked.name == "latency":
         chosen = _in_time(found, asked, rule, costs, [(table, rank)] if table else [])
     elif asked.name == "mass":
         chosen = of_groups(found, asked, rule)
+    elif asked.name == "max_drop":
+        share = smallest(model, task, asked, rule)
+        chosen = of_groups(found, target(keep=share), rule, share)
     else:
         share = _share(model, asked, dtype)
         chosen = of_groups(found, asked, rule, share(_saved(table, rank) if table else 0))
@@ -133,9 +134,22 @@ def weighted_groups(model: torch.nn.Module) -> list[Group]:
 
 
 def _share(model: torch.nn.Module, asked: Target, dtype: Dtype) -> Callable[[int], float]:
-    """The fraction of the targeted parameters that a target leaves, a function of what the embedding saves."""
+    """The fraction of the parameters of the groups of bases that a target leaves, by what the embedding saves.
+
+    Targeted layers that `decompose` left dense have their part of the target too, and keep all they have.
+    """
     now, away = sizes(model), trimmed_away(model)
-    return lambda saved: asked.share(now["parameters_dense"], now["targeted_dense"], dtype, saved + away)
+    whole = sum(group.shape.dense_cost for group in weighted_groups(model))
+    fixed = now["targeted_dense"] - whole
+
+    def share(saved: int) -> float:
+        of_all = asked.share(now["parameters_dense"], now["targeted_dense"], dtype, saved + away)
+        left = of_all - (1 - of_all) * fixed / whole
+        if left <= 0:
+            raise ValueError(f"{asked} leaves nothing for the bases: layers left dense have {fixed:,} weights")
+        return left
+
+    return share
 
 
 def _room(found: list[Group], share: float, rule: Rule) -> int:
@@ -228,8 +242,9 @@ def _in_time(
 
 
 @torch.no_grad()
-def smallest(model: torch.nn.Module, task: Task | None, asked: Target, rule: Rule) -> Target:
-    """The smallest keep, to about 1 %, at which the validation NLL rises by no more nats per token than are asked.
+def smallest(model: torch.nn.Module, task: Task | None, asked: Target, rule: Rule) -> float:
+    """The smallest share of the parameters of the groups of bases, to about 1 %, at which the validation NLL rises by
+    no more nats per token than are asked.
 
     Found by bisection over nested selections; the other bases are only set aside, so that nothing has to be rebuilt.
     """
@@ -245,7 +260,7 @@ def smallest(model: torch.nn.Module, task: Task | None, asked: Target, rule: Rul
             low = middle
             continue
         low, high = (low, middle) if _nll_of(model, task, chosen) <= allowed else (middle, high)
-    return target(keep=high)
+    return high
 
 
 def best_share(model: torch.nn.Module, task: Task, asked: Target, rule: Rule, dtype: Dtype) -> int:

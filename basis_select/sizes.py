@@ -31,8 +31,10 @@ def sizes(model: nn.Module, folder: str | Path | None = None) -> dict:
     saved = table.shape.dense_cost - table.parameters if table else 0
     weights = sum(g.rank for g in (*factored, table) if g and g.weighted)
     total = sum(p.numel() for p in model.parameters())
-    # Numbers of few bits share bytes.
-    total += sum(m.in_features * m.out_features - m.q.numel() for m in model.modules() if isinstance(m, RoundedLinear))
+    # Of what is rounded the numbers count, which share bytes where they have few bits, and their scales do not.
+    for m in model.modules():
+        if isinstance(m, RoundedLinear):
+            total += m.in_features * m.out_features - m.q.numel() - (m.scale.numel() if m.bits == 8 else 0)
     return {
         "bases": sum(min(m.in_features, m.out_features) for m in dense) + sum(g.rank for g in factored),
         "targeted": targeted,

@@ -105,6 +105,9 @@ def _check_tables(model: PreTrainedModel) -> None:
     if isinstance(embedding, TableEmbedding) or not isinstance(head, nn.Linear):
         raise ValueError("the embedding or the head is written as bases: trim before decompose")
     rows = embedding.num_embeddings
+    expected = model.config.get_text_config().vocab_size
+    if rows != expected:
+        raise ValueError(f"the embedding has {rows:,} rows, where the config says {expected:,}: it cannot be trimmed")
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not embedding]
     others = [n for n in others if model.get_submodule(n).num_embeddings == rows]
     if others:

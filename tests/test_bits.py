@@ -188,7 +188,7 @@ def test_the_best_choices_never_cost_more_and_leave_out_nothing_that_fits(points
         ({"size": "2x", "budget": "uniform"}, "score=energy and budget=global"),
         ({"size": "2x", "reserve": 4}, "without new bases"),
         ({"size": "2x", "dtype": "float32"}, "bfloat16 or float16"),
-        ({"size": "1KB"}, "the smallest possible is"),
+        ({"size": "1KB"}, "leaves nothing for the targeted layers: the rest of the model alone is"),
         ({"size": "1GB"}, "more than the model has"),
         ({"size": "2x", "bits": 3}, "bits is 3"),
         ({"size": "2x", "bits": 16, "rounding": 0.1}, "choose bits=auto"),

@@ -92,8 +92,9 @@ def _of_any_length(cache: StaticCache, inputs: dict[str, Any]) -> None:
         if x is not None:
             torch._dynamo.maybe_mark_dynamic(x, x.dim() - 1)
     for layer in cache.layers:
-        torch._dynamo.maybe_mark_dynamic(layer.keys, 2)
-        torch._dynamo.maybe_mark_dynamic(layer.values, 2)
+        for x in (getattr(layer, "keys", None), getattr(layer, "values", None)):  # recurrent layers have none
+            if x is not None:
+                torch._dynamo.maybe_mark_dynamic(x, 2)
 
 
 def _attention(

@@ -204,7 +204,8 @@ def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
 def _check_dtypes(model: PreTrainedModel, path: Path, dtype: Dtype | None) -> None:
     """Raise ValueError, naming the tensor, unless the model holds what was saved, not rounded."""
     saved = {name: checks.DTYPES.get(place.dtype) for name, place in checks.stored(path).items()}
-    of_any = {*in_files(model, dict(model.named_buffers())), *(f"{name}.q" for name in quantized(model))}
+    of_any = {*in_files(model, dict(model.named_buffers()))}
+    of_any |= {f"{name}.{part}" for name in quantized(model) for part in ("q", "scale")}
     for name, tensor in in_files(model, model.state_dict()).items():
         kept = saved.get(name, tensor.dtype)
         if kept == tensor.dtype and name in of_any:

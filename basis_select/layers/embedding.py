@@ -89,12 +89,27 @@ def settle_ties(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
+def require_apart(model: PreTrainedModel) -> None:
+    """Raise ValueError unless the embedding, and a head tied to it, can be other modules.
+
+    It has to look up rows and do no more than scale them. And no more may be tied than these two: transformers ties all
+    that an architecture lists or, where the config says so for the two of them, nothing.
+    """
+    embedding = model.get_input_embeddings()
+    if type(embedding).forward is not nn.Embedding.forward and not hasattr(embedding, "embed_scale"):
+        raise ValueError(
+            f"the embedding is a {type(embedding).__name__}: only an nn.Embedding can be bases or have few bits"
+        )
+    others = [
+        name for name in model.all_tied_weights_keys if model.get_parameter_or_buffer(name) is not embedding.weight
+    ]
+    if is_tied(model) and others:
+        raise ValueError(f"the token embedding cannot change, because {type(model).__name__} ties {others[0]} as well")
+
+
 def lookup_scale(embedding: nn.Module) -> float:
-    """What an embedding multiplies its rows by. Raises ValueError for one that is no nn.Embedding but for that."""
-    scale = float(getattr(embedding, "embed_scale", 1.0))
-    if type(embedding).forward is not nn.Embedding.forward and scale == 1:
-        raise ValueError(f"the embedding is a {type(embedding).__name__}: only nn.Embedding can be written as bases")
-    return scale
+    """What an embedding that `require_apart` lets through multiplies its rows by."""
+    return float(getattr(embedding, "embed_scale", 1.0))
 
 
 def install(
@@ -104,7 +119,7 @@ def install(
     embedding = model.get_submodule(name)
     more = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
     kind = LearningLinear if weighted else LowRankLinear
-    table = kind(embedding.embedding_dim, embedding.num_embeddings, rank, bias=False, **more)
+    table = kind(embedding.embedding_dim, embedding.num_embeddings, rank, tied and _has_bias(model), **more)
     _put(model, name, LowRankEmbedding(table, tied, scale))
     return table
 
@@ -112,8 +127,12 @@ def install(
 def install_rounded(model: PreTrainedModel, name: str, bits: int, tied: bool, scale: float = 1.0) -> None:
     """Replace the embedding `name`, and the head if `tied`, by a rounded table, uninitialised."""
     like = model.get_submodule(name).weight
-    table = RoundedLinear(like.shape[1], like.shape[0], False, bits, like.device, like.dtype)
+    table = RoundedLinear(like.shape[1], like.shape[0], tied and _has_bias(model), bits, like.device, like.dtype)
     _put(model, name, RoundedEmbedding(table, tied, scale))
+
+
+def _has_bias(model: PreTrainedModel) -> bool:
+    return getattr(model.get_output_embeddings(), "bias", None) is not None
 
 
 def _put(model: PreTrainedModel, name: str, embedding: TableEmbedding) -> None:
@@ -134,8 +153,9 @@ def round_table(model: PreTrainedModel, bits: int) -> None:
     embedding = model.get_input_embeddings()
     scale, weight = lookup_scale(embedding), embedding.weight
     settle_ties(model)
-    like = nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=weight.dtype)
-    like.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    bias = model.get_output_embeddings().bias if is_tied(model) else None
+    like = nn.Linear(*reversed(weight.shape), bias is not None, device="meta", dtype=weight.dtype)
+    like.weight, like.bias = nn.Parameter(weight.detach(), requires_grad=False), bias
     table = RoundedEmbedding(RoundedLinear.rounded(like, bits), is_tied(model), scale)
     _put(model, module_name(model, embedding), table)
 
@@ -159,8 +179,9 @@ def table_to_dense(model: PreTrainedModel) -> None:
     dense = nn.Embedding.from_pretrained(embedding.weight, freeze=True)
     name = module_name(model, embedding)
     if embedding.tied:
-        head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
-        head.weight = dense.weight
+        bias = getattr(embedding.bases, "u", embedding.bases).bias
+        head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias is not None, device="meta")
+        head.weight, head.bias = dense.weight, bias
         model.set_submodule(module_name(model, embedding.bases), head)
         model.config.tie_word_embeddings = True
     model.set_submodule(name, dense)

@@ -122,5 +122,5 @@ def pack(weights: list[RoundedLinear]) -> tuple[torch.Tensor, list[int]]:
         if w.bits == 8:
             w.q.data = q[: w.q.numel()].view(w.q.dtype).view_as(w.q)
             if w.scale.dtype == torch.float32:
-                w.scale = scale.view(torch.float32).view_as(w.scale)
+                w.scale.data = scale.view(torch.float32).view_as(w.scale)
     return packed, layout

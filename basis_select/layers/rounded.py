@@ -66,7 +66,8 @@ class RoundedLinear(nn.Module):
         self.q = nn.Parameter(whole, requires_grad=False)
         where = {"device": device, "dtype": dtype}
         if bits == 8:
-            self.register_buffer("scale", torch.empty(out_features, **where))
+            # A parameter, since transformers takes a model's dtype from the first that is no whole number.
+            self.scale = nn.Parameter(torch.empty(out_features, **where), requires_grad=False)
         else:
             self.register_buffer("empty", torch.empty(0, **where), persistent=False)  # has the dtype of the weight
         self.bias = nn.Parameter(torch.empty(out_features, **where), requires_grad=False) if bias else None

@@ -176,8 +176,10 @@ def joined(factors: list[nn.Module]) -> nn.Module | None:
     else:
         made = RoundedLinear(first.in_features, rows, bias, first.bits, "meta")
         made.q = nn.Parameter(torch.cat(tensors), requires_grad=False)
-        for name in first._buffers:
-            setattr(made, name, torch.cat([getattr(f, name) for f in factors]))
+        if first.bits == 8:
+            made.scale = nn.Parameter(torch.cat([f.scale for f in factors]), requires_grad=False)
+        else:
+            made.empty = first.empty
     if bias:
         made.bias = nn.Parameter(torch.cat([f.bias for f in factors]), requires_grad=False)
     return made

@@ -209,7 +209,7 @@ def _linear(name: str, stored: Mapping[str, Stored], tensors: Tensors, inputs: i
     made = RoundedLinear(inputs, rows, False, about.bits, device="meta")
     made.q = nn.Parameter(found["q"][1], requires_grad=False)
     if about.bits == 8:
-        made.scale = found["scale"][1]
+        made.scale = nn.Parameter(found["scale"][1], requires_grad=False)
     else:
         made.empty = first.new_empty(0, dtype=torch.get_default_dtype())
     return made

@@ -31,7 +31,8 @@ def only_called(model: nn.Module, layers: dict[str, nn.Module], task: Task | Non
     """Those of `layers` whose weights the model does not read by itself, as it could no longer; a warning of others.
 
     A forward of one example of `task` shows it, or of any tokens if it is None, in both modes: some models rescale
-    their weights where the mode changes. Raises ValueError, naming the class, for what is no decoder.
+    their weights where the mode changes. And without a cache, as models train: some then read weights for a kernel.
+    Raises ValueError, naming the class, for what is no decoder.
     """
     read, shapes, training = set(), [], model.training
     ids = _watched_ids(task, 0).to(model.device)
@@ -44,6 +45,8 @@ def only_called(model: nn.Module, layers: dict[str, nn.Module], task: Task | Non
         with torch.random.fork_rng(devices):
             for mode in (not training, training):
                 made = model.train(mode)(input_ids=ids)
+                if not ids.is_meta:  # on which transformers looks at values of a mask
+                    model(input_ids=ids, use_cache=False)
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{type(model).__name__} does not run on token ids alone: {why}") from error
