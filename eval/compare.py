@@ -14,7 +14,8 @@ weights of so many bits (16, 8, 4, 3 or 2, its table 8), rounded as ours are, wh
 `learned: SHARE` is the share of the training that goes to `learn`, the rest is healing; `first: SIZE` cuts twice, first
 to that size with weights of 16 bits, which half of the training heals, then what has come of that, decomposed anew with
 moments of its own; `forms: NAME` lets `bits=auto` choose from what KEPT of forms.py has by that name;
-`shipped: true` is what was tuned to be the parent, as its makers ship it; `sizes` and `trained` stand in place of the
+`shipped: true` is what was tuned to be the parent, as its makers ship it; `blind: true` heals as if nothing were
+rounded, and rounds what has come of it to the nearest; `sizes` and `trained` stand in place of the
 grid's. A size is what `prune` takes, such as "45MB"; without `prune.bits: auto` its weights have 16 bits. `trained`
 is on how many tokens each row trains, padding not counted; 0 is what it starts from. Lengths are taken in the order
 in which the grid names them. `like: OTHER.yaml` takes all that this grid does not say from another: what is not

@@ -1,5 +1,6 @@
 """How a row of compare.py is made: what all rows of a task and a seed share, the choice of rates, start, healing."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import forms
 import torch
@@ -23,6 +25,7 @@ from transformers import PreTrainedModel
 from basis_select.checkpoint.targets import targets
 from basis_select.decompose import decompose
 from basis_select.heal import distance, heal, probes, rate_at
+from basis_select.layers import straight_through
 from basis_select.layers.embedding import round_table
 from basis_select.layers.group import groups, table_of
 from basis_select.layers.rounded import quantized
@@ -37,7 +40,7 @@ from basis_select.statistics.readers import same_input
 from basis_select.training.loss import response_nll
 from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 
-OWN = ("dense", "learned", "first", "forms", "shipped", "sizes", "trained")  # keys of a method that are no recipe's
+OWN = ("blind", "dense", "learned", "first", "forms", "shipped", "sizes", "trained")  # keys of a method, no recipe's
 
 
 def alone(home, what):
@@ -176,7 +179,9 @@ def finite(verb, *args):
 
 
 class Start(NamedTuple):
-    """What healing starts from; far: nats to the parent, lr: what heal would take by itself, taken: steps by stage."""
+    """What healing starts from; far: nats to the parent, lr: what heal would take by itself, taken: steps by stage,
+    blind: whether it heals as if nothing were rounded.
+    """
 
     recipe: Recipe
     model: PreTrainedModel
@@ -184,6 +189,7 @@ class Start(NamedTuple):
     far: float
     lr: float
     taken: dict
+    blind: bool
 
 
 def started(bench, own, method, size, steps):
@@ -205,7 +211,8 @@ def started(bench, own, method, size, steps):
     if not math.isfinite(far):
         raise FloatingPointError(f"{method}: what healing would start from is not finite")
     torch.cuda.empty_cache()  # moments took half of what was free
-    return Start(r, model, clock, far, r.heal.lr or rate_at(far, bool(quantized(model))), taken)
+    blind = own.get("blind", False)
+    return Start(r, model, clock, far, r.heal.lr or rate_at(far, bool(quantized(model)) and not blind), taken, blind)
 
 
 def cut_before(bench, r, size, clock):
@@ -234,7 +241,8 @@ def healed(bench, start, factor):
     model, clock = copy.deepcopy(start.model), dict(start.clock)
     before = after = response_nll(model, task.validation, task.pad_id)
     if r.heal.steps:
-        model = bench.row(override(r, {"heal.lr": lr}, "heal"), clock, model)
+        with unrounded() if start.blind else contextlib.nullcontext():
+            model = bench.row(override(r, {"heal.lr": lr}, "heal"), clock, model)
         after = response_nll(model, task.validation, task.pad_id)
     return model, {
         "validation_nll": {"unhealed": before, "healed": after},
@@ -243,6 +251,14 @@ def healed(bench, start, factor):
         "seconds": clock,
         "device": str(model.device),
     }
+
+
+@contextlib.contextmanager
+def unrounded():
+    """Within it, rounded weights train as if they were not, and end as the nearest of the same scales."""
+    plain = mock.Mock(apply=lambda weight, scale, bits, dtype: weight.to(dtype))
+    with mock.patch.object(straight_through, "_Rounding", plain):
+        yield
 
 
 def all_moments(parent, task, r):

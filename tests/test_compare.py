@@ -76,6 +76,7 @@ def test_a_grid_is_measured_once_and_reported(tmp_path):
             "default": {"prune.bits": "auto", "sizes": ["2x", "3x"]},
             "cut twice": {"prune.bits": "auto", "first": "1.5x"},
             "factors alone": {"prune.bits": "auto", "forms": "factors alone", "trained": [0]},
+            "blind": {"prune.bits": "auto", "blind": True, "trained": [100]},
             "trimmed": {"dense": 16, "trained": [0]},
             "shipped": {"shipped": True, "trained": [0]},
             "int4": {"dense": 4},
@@ -88,7 +89,7 @@ def test_a_grid_is_measured_once_and_reported(tmp_path):
     results = tmp_path / "results.jsonl"
     assert compare(grid, tmp_path / "runs", results) == []
     found = read(results)
-    assert len(found) == len(list(rows(grid))) == 1 + (2 + 1 + 1 + 1 + 1 + 1 + 2) + (2 + 1 + 1 + 1 + 2)
+    assert len(found) == len(list(rows(grid))) == 1 + (2 + 1 + 1 + 1 + 1 + 1 + 2) + (2 + 1 + 1 + 1 + 1 + 2)
     by_name = {(r["method"], r["size"], r["trained"]): r for r in found}
     assert len({tuple(r["tokens"]) for r in found}) == 1
     parent = by_name["parent", None, 0]["sizes"]["bytes"]
@@ -97,6 +98,10 @@ def test_a_grid_is_measured_once_and_reported(tmp_path):
         assert ("correct" in row) == (trained > 0 or size is None)
     assert by_name["shipped", None, 0]["nll"] == by_name["parent", None, 0]["nll"]  # which was not tuned
     assert by_name["factors alone", "2x", 0]["sizes"]["bases"] < by_name["default", "2x", 0]["sizes"]["bases"]
+    blind, known = (by_name[method, "2x", 100] for method in ("blind", "default"))
+    assert blind["validation_nll"]["unhealed"] == known["validation_nll"]["unhealed"]
+    assert blind["validation_nll"]["healed"] != known["validation_nll"]["healed"]
+    assert {round(k["lr"] / b["lr"], 6) for k, b in zip(known["candidates"], blind["candidates"], strict=True)} == {3.0}
     steps = {(row["trained"], sum(row["steps"].values())) for row in found if "steps" in row}
     assert steps == {(0, 0), (100, max(steps)[1])}
     assert max(steps)[1] > 1
