@@ -85,6 +85,7 @@ def prune_to_bytes(
     """
     found, table = weighted_groups(model), table_of(model)
     require(asked, dataclasses.replace(rule, reserve=rule.reserve + found[0].new_rank), dtype)
+    require_bytes(model, found, asked, rule.multiple_of, dtype, table is not None)
     climbs = [rising(forms(group, rule.multiple_of, rounding)) for group in found]
     rounds, rank = table is not None or can_round(model), None
     room = _room(model, asked, dtype, _elsewhere(model, [name for group in found for name in group.names], rounds))
@@ -117,6 +118,25 @@ def require(asked: Target, rule: Rule, dtype: Dtype) -> None:
     if BYTES[dtype] != 2:
         raise ValueError(
             f"bits=auto counts scales and norms as 16 bits each: dtype is bfloat16 or float16, not {dtype}"
+        )
+
+
+def require_bytes(
+    model: PreTrainedModel, found: list[Group], asked: Target, multiple_of: int, dtype: Dtype, table: bool
+) -> None:
+    """Raise ValueError if the groups, dense or as bases, on any device, do not fit into a size on disk beside the rest,
+    each the smallest that it can become. table: whether the token embedding is or will be bases, which then count as
+    nothing.
+    """
+    names, rounds = [name for group in found for name in group.names], table or can_round(model)
+    least = _elsewhere(model, names, rounds) + (0 if table or not rounds else _whole_table(model))
+    for group in found:
+        few = [Form(rank, min(WIDTHS)) for rank in (None, multiple_of) if rank is None or rank <= group.shape.full_rank]
+        least += min(form.price(group) for form in few)
+    if least > (most := allowed(model, asked, dtype)):
+        raise ValueError(
+            f"{asked} is too small: this model has {least:,} bytes at least, with 2 bits and the fewest bases, and "
+            f"{int(most):,} are allowed"
         )
 
 

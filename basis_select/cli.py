@@ -33,6 +33,7 @@ def main() -> None:
 def _set_up() -> None:
     """What has to be set before torch and transformers are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of loading and saving; stages keep theirs
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes lines for its makers
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         # Threads that spin without end slow each other beside other processes, those that never do are slow to wake
         # (eval/waiting.py). libgomp, torch's on Linux, goes by the second of these, other libraries by the first.

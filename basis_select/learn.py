@@ -74,6 +74,11 @@ def learn(
     asked = None if not steps or (keep is None and mass is None) else target(keep=keep, mass=mass)
     if asked and not 1 <= rounds <= steps - int(unpruned * steps):
         raise ValueError(f"rounds={rounds} prunings do not fit into steps={steps} with unpruned={unpruned}")
+    if asked and asked.name == "keep":
+        try:
+            cut(model, asked, Rule(budget, score, multiple_of, reserve), 1)
+        except ValueError as error:  # now, not after the cuts before the last
+            raise ValueError(f"learn: {asked}: {error}") from None
     generator = torch.Generator().manual_seed(seed)
     for group in found:
         if square and (group.s < 0).any():

@@ -103,6 +103,9 @@ def properties(kind: type) -> dict[str, dict]:
 
 def words(found: dict, limits: bool = True) -> str:
     """What a JSON schema asks of a value, as a phrase; without `limits` the most that 32 bits hold is not named."""
+    if "examples" in found:
+        like = ", ".join(found["examples"][:-1]) + f" or {found['examples'][-1]}"
+        return f"{words({k: v for k, v in found.items() if k != 'examples'}, limits)}, such as {like}"
     if "anyOf" in found:
         return ", or ".join(words(part, limits) for part in found["anyOf"])
     if "enum" in found or "const" in found:

@@ -31,6 +31,7 @@ The likelihood of every row is per token of the untrimmed tokenizer. `answers` i
 task the rows that train, or are dense, answer too.
 """
 
+import argparse
 import dataclasses
 import functools
 import hashlib
@@ -238,7 +239,10 @@ def read_grid(path):
 
 def main():
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    path, folder, results = map(Path, sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("grid", "folder", "results"):
+        parser.add_argument(name, type=Path)
+    path, folder, results = vars(parser.parse_args()).values()
     failed = compare(read_grid(path), folder, results)
     sys.exit("\n".join(["not measured:", *map(str, failed)]) if failed else 0)
 

@@ -3,9 +3,9 @@
 python eval/compare_report.py RESULTS.jsonl
 """
 
+import argparse
 import functools
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -230,7 +230,9 @@ def verdict(results):
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    source = parser.parse_args().results
     results = read(source)
     source.with_suffix(".md").write_text(table(results), encoding="utf-8")
     source.with_suffix(".html").write_text(report(results, source.stem), encoding="utf-8")

@@ -8,6 +8,7 @@ since counting slows it down. The plans of large models are from their configs a
 tokenizer, which counts somewhat more tokens than theirs would.
 """
 
+import argparse
 import contextlib
 import json
 import subprocess
@@ -165,4 +166,8 @@ if __name__ == "__main__":
         model, task, _, folder, stage, kind = sys.argv[1:]
         child(model, task, Path(folder), stage, kind == "flops")
     else:
-        (plans if sys.argv[2].endswith(".md") else main)(sys.argv[1], Path(sys.argv[2]))
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("task")
+        parser.add_argument("out", type=Path)
+        a = parser.parse_args()
+        (plans if a.out.suffix == ".md" else main)(a.task, a.out)

@@ -8,10 +8,10 @@ math/gsm8k/{train,test}.jsonl (openai/gsm8k), code/mbpp/{train,validation,test}.
 text/wikitext2_raw/{train_first_1MB.txt,wiki.validation.raw,wiki.test.raw} (WikiText-2).
 """
 
+import argparse
 import csv
 import json
 import re
-import sys
 from pathlib import Path
 
 from basis_select.data import tuned_on
@@ -136,7 +136,10 @@ def _jsonl(path):
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    source, target = vars(parser.parse_args()).values()
     for make in (svamp, code, gsm_symbolic, math_code, text):
         folder = target / make.__name__
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -180,6 +181,16 @@ def test_the_best_choices_never_cost_more_and_leave_out_nothing_that_fits(points
         best_for(climbs, least - 1, "bytes")
 
 
+def test_the_smallest_size_that_is_said_is_there(bases, task):
+    with pytest.raises(ValueError, match="is too small") as error:
+        bs.prune(copy.deepcopy(bases), task, size="2KB", bits="auto")
+    least = int(re.search(r"has ([\d,]+) bytes at least", str(error.value))[1].replace(",", ""))
+    small = bs.prune(copy.deepcopy(bases), task, size=f"{(least + 50) / 1000}KB", bits="auto")
+    assert set(quantized(small).values()) == {8, 2}  # the table's, and the fewest
+    with pytest.raises(ValueError, match="is too small"):
+        bs.prune(copy.deepcopy(bases), task, size=f"{(least - 50) / 1000}KB", bits="auto")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -188,7 +199,7 @@ def test_the_best_choices_never_cost_more_and_leave_out_nothing_that_fits(points
         ({"size": "2x", "budget": "uniform"}, "score=energy and budget=global"),
         ({"size": "2x", "reserve": 4}, "without new bases"),
         ({"size": "2x", "dtype": "float32"}, "bfloat16 or float16"),
-        ({"size": "1KB"}, "leaves nothing for the targeted layers: the rest of the model alone is"),
+        ({"size": "1KB"}, r"is too small: this model has [\d,]+ bytes at least, with 2 bits and the fewest bases"),
         ({"size": "1GB"}, "more than the model has"),
         ({"size": "2x", "bits": 3}, "bits is 3"),
         ({"size": "2x", "bits": 16, "rounding": 0.1}, "choose bits=auto"),

@@ -128,7 +128,7 @@ def test_a_learning_that_was_stopped_between_cuts_continues_bit_for_bit(task, tm
     expected = learn(copy.deepcopy(whole), task, folder=tmp_path / "a", **options).state_dict()
 
     def stopped(*args, **kwargs):
-        if next(left) == 2:
+        if next(left) == 3:  # the first cut looks whether there is room, and the third of the others is stopped
             raise InterruptedError
         return cut(*args, **kwargs)
 
@@ -140,6 +140,12 @@ def test_a_learning_that_was_stopped_between_cuts_continues_bit_for_bit(task, tm
     found = learn(copy.deepcopy(whole), task, folder=tmp_path / "b", **options).state_dict()
     assert all(torch.equal(x, found[name]) for name, x in expected.items())
     assert max(int(x.max()) for name, x in found.items() if name.endswith("survived")) == 3
+
+
+def test_a_keep_that_cannot_be_met_is_said_before_the_first_step(task):
+    model = decompose(tiny(), task, examples=8)
+    with pytest.raises(ValueError, match=r"learn: keep=0.01: the smallest possible is [\d,]+ parameters, the budget"):
+        learn(model, task, steps=8, keep=0.01)
 
 
 def test_no_steps_of_learning_change_nothing(task):

@@ -138,6 +138,9 @@ def test_one_learning_gives_a_family_of_checkpoints(recipe, copy):
         assert bs.sizes(bs.load(copy / f"final-{size}")[0])["targeted"] == sizes[f"result at {size}"]["targeted"]
         card = contents(copy / f"final-{size}", "me/small")["README.md"]
         assert f"| {sizes[f'result at {size}']['bytes']:,} | {sizes['parent']['bytes']:,} |" in card
+    again = CliRunner().invoke(app, ["run", str(recipe), "compare={}", "--out", str(copy)])
+    assert again.exit_code == 0, again.output
+    assert not [*copy.glob("final-*"), *copy.glob("curve.*")]  # of sizes that the recipe no longer names
 
 
 @pytest.mark.slow

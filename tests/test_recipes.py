@@ -156,3 +156,10 @@ def test_math_is_tested_on_another_data_set_without_what_both_hold(monkeypatch):
     assert task.report["overlaps_dropped"] == 5
     assert task.test[0].prompt == "Problem:\n40 and 40?\n\nSolution:"
     assert task.test[0].response == r" It is $\boxed{80}$."
+
+
+def test_the_command_line_may_name_what_a_recipe_does_not(tmp_path):
+    (tmp_path / "a.yaml").write_text("prune: {keep: 0.5}\n")
+    assert recipes.read(tmp_path / "a.yaml", ["model=m", "task=t"]).task == "t"
+    with pytest.raises(ValueError, match=r"a.yaml does not name a task"):
+        recipes.read(tmp_path / "a.yaml", ["model=m"])

@@ -137,9 +137,9 @@ def _reading(source: str | Path) -> Iterator[None]:
     except MemoryError:
         raise
     except OSError as error:  # of the hub it names the address, which may hold a password
-        if masked(error) == str(error):
+        if Path(source).exists() and masked(error) == str(error):
             raise
-        raise OSError(masked(error)) from None
+        raise OSError(f"{source} does not load: {masked(error)}") from None
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         if "trust_remote_code" in str(error):

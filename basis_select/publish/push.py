@@ -113,7 +113,7 @@ def _members(run: Path, repo_id: str) -> dict[str, Path]:
     pruned = _recipe(run)["prune"]
     own = pruned["size"] if pruned.get("keep") is None else pruned["keep"]
     found = {f"{repo_id}-{own}": run / "final"}
-    return found | {f"{repo_id}-{path.name.removeprefix('final-')}": path for path in sorted(run.glob("final-*"))}
+    return found | {f"{repo_id}-{size}": run / f"final-{size}" for size in _recipe(run)["sizes"]}
 
 
 def _logged_in(repo_id: str) -> HfApi:

@@ -1,6 +1,7 @@
 """Runs a recipe: its parent and all its rows through the list of stages, and what is published of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 from ..checkpoint.verify import verify
@@ -31,7 +32,10 @@ def run(recipe: Recipe, folder: Path | str, shard: bool = False) -> dict:
     """
     folder = Path(folder)
     require_own(folder, recipe.model)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the folder {folder} cannot be made: {error.strerror}") from None
     with alone(folder):
         (folder / "stages").mkdir(exist_ok=True)
         sweep(folder)
@@ -71,6 +75,11 @@ def _publish(recipe: Recipe, folder: Path, states: dict[str, dict]) -> None:
     publish(states[recipes.RESULT]["final"], folder / "final")
     for size, name in zip(recipe.sizes, recipe.family(), strict=True):
         publish(states[name]["final"], folder / f"final-{size}")
+    of_others = {*folder.glob("final-*")} - {folder / f"final-{size}" for size in recipe.sizes}
+    for path in of_others:  # what an earlier recipe asked for: `require_own` knows that it is a run's
+        shutil.rmtree(path)
+    for path in folder.glob("curve.*"):
+        path.unlink()
 
 
 def _describe(recipe: Recipe, folder: Path, results: dict[str, dict], disk: OnDisk, state: dict) -> None:

@@ -118,9 +118,6 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A Recipe from a YAML file and `section.key=value` strings. Raises ValueError naming file and key."""
     path = Path(path)
     content = read_yaml(path)
-    for key in ("model", "task"):
-        if key not in content:
-            raise ValueError(f"{path} does not name a {key}")
     recipe = override(Recipe(model="", task=""), _flat(content, path), str(path))
     changes = {}
     for text in overrides:
@@ -129,6 +126,10 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise ValueError(f"{shown(text)} should read key=value, for example prune.keep=0.25")
         changes[key] = parse_yaml(value, f"command line: {key}")
     recipe = override(recipe, changes, "command line")
+    for key in ("model", "task"):
+        if key not in {*content, *changes}:
+            raise ValueError(f"{path} does not name a {key}")
+    path = " ".join([f"{path} with", *overrides]) if overrides else path  # what is wrong may be in either
     _check_rows(recipe, path)
     try:
         rows = {"": recipe, **recipe.family(), **recipe.variants()}
@@ -142,7 +143,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _check_rows(recipe: Recipe, path: Path) -> None:
+def _check_rows(recipe: Recipe, path: Path | str) -> None:
     """Raise ValueError unless further sizes and rows of `compare` are other models under names of their own."""
     seen = {}
     for size in recipe.every_size():

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..bits import allowed, largest_share, require
+from ..bits import allowed, largest_share, require, require_bytes
 from ..checkpoint.format import dense_on_meta
 from ..checkpoint.models import config_and_tokenizer
 from ..checkpoint.targets import targets
@@ -112,6 +112,11 @@ def fraction(r: Recipe, model: torch.nn.Module, groups: list[Group]) -> float:
     if r.asked.name == "latency":
         return fraction_in_time(r, model, groups)
     keep = keep_of(r, model, {name: layer for g in groups if not is_table(g) for name, layer in g.items()})
+    if r.prune.bits == "auto":
+        require_bytes(
+            model, [g for g in groups if not is_table(g)], r.asked, r.prune.multiple_of, r.dtype, r.decompose.embedding
+        )
+        return keep
     ranks_for(r, groups, keep)
     return keep
 
@@ -134,6 +139,7 @@ def ranks_for(r: Recipe, groups: list[Group], keep: float) -> dict[str, int]:
     try:
         found = even_ranks([g.shape for g in groups], room, r.prune.multiple_of)
     except ValueError as error:
-        raise ValueError(f"prune.{r.asked} with extend.rank={r.extend.rank}: {error}") from None
+        beside = f" with extend.rank={r.extend.rank}" if r.extend.rank else ""
+        raise ValueError(f"prune.{r.asked}{beside}: {error}") from None
     kept = [(g, rank) for g, rank in zip(groups, found, strict=True) if rank is not None]
     return {n: rank if is_table(g) else rank + more for g, rank in kept for n in g.names}

@@ -73,6 +73,8 @@ def parse_yaml(text: str, where: str | Path) -> Any:
 
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file of at most LARGEST bytes. Raises ValueError or FileNotFoundError naming the file."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a recipe")
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe at {path}")
     content = parse_yaml(read_text(path, LARGEST), path)
