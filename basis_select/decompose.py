@@ -54,7 +54,7 @@ Examples = Annotated[Count, Field(description="Training examples that the metric
 def decompose(
     model: PreTrainedModel,
     task: Task | None = None,
-    moments: tuple | None = None,
+    moments: Moments | None = None,
     group: dist.ProcessGroup | None = None,
     *,
     metric: Metric = "kronecker",

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ from .target import Dtype, target
 def prune(
     model: PreTrainedModel,
     task: Task | None = None,
-    derivatives: list | None = None,
+    derivatives: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     reserve: int = 0,
     dtype: Dtype = "bfloat16",
     seed: int = 0,

@@ -45,7 +45,7 @@ def decompose_checkpoint(
     source: str | Path,
     folder: str | Path,
     task: Task | None = None,
-    moments: tuple | None = None,
+    moments: Moments | None = None,
     *,
     metric: Metric = "kronecker",
     share: Sharing = True,

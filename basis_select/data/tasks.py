@@ -24,7 +24,7 @@ class Example:
     prompt: str
     response: str
     answer: str | None  # what a generated response must contain; None: only its likelihood is scored
-    input_ids: tuple  # prompt, response and end token
+    input_ids: tuple[int, ...]  # prompt, response and end token
     start: int  # index of the first token that is trained; generation is given those before it
     spelled: int = 0  # response tokens more than before the tokenizer was trimmed: NLL is per token of then
 
@@ -34,13 +34,13 @@ class Task:
     """Encoded examples per split. `score(generated, answer) -> bool`, or None where answers are not scored."""
 
     name: str
-    train: list
-    validation: list
-    test: list
-    score: Callable | None
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    score: Callable[[str, str], bool] | None
     pad_id: int
     report: dict = field(default_factory=dict)  # what was dropped or cut, and why
-    stops: tuple = ()  # texts that end a response beside the end token
+    stops: tuple[str, ...] = ()  # texts that end a response beside the end token
 
 
 @checked

@@ -46,6 +46,10 @@ def evaluate(
     response token over the pooled tokens, end token not counted, with a 95 % bootstrap interval over items)
     and `items`, one dict per example, in test order, so that two results can be paired. Raises ValueError on a
     non-finite logit; items are never skipped.
+
+        >>> found = bs.evaluate(parent, tokenizer, task)
+        >>> found["n"], found["nll"]["low"] <= found["nll"]["value"] <= found["nll"]["high"]
+        (8, True)
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} should be at least 1, or None for all test rows")
@@ -330,6 +334,11 @@ def compare(parent: dict, result: dict) -> dict:
     and `score` that of scores between 0 and 1 (result minus parent), with 95 % bootstrap intervals over items. Each
     is there if the task measures it.
     Raises ValueError when the items differ.
+
+        >>> before = bs.evaluate(parent, tokenizer, task)
+        >>> paired = bs.compare(before, bs.evaluate(parent, tokenizer, task))
+        >>> paired["gained"], paired["lost"], paired["nll"]["value"]
+        (0, 0, 0.0)
     """
     if list(map(_identity, parent["items"])) != list(map(_identity, result["items"])):
         raise ValueError("these two results were measured on different items and cannot be paired")

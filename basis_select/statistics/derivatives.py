@@ -29,6 +29,10 @@ def derivatives(
     throughout: in bf16 rounding would drown the difference. Raises ValueError, with the names of the layers, where s
     is not finite, and FloatingPointError where a loss or a derivative is not. Source: BSI (arXiv 2605.01627),
     reconstructed from its abstract.
+
+        >>> model = bs.decompose(copy.deepcopy(parent), task, examples=16)
+        >>> found = bs.derivatives(model, task, probes=2)
+        >>> model = bs.prune(model, keep=0.5, score="taylor", derivatives=found)
     """
     found = groups(model)
     if not found or not all(group.weighted for group in found):
