@@ -25,7 +25,7 @@ def prune(
     seed: int = 0,
     *,
     keep: Annotated[
-        Fraction | None, Field(description="Fraction of the targeted layers' parameters that stays.")
+        Fraction | None, Field(description="Fraction that stays of the parameters of the layers written as bases.")
     ] = None,
     size: Annotated[
         str | None,
@@ -91,8 +91,9 @@ def prune(
 ) -> PreTrainedModel:
     """Keep the best bases, fold their weights into the factors, in place; returns the model.
 
-    How much stays is said in one of five ways. `keep`: the fraction of the targeted layers' parameters. `size`: of
-    the whole model, "4x" fewer parameters, "90M" parameters or "120MB" in `dtype`. Neither is ever exceeded.
+    How much stays is said in one of five ways. `keep`: the fraction of the parameters of the layers that `decompose`
+    wrote as bases. `size`: of the whole model, "4x" fewer parameters, "90M" parameters or "120MB" in `dtype`. Neither
+    is ever exceeded.
     `max_drop`: the smallest model whose response NLL on the validation split of `task` rises by at most so many nats
     per token, before healing and with the embedding cut as `keep_embedding` says. `mass`: Basel's KeepRatio, the
     share of each layer's sum of scores; size is an outcome. `latency`: how fast the whole model should be on the device

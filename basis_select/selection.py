@@ -136,8 +136,11 @@ def weighted_groups(model: torch.nn.Module) -> list[Group]:
 def _share(model: torch.nn.Module, asked: Target, dtype: Dtype) -> Callable[[int], float]:
     """The fraction of the parameters of the groups of bases that a target leaves, by what the embedding saves.
 
-    Targeted layers that `decompose` left dense have their part of the target too, and keep all they have.
+    A keep is of these alone. Of a size, targeted layers that `decompose` left dense, such as those that a task for text
+    never reaches in a model for images, have all their parameters.
     """
+    if asked.name == "keep":
+        return lambda saved: asked.amount
     now, away = sizes(model), trimmed_away(model)
     whole = sum(group.shape.dense_cost for group in weighted_groups(model))
     fixed = now["targeted_dense"] - whole
