@@ -125,13 +125,17 @@ def layout() -> Any:
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if node == 1:
         node = count()
-    return DistributedConfig(fsdp_size=node, dp_replicate_size=count() // node)
+    try:
+        return DistributedConfig(fsdp_size=node, dp_replicate_size=count() // node)
+    except TypeError:
+        raise ValueError("to spread a model over processes takes transformers 5.24 or newer: install that") from None
 
 
 def spread(model: Any) -> None:
     """Spread the parameters of a model of transformers that is on the meta device, in place (`layout`)."""
-    config, _, mesh = model.prepare_distribute_model(layout())
-    model.maybe_distribute_model(model, config, mesh)
+    if count() > 1:
+        config, _, mesh = model.prepare_distribute_model(layout())
+        model.maybe_distribute_model(model, config, mesh)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
