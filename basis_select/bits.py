@@ -85,15 +85,12 @@ def prune_to_bytes(
     """
     found, table = weighted_groups(model), table_of(model)
     require(asked, dataclasses.replace(rule, reserve=rule.reserve + found[0].new_rank), dtype)
-    require_bytes(model, found, asked, rule.multiple_of, dtype, table is not None)
-    climbs = [rising(forms(group, rule.multiple_of, rounding)) for group in found]
     rounds, rank = table is not None or can_round(model), None
-    room = _room(model, asked, dtype, _elsewhere(model, [name for group in found for name in group.names], rounds))
+    room = room_for(model, found, asked, rule.multiple_of, dtype, rounds, table is not None)
+    climbs = [rising(forms(group, rule.multiple_of, rounding)) for group in found]
     if table is not None:
         rank = _rank(model, found, table, climbs, room, task, rule, keep_embedding)
         room -= _form(table, rank).price(table)
-    elif rounds:
-        room -= _whole_table(model)
     chosen = best_for(climbs, room, "bytes")
     for group, form in zip(found, chosen, strict=True):
         form.put(group, model)
@@ -121,15 +118,23 @@ def require(asked: Target, rule: Rule, dtype: Dtype) -> None:
         )
 
 
-def require_bytes(
-    model: PreTrainedModel, found: list[Group], asked: Target, multiple_of: int, dtype: Dtype, table: bool
-) -> None:
-    """Raise ValueError if the groups, dense or as bases, on any device, do not fit into a size on disk beside the rest,
-    each the smallest that it can become. table: whether the token embedding is or will be bases, which then count as
-    nothing.
+def room_for(
+    model: PreTrainedModel,
+    found: list[Group],
+    asked: Target,
+    multiple_of: int,
+    dtype: Dtype,
+    rounds: bool,
+    table: bool,
+) -> float:
+    """Bytes that a size on disk leaves for these groups, dense or as bases, on any device, beside the rest.
+
+    rounds: whether the token embedding gets fewer bits; table: whether it is or will be bases, which then are no part
+    of the rest. Raises ValueError if the groups do not fit, each the smallest that it can become.
     """
-    names, rounds = [name for group in found for name in group.names], table or can_round(model)
-    least = _elsewhere(model, names, rounds) + (0 if table or not rounds else _whole_table(model))
+    rest = _elsewhere(model, [name for group in found for name in group.names], rounds)
+    rest += _whole_table(model) if rounds and not table else 0
+    least = rest
     for group in found:
         few = [Form(rank, min(WIDTHS)) for rank in (None, multiple_of) if rank is None or rank <= group.shape.full_rank]
         least += min(form.price(group) for form in few)
@@ -138,6 +143,7 @@ def require_bytes(
             f"{asked} is too small: this model has {least:,} bytes at least, with 2 bits and the fewest bases, and "
             f"{int(most):,} are allowed"
         )
+    return most - rest
 
 
 def allowed(model: PreTrainedModel, asked: Target, dtype: Dtype) -> float:
@@ -159,17 +165,12 @@ def largest_share(
         whole += _whole_table(model)
     elif rounds:
         rest += _whole_table(model)
-    return min(1.0, _room(model, asked, dtype, rest) / whole)
-
-
-def _room(model: PreTrainedModel, asked: Target, dtype: Dtype, rest: int) -> float:
-    """Bytes that a size leaves beside the `rest` of the model. Raises ValueError if there are none."""
     room = allowed(model, asked, dtype) - rest
     if room <= 0:
         raise ValueError(
             f"{asked} leaves nothing for the targeted layers: the rest of the model alone is {rest:,} bytes"
         )
-    return room
+    return min(1.0, room / whole)
 
 
 def _elsewhere(model: PreTrainedModel, names: list[str], rounds: bool) -> int:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .checkpoint.format import register, require_loadable
 from .checkpoint.targets import targets
 from .data.tasks import Task
-from .layers.embedding import install, is_tied, lookup_scale, module_name, require_apart, settle_ties
+from .layers.embedding import head_bias, install, is_tied, lookup_scale, module_name, require_apart, settle_ties
 from .layers.group import Group
 from .layers.learning import LearningLinear
 from .layers.low_rank import LowRankLinear
@@ -259,7 +259,7 @@ def decompose_embedding(
     rows = [metrics.shifted(rows.to(weight.device), SHIFT)]
     u, s, v = metrics.decompose([weight], rows, None if columns is None else metrics.shifted(columns, SHIFT))
     settle_ties(model)
-    bias = model.get_output_embeddings().bias if is_tied(model) else None
+    bias = head_bias(model, is_tied(model))
     table = install(model, module_name(model, embedding), len(s), is_tied(model), scale, weighted=True)
     table.u.weight.copy_(u)
     if bias is not None:

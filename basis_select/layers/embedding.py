@@ -119,7 +119,7 @@ def install(
     embedding = model.get_submodule(name)
     more = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
     kind = LearningLinear if weighted else LowRankLinear
-    table = kind(embedding.embedding_dim, embedding.num_embeddings, rank, tied and _has_bias(model), **more)
+    table = kind(embedding.embedding_dim, embedding.num_embeddings, rank, head_bias(model, tied) is not None, **more)
     _put(model, name, LowRankEmbedding(table, tied, scale))
     return table
 
@@ -127,12 +127,14 @@ def install(
 def install_rounded(model: PreTrainedModel, name: str, bits: int, tied: bool, scale: float = 1.0) -> None:
     """Replace the embedding `name`, and the head if `tied`, by a rounded table, uninitialised."""
     like = model.get_submodule(name).weight
-    table = RoundedLinear(like.shape[1], like.shape[0], tied and _has_bias(model), bits, like.device, like.dtype)
+    bias = head_bias(model, tied) is not None
+    table = RoundedLinear(like.shape[1], like.shape[0], bias, bits, like.device, like.dtype)
     _put(model, name, RoundedEmbedding(table, tied, scale))
 
 
-def _has_bias(model: PreTrainedModel) -> bool:
-    return getattr(model.get_output_embeddings(), "bias", None) is not None
+def head_bias(model: PreTrainedModel, tied: bool) -> nn.Parameter | None:
+    """The bias of a head that is `tied` to the embedding and dense, which its table takes over; None without one."""
+    return model.get_output_embeddings().bias if tied else None
 
 
 def _put(model: PreTrainedModel, name: str, embedding: TableEmbedding) -> None:
@@ -153,7 +155,7 @@ def round_table(model: PreTrainedModel, bits: int) -> None:
     embedding = model.get_input_embeddings()
     scale, weight = lookup_scale(embedding), embedding.weight
     settle_ties(model)
-    bias = model.get_output_embeddings().bias if is_tied(model) else None
+    bias = head_bias(model, is_tied(model))
     like = nn.Linear(*reversed(weight.shape), bias is not None, device="meta", dtype=weight.dtype)
     like.weight, like.bias = nn.Parameter(weight.detach(), requires_grad=False), bias
     table = RoundedEmbedding(RoundedLinear.rounded(like, bits), is_tied(model), scale)

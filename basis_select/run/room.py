@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..bits import allowed, largest_share, require, require_bytes
+from ..bits import allowed, can_round, largest_share, require, room_for
 from ..checkpoint.format import dense_on_meta
 from ..checkpoint.models import config_and_tokenizer
 from ..checkpoint.targets import targets
@@ -113,9 +113,8 @@ def fraction(r: Recipe, model: torch.nn.Module, groups: list[Group]) -> float:
         return fraction_in_time(r, model, groups)
     keep = keep_of(r, model, {name: layer for g in groups if not is_table(g) for name, layer in g.items()})
     if r.prune.bits == "auto":
-        require_bytes(
-            model, [g for g in groups if not is_table(g)], r.asked, r.prune.multiple_of, r.dtype, r.decompose.embedding
-        )
+        own, table = [g for g in groups if not is_table(g)], r.decompose.embedding
+        room_for(model, own, r.asked, r.prune.multiple_of, r.dtype, table or can_round(model), table)
         return keep
     ranks_for(r, groups, keep)
     return keep
