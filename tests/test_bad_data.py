@@ -1,4 +1,4 @@
-"""Data, tokenizers and answers as people have them: each is read as it is meant, or refused in one sentence."""
+"""Data and tokenizers as people have them: each is read as it is meant, or refused in one sentence."""
 
 import codecs
 import gzip
@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 import basis_select as bs
 from basis_select.data import tuned_on
-from basis_select.data.answers import number
 from basis_select.data.encoding import Encoder
 from basis_select.data.tasks import Example, load_task
 from basis_select.training.data import require_fit
@@ -341,89 +340,6 @@ def test_rows_of_a_local_copy_are_checked(name, bad, expected, tokenizer, tmp_pa
         load_task(name, tokenizer, options={"data_dir": str(tmp_path)})
 
 
-TEMPLATES = [
-    ("{{ 1 / 0 }}", "row 1: the chat template refuses these messages: division by zero"),
-    ("{{ messages[0].nothing.more }}", "row 1: the chat template refuses"),
-    ("{% for m in messages %}", "row 1: the chat template refuses"),
-    ("{{ messages[7]['content'] }}", "row 1: the chat template refuses"),
-    ("{{ messages|tojson|int + 'a' }}", "row 1: the chat template refuses"),
-    ("{% for i in range(999999999) %}{% endfor %}", "row 1: the chat template refuses"),
-    ("the same", "row 1: the chat template does not continue its own prompt"),
-    (TURNS.replace("{% for", "{{ messages|length }}{% for"), "row 1: the chat template does not continue its own"),
-    (TURNS.replace("{{ tools|tojson }}", ""), "row 1: the chat template leaves out `tools`"),
-    (TURNS, 5),
-    (TURNS.replace("END\n", ""), 5),
-    (TURNS.replace("END\n", "</s>\n"), 5),
-    (CALLS, 5),
-]
-
-
-@pytest.mark.parametrize(("template", "expected"), TEMPLATES)
-def test_a_chat_template_fits_its_rows_or_is_refused(template, expected, tmp_path):
-    rows = [{"messages": talk(f"q{i}"), "tools": [{"name": "lookup"}]} for i in range(5)]
-    (tmp_path / "a.jsonl").write_text(lines(*rows, good=0))
-    if isinstance(expected, int):
-        assert loaded(tmp_path / "a.jsonl", chatting(template)) == expected
-        return
-    with pytest.raises(ValueError, match=expected):
-        load_task(str(tmp_path / "a.jsonl"), chatting(template))
-
-
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [
-        ({"role": "system", "content": "Answer in French."}, "leaves out the message 'Answer in French.'"),
-        (
-            {"role": "user", "content": "hi", "reasoning_content": "so"},
-            "does not write `reasoning_content` of a message",
-        ),
-        ({"role": "user", "content": "hi", "weight": 0}, "does not write `weight` of a message"),
-        ({"role": "user", "content": "hi", "refusal": None}, 5),
-        ({"role": "user", "content": "hi", "name": "Ann"}, 5),
-        ({"role": "assistant", "content": "<think>so</think>\n\nhello"}, 5),
-    ],
-)
-def test_what_a_template_does_not_write_of_a_message_is_refused(message, expected, tmp_path):
-    template = TURNS.replace("in messages", "in messages if m.role != 'system'")
-    template = template.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] | trim }}")
-    assert template.count("</think>") == 1
-    rows = [{"messages": [message, *talk(f"q{i}")]} for i in range(5)]
-    (tmp_path / "a.jsonl").write_text(lines(*rows, good=0))
-    if isinstance(expected, int):
-        assert loaded(tmp_path / "a.jsonl", chatting(template)) == expected
-        return
-    with pytest.raises(ValueError, match=f"row 1: the chat template {expected}"):
-        load_task(str(tmp_path / "a.jsonl"), chatting(template))
-
-
-def test_a_template_that_writes_the_date_writes_the_same_on_any_day(tmp_path):
-    (tmp_path / "a.jsonl").write_text(lines(*({"messages": talk(f"q{i}")} for i in range(5)), good=0))
-    task = load_task(str(tmp_path / "a.jsonl"), chatting("Today is {{ strftime_now('%d %b %Y') }}.\n" + TURNS))
-    assert all(e.prompt.startswith("Today is 26 Jul 2024.\n") for e in task.train)
-
-
-def test_the_answer_is_what_the_template_makes_of_the_last_message(tmp_path):
-    """Qwen 3's template writes an empty thought before it."""
-    thinks = TURNS.replace(
-        "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
-    )
-    (tmp_path / "a.jsonl").write_text(lines(*({"messages": talk(f"q{i}", f"word{i}x")} for i in range(5)), good=0))
-    task = load_task(str(tmp_path / "a.jsonl"), chatting(thinks))
-    assert all(e.answer.startswith("<think></think>word") for e in task.train)
-
-
-def test_a_row_without_an_answer_is_said_and_refused_where_a_score_is_asked_for(tmp_path, caplog):
-    rows = [
-        {"messages": talk(f"q{i}", *((None,) if i == 2 else (f"{i}",)), **({"tool_calls": [CALL]} if i == 2 else {}))}
-        for i in range(5)
-    ]
-    (tmp_path / "a.jsonl").write_text(lines(*rows, good=0))
-    assert load_task(str(tmp_path / "a.jsonl"), chatting(CALLS)).score is None
-    assert "1 of 5 rows have no answer: accuracy is not measured" in caplog.text
-    with pytest.raises(ValueError, match="row 3 has no answer to score: leave out the row, or `score`"):
-        load_task(str(tmp_path / "a.jsonl"), chatting(CALLS), score="number")
-
-
 def test_a_file_of_a_folder_that_is_no_split_is_named(tokenizer, tmp_path, caplog):
     for name in ("train", "test", "val"):
         (tmp_path / f"{name}.jsonl").write_text(
@@ -431,81 +347,6 @@ def test_a_file_of_a_folder_that_is_no_split_is_named(tokenizer, tmp_path, caplo
         )
     load_task(str(tmp_path), tokenizer)
     assert "val.jsonl is not read, splits are train.jsonl, validation.jsonl, test.jsonl" in caplog.text
-
-
-def test_tool_calls_that_the_template_writes_are_trained(tmp_path):
-    rows = [{"messages": talk(f"q{i}", None, tool_calls=[CALL])} for i in range(5)]
-    (tmp_path / "a.jsonl").write_text(lines(*rows, good=0))
-    task = load_task(str(tmp_path / "a.jsonl"), chatting(CALLS))
-    assert all("'name': 'lookup'" in e.response and e.response.endswith("END\n") for e in task.train)
-    assert task.score is None  # a call is no text to compare
-
-
-# response, answer, whether it is right
-NUMBERS = [
-    # units and words around
-    ("so 7 apples", "7 apples", True), ("7apples", "7", True), ("7 km/h", "7", True), ("12 m2", "12", True),
-    ("7 \u00b0C", "7", True), ("7th", "7", True), ("is 7.", "7", True), ("is 7!", "7", True), ("**7**", "7", True),
-    ("7...", "7", True), ("(7)", "7", True), ("'7'", "7", True), ("=7", "7", True), ("x=-7", "-7", True),
-    ("none", "7", False), ("", "7", False), ("seven", "7", False), ("nan", "nan", False), ("...", "7", False),
-    # currency before and after, percent
-    ("$7", "7", True), ("$ 7", "7", True), ("7$", "7", True), ("7 \u20ac", "7", True), ("\u20ac7.50", "7.5", True),
-    ("-$7", "-7", True), ("- $7", "-7", True), ("$-7", "-7", True), ("-$ 7", "-7", True), ("-$7", "7", False),
-    ("US$7", "7", True), ("USD7", "7", True), ("7 EUR", "7", True), ("Rs.500", "500", True), ("Rs. 500", "500", True),
-    ("\u20b91,00,000", "100000", True), ("7\u00a2", "7", True), ("CHF 1'200.-", "1200", True), ("\\$7", "7", True),
-    ("7%", "7", True), ("7 %", "7%", True), ("7\\%", "7", True), ("7 percent", "7%", True), ("17%", "7%", False),
-    # fractions
-    ("3/7", "3/7", True), ("6/14", "3/7", True), ("-3/7", "-3/7", True), ("3/7", "-3/7", False), ("4/7", "3/7", False),
-    ("1 1/2", "1.5", True), ("-1 1/2", "-1.5", True), ("1\u00bd", "1.5", True), ("\u00bd", "0.5", True),
-    ("1\u20442", "0.5", True), ("\u2153", "1/3", True), ("0.3333333", "1/3", True), ("0.33", "1/3", False),
-    ("7/0", "7", False),
-    ("\\frac{3}{7}", "3/7", True), ("\\frac{1}{7}", "3/7", False), ("\\dfrac{3}{7}", "3/7", True),
-    ("-\\frac{3}{7}", "-3/7", True), ("\\frac{-3}{7}", "-3/7", True), ("1\\frac{1}{2}", "1.5", True),
-    ("\\frac12", "1/2", True), ("\\tfrac{1}{2}", "0.5", True), ("\\frac{1,000}{3}", "1000/3", True),
-    # LaTeX
-    ("\\boxed{7}", "7", True), ("\\boxed{7} by step 2", "7", True), ("\\boxed{\\frac{3}{7}} by 2", "3/7", True),
-    ("$\\boxed{7}$", "7", True), ("\\boxed{1{,}234}", "1234", True), ("1\\,234", "1234", True), ("$7$", "7", True),
-    ("\\boxed{2} or \\boxed{3}", "3", True), ("7^\\circ", "7", True), ("7\\text{ cm}", "7", True),
-    ("\\boxed{7", "7", True), ("#### \\boxed{7}", "7", True),
-    # thousands and decimals
-    ("1,234", "1234", True), ("1,234,567.5", "1234567.5", True), ("1 234", "1234", True), ("1 234", "234", False),
-    ("1\u00a0234", "1234", True), ("1\u202f234\u202f567", "1234567", True), ("1\u2009234", "1234", True),
-    ("1'234'567", "1234567", True), ("1\u2019234", "1234", True), ("1_000", "1000", True), ("12 34", "34", True),
-    ("in 2020 500 came", "500", True), ("1.234.567", "1234567", True), ("1.234,56", "1234.56", True),
-    ("9.999,56", "1.234,56", False), ("3,5", "3.5", True), ("2,5", "1,5", False), ("0,25", "0.25", True),
-    ("1, 2, 3", "3", True), ("1,2,3", "3", True), ("1.234", "1.234", True), ("1,234", "1.234", False),
-    (".5", "0.5", True), ("-.5", "-0.5", True), ("5.", "5", True), ("5.0", "5", True), ("05", "5", True),
-    ("5.50", "5.5", True), ("$.50", "0.5", True),
-    # scientific notation
-    ("5e3", "5000", True), ("5E+3", "5000", True), ("5e-3", "0.005", True), ("1.5e3", "1500", True),
-    ("5 \u00d7 10^3", "5000", True), ("5\u00d710\u00b3", "5000", True), ("5\u00d710\u207b\u00b3", "0.005", True),
-    ("5 \\times 10^{3}", "5000", True), ("5 \\cdot 10^{-3}", "0.005", True), ("5*10^3", "5000", True),
-    ("5x10^3", "5000", True), ("4 \u00d7 10^3", "5 \u00d7 10^3", False), ("5 * 10", "10", True),
-    ("1e999", "1e999", True), ("1e999", "1e998", False), ("1e-999", "1e-999", True),
-    # signs
-    ("\u22127", "-7", True), ("\u20137", "-7", True), ("so \u2013 7", "7", True), ("\uff0d7", "-7", True),
-    ("\u22127", "7", False), ("+7", "7", True), ("- 7", "-7", True), ("5-7", "7", True), ("5\u20137", "7", True),
-    ("5 - 7", "7", True),
-    # several numbers
-    ("2 + 3 = 5", "5", True), ("2 + 3 = #### 5", "5", True), ("#### 5 of 9", "9", True), ("7 or 8", "7", False),
-    ("#### 5\n#### 6", "6", True), ("<<3+4=7>>7", "7", True), ("3 and 4", "4", True),
-    # tolerance and size
-    ("0.00001", "0.00009", False), ("1234567", "1234568", False), ("0.1000000001", "0.1", True), ("0", "1e-9", False),
-    ("0", "0.0", True), ("-0", "0", True), ("9" * 5000, "9" * 5000, True), ("9" * 5000, "9" * 5001, False),
-    ("\uff17", "7", True), ("\u0667", "7", True),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("response", "answer", "right"), NUMBERS)
-def test_the_number_that_a_response_ends_in(response, answer, right):
-    assert number(response, answer) is right
-
-
-@pytest.mark.parametrize(
-    "piece", ["1", "1,", "1 ", "1/", "1 1/", "1.", "-", "1e", "\\frac{", "\\boxed{", "1'234", "$ "]
-)
-def test_long_responses_are_scored_at_once(piece):
-    number(piece * (20_000 // len(piece)), "7")
 
 
 def symbols(*characters, **tokens):
