@@ -54,10 +54,10 @@ def test_rounded_layers_compute_what_they_did(kind, task, ids):
     assert set(quantized(model).values()) == {8, 4}
     fast = ready(copy.deepcopy(model), compiled=False)
     assert all(isinstance(fast.get_submodule(name), FixedLinear) for name in quantized(fast))
-    # Of many tokens the weights are restored, few are multiplied by what is stored.
-    torch.testing.assert_close(logits(fast, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
-    few = ids[:1, :3]
-    assert (logits(fast, few) - logits(model, few)).norm() < 5e-4 * logits(model, few).norm()
+    for some in (ids, ids[:1, :3]):
+        assert (logits(fast, some) - logits(model, some)).norm() < 5e-4 * logits(model, some).norm()
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # of many tokens the weights are restored
+        torch.testing.assert_close(logits(fast, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -100,29 +100,41 @@ def test_the_kernels_multiply_by_factors_in_two_parts(tokens, dtype):
     assert (found.float() - wide).norm() < (1e-4 if dtype == torch.float32 else 1e-2) * wide.norm()
 
 
-PORTABLE = """
+COMPILED = """
 import sys, torch
 from pathlib import Path
 from basis_select.layers import kernels
 from basis_select.layers.rounded import RoundedLinear
 from basis_select.layers.stacking import FixedLinear
 
-assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+if sys.argv[2:]:
+    kernels._of_processor = lambda: sys.argv[2:]
+else:
+    assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
 kernels.load(Path(sys.argv[1]))
 for bits in (8, 4):
     layer = RoundedLinear.rounded(torch.nn.Linear(95, 33), bits)
     weight, fixed = layer.weight, FixedLinear.of(layer)
-    x = torch.randn(3, 95)
-    torch.testing.assert_close(fixed(x), torch.nn.functional.linear(x, weight, fixed.bias), rtol=1e-3, atol=1e-4)
-    x[1, 2] = torch.nan
-    assert fixed(x)[1].isnan().all() and fixed(x)[[0, 2]].isfinite().all()
+    for tokens in (3, 39, 300):
+        x = torch.randn(tokens, 95)
+        whole = torch.nn.functional.linear(x, weight, fixed.bias)
+        torch.testing.assert_close(fixed(x), whole, rtol=1e-3, atol=1e-4)
+        assert (fixed(x.bfloat16()) - whole).norm() < 1e-2 * whole.norm()
+        x[1, 2] = torch.nan
+        assert fixed(x)[1].isnan().all() and fixed(x)[[0, 2]].isfinite().all()
 """
+WIDE = ["-fopenmp", "-mavx2", "-mfma"]
 
 
 @pytest.mark.slow
-def test_the_kernels_compute_the_same_on_a_processor_without_wide_units(tmp_path):
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(Path(bs.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", PORTABLE, str(tmp_path)], check=True, env=environment)
+@pytest.mark.parametrize("options", [[], WIDE, [*WIDE, "-DWIDER_THAN_256"]])
+def test_the_kernels_compute_the_same_whatever_the_processor_has(options, tmp_path):
+    """Without wide units, with vectors of 256 bits, and with wider ones."""
+    if options and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this processor has no vectors of 256 bits")
+    environment = {**os.environ, "PYTHONPATH": str(Path(bs.__file__).parents[1])}
+    environment |= {} if options else {"ATEN_CPU_CAPABILITY": "default"}
+    subprocess.run([sys.executable, "-c", COMPILED, str(tmp_path), *options], check=True, env=environment)
 
 
 def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch):

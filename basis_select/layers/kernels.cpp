@@ -3,7 +3,12 @@
 //
 // Inputs become whole numbers of 16 bits with one scale for every GROUP of them, which is 100 times as precise as
 // bfloat16; products of whole numbers are summed exactly within a group, groups in float32. Of many tokens the
-// weights are restored first, in the dtype of the inputs: from there on a library's product is faster.
+// weights are restored first, in float32, or in the dtype of the inputs where a processor is wide enough: from there on
+// a library's product is faster.
+//
+// Weights of 8 bits lie row after row. Those of 4 bits lie in blocks of ROWS rows, filled up with zeros, a row in each
+// lane of a vector: a block is its groups, a group four vectors of eight inputs. Of inputs 2i and 2i + 1 of these the
+// whole numbers, with 8 added, are bits 4i to 4i + 3 and 4i + 16 to 4i + 19 of a lane.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -23,26 +28,37 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t GROUP = 32;            // inputs that share a scale at 4 bits
+constexpr int64_t ROWS = 8;              // of a block at 4 bits
+constexpr int64_t ALIGNED = 64;          // bytes of which everything begins at a multiple
+#ifdef WIDER_THAN_256
 constexpr int64_t FEW = 32;              // tokens up to which weights are not restored
 constexpr int64_t FEW_IN_BFLOAT16 = 16;  // and where inputs are in bfloat16
+#else
+constexpr int64_t FEW = 128, FEW_IN_BFLOAT16 = INT64_MAX;  // whole numbers are as fast as float32, bfloat16 is slow
+#endif
 constexpr int64_t AHEAD = 2048;          // bytes from where weights are read to where memory is asked for more
+constexpr int64_t TOGETHER = 128;        // tokens that go through weights together
+constexpr int64_t AT_ONCE = 1 << 16;     // weights that stay in the cache for all of them
 constexpr int64_t GRAIN = 1 << 17;       // products of two numbers below which a second thread costs more than it saves
 
 int64_t groups_of(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
 
+// Of its upper half.
+float float_of(uint16_t upper) {
+  const uint32_t bits = (uint32_t)upper << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 #ifdef __AVX2__
 
-// The weights of a group as whole numbers of 16 bits; those of 4 bits have the even ones first, then the odd ones.
+// The weights of a group of 8 bits as whole numbers of 16.
 struct Weights {
   __m256i w[2];
   explicit Weights(const int8_t* from)
       : w{_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)),
           _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + 16)))} {}
-  explicit Weights(const uint8_t* from) {
-    const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from)), eight = _mm256_set1_epi16(8);
-    w[0] = _mm256_sub_epi16(_mm256_and_si256(pairs, _mm256_set1_epi16(15)), eight);
-    w[1] = _mm256_sub_epi16(_mm256_srli_epi16(pairs, 4), eight);
-  }
 };
 
 // The sum of products of a row, in eight parts.
@@ -60,24 +76,69 @@ struct Sum {
   }
 };
 
+// The sums of products of a block, a row in each lane.
+struct Sums {
+  __m256 rows = _mm256_setzero_ps();
+  // whole: of a group; scale: (ROWS,), the upper halves of float32; by: of the inputs
+  void add(__m256i whole, const uint16_t* scale, float by) {
+    const __m256i upper = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)scale));
+    const __m256 each = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(upper, 16)), _mm256_set1_ps(by));
+    rows = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), each, rows);
+  }
+  void add_to(float* y) const { _mm256_storeu_ps(y, _mm256_add_ps(rows, _mm256_loadu_ps(y))); }
+};
+
+// A group of a block times a group of inputs of T tokens, `apart` numbers from each other; eights: (T,), what the
+// 8 that were added to weights have to take away, `groups` numbers from each other.
+template <int T>
+struct Products {
+  __m256i of[T];
+  Products(const uint8_t* q, const int16_t* x, int64_t apart, const int32_t* eights, int64_t groups) {
+    for (int t = 0; t < T; ++t) of[t] = _mm256_set1_epi32(eights[t * groups]);
+    const __m256i last = _mm256_set1_epi16(15);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const __m256i eight = _mm256_loadu_si256((const __m256i*)(q + 32 * v));
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m256i moved = _mm256_srli_epi16(eight, 4 * i), pairs = i < 3 ? _mm256_and_si256(moved, last) : moved;
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          int32_t pair;
+          std::memcpy(&pair, x + t * apart + 8 * v + 2 * i, sizeof(pair));
+          of[t] = _mm256_add_epi32(of[t], _mm256_madd_epi16(pairs, _mm256_set1_epi32(pair)));
+        }
+      }
+    }
+  }
+};
+
 // The upper halves of numbers in float32, to the nearest; none of them is infinite or no number.
 __m256i upper_halves(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x), last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff))), 16);
 }
 
+// The whole numbers of a group in order, of 8 bits, and of a row of a block.
+void numbers_of(const int8_t* from, int64_t, __m128i* whole) {
+  for (int i = 0; i < 2; ++i) whole[i] = _mm_loadu_si128((const __m128i*)(from + 16 * i));
+}
+
+void numbers_of(const uint8_t* from, int64_t row, __m128i* whole) {
+  int32_t words[4];
+  for (int v = 0; v < 4; ++v) std::memcpy(&words[v], from + 32 * v + 4 * row, sizeof(int32_t));
+  const __m128i all = _mm_loadu_si128((const __m128i*)words), last = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+  const __m128i low = _mm_and_si128(all, last), high = _mm_and_si128(_mm_srli_epi16(all, 4), last);
+  const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  whole[0] = _mm_sub_epi8(_mm_shuffle_epi8(_mm_unpacklo_epi8(low, high), order), eight);
+  whole[1] = _mm_sub_epi8(_mm_shuffle_epi8(_mm_unpackhi_epi8(low, high), order), eight);
+}
+
 // The weights of a group in order, times `by`.
 template <typename Q, typename To>
-void restore_group(const Q* from, float by, To* to) {
-  __m128i whole[2] = {_mm_loadu_si128((const __m128i*)from)};
-  if constexpr (std::is_same_v<Q, int8_t>) {
-    whole[1] = _mm_loadu_si128((const __m128i*)(from + 16));
-  } else {
-    const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-    const __m128i even = _mm_and_si128(whole[0], low), odd = _mm_and_si128(_mm_srli_epi16(whole[0], 4), low);
-    whole[0] = _mm_sub_epi8(_mm_unpacklo_epi8(even, odd), eight);
-    whole[1] = _mm_sub_epi8(_mm_unpackhi_epi8(even, odd), eight);
-  }
+void restore_group(const Q* from, int64_t row, float by, To* to) {
+  __m128i whole[2];
+  numbers_of(from, row, whole);
   for (int i = 0; i < 2; ++i) {
     const __m256 scale = _mm256_set1_ps(by);
     const __m256 a = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(whole[i])), scale);
@@ -118,15 +179,7 @@ float rounded(const float* x, int16_t* to) {
 
 struct Weights {
   int16_t w[GROUP];
-  explicit Weights(const int8_t* from) {
-    for (int i = 0; i < GROUP; ++i) w[i] = from[i];
-  }
-  explicit Weights(const uint8_t* from) {
-    for (int i = 0; i < GROUP / 2; ++i) {
-      w[i] = (from[i] & 15) - 8;
-      w[i + GROUP / 2] = (from[i] >> 4) - 8;
-    }
-  }
+  explicit Weights(const int8_t* from) { std::copy(from, from + GROUP, w); }
 };
 
 struct Sum {
@@ -139,12 +192,39 @@ struct Sum {
   float total() const { return whole; }
 };
 
-template <typename Q, typename To>
-void restore_group(const Q* from, float by, To* to) {
-  for (int i = 0; i < GROUP; ++i) {
-    const int whole = std::is_same_v<Q, int8_t> ? from[i] : (i % 2 ? from[i / 2] >> 4 : from[i / 2] & 15) - 8;
-    to[i] = static_cast<To>(whole * by);
+int number_of(const int8_t* from, int64_t, int64_t i) { return from[i]; }
+
+int number_of(const uint8_t* from, int64_t row, int64_t i) {
+  uint32_t word;
+  std::memcpy(&word, from + i / 8 * 32 + 4 * row, sizeof(word));
+  return (int)(word >> (i % 8 / 2 * 4 + i % 2 * 16) & 15) - 8;
+}
+
+struct Sums {
+  float rows[ROWS] = {};
+  void add(const int32_t* whole, const uint16_t* scale, float by) {
+    for (int r = 0; r < ROWS; ++r) rows[r] += whole[r] * (float_of(scale[r]) * by);
   }
+  void add_to(float* y) const {
+    for (int r = 0; r < ROWS; ++r) y[r] += rows[r];
+  }
+};
+
+template <int T>
+struct Products {
+  int32_t of[T][ROWS];
+  Products(const uint8_t* q, const int16_t* x, int64_t apart, const int32_t*, int64_t) {
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < ROWS; ++r) {
+        of[t][r] = 0;
+        for (int i = 0; i < GROUP; ++i) of[t][r] += number_of(q, r, i) * x[t * apart + i];
+      }
+  }
+};
+
+template <typename Q, typename To>
+void restore_group(const Q* from, int64_t row, float by, To* to) {
+  for (int i = 0; i < GROUP; ++i) to[i] = static_cast<To>(number_of(from, row, i) * by);
 }
 
 float rounded(const float* x, int16_t* to) {
@@ -166,109 +246,155 @@ struct Inputs {
   int64_t groups;
   std::vector<int16_t> numbers;
   std::vector<float> scales;
+  std::vector<int32_t> eights;  // of each group its sum times -8
 
-  // x: (tokens, size); in_pairs: the even inputs of a group first, then the odd ones.
-  Inputs(const float* x, int64_t tokens, int64_t size, bool in_pairs)
-      : groups(groups_of(size)), numbers(tokens * groups * GROUP), scales(tokens * groups) {
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t g = 0; g < groups; ++g) {
-        const float* from = x + t * size + g * GROUP;
-        float last[GROUP] = {};
-        if ((g + 1) * GROUP > size) {
-          std::memcpy(last, from, (size - g * GROUP) * sizeof(float));
-          from = last;
+  // x: (tokens, size)
+  Inputs(const float* x, int64_t tokens, int64_t size)
+      : groups(groups_of(size)), numbers(tokens * groups * GROUP), scales(tokens * groups), eights(tokens * groups) {
+    at::parallel_for(0, tokens, std::max<int64_t>(1, GRAIN / size), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t g = 0; g < groups; ++g) {
+          const float* from = x + t * size + g * GROUP;
+          float last[GROUP] = {};
+          if ((g + 1) * GROUP > size) {
+            std::memcpy(last, from, (size - g * GROUP) * sizeof(float));
+            from = last;
+          }
+          int16_t* to = numbers.data() + (t * groups + g) * GROUP;
+          scales[t * groups + g] = rounded(from, to);
+          int32_t sum = 0;
+          for (int i = 0; i < GROUP; ++i) sum += to[i];
+          eights[t * groups + g] = -8 * sum;
         }
-        int16_t* to = numbers.data() + (t * groups + g) * GROUP;
-        int16_t found[GROUP];
-        scales[t * groups + g] = rounded(from, in_pairs ? found : to);
-        for (int i = 0; in_pairs && i < GROUP / 2; ++i) {
-          to[i] = found[2 * i];
-          to[i + GROUP / 2] = found[2 * i + 1];
-        }
-      }
+    });
   }
 };
 
-// A weight (rows, inputs) of so many bits, as it lies in memory: its scales, then its rows of whole numbers.
+// A weight (rows, inputs) of so many bits, as it lies in memory: its scales, then its whole numbers.
 struct Stored {
-  int64_t bits, rows, inputs, bytes;  // bytes of a row
-  const float* scale;
-  const void* q;
+  int64_t bits, rows, inputs;
+  const uint8_t *scales, *q;
 
   Stored(const uint8_t* at, int64_t bits, int64_t rows, int64_t inputs)
-      : bits(bits), rows(rows), inputs(inputs), bytes((inputs * bits + 7) / 8), scale((const float*)at) {
-    q = scale + rows * (bits == 8 ? 1 : groups_of(inputs));
+      : bits(bits), rows(rows), inputs(inputs), scales(at) {
+    q = at + aligned(bits == 8 ? rows * sizeof(float) : blocks() * groups_of(inputs) * ROWS * sizeof(uint16_t));
   }
-  // What comes after it begins where a scale can.
-  const uint8_t* end() const { return (const uint8_t*)q + (rows * bytes + 3) / 4 * 4; }
+  static int64_t aligned(int64_t bytes) { return (bytes + ALIGNED - 1) / ALIGNED * ALIGNED; }
+  int64_t blocks() const { return (rows + ROWS - 1) / ROWS; }
+  const uint8_t* end() const {
+    return q + aligned(bits == 8 ? rows * inputs : blocks() * groups_of(inputs) * GROUP * ROWS / 2);
+  }
+  // Of 8 bits, one for a row.
+  const float* scale() const { return (const float*)scales; }
+  // Of a block of 4 bits, ROWS for each group.
+  const uint16_t* scale(int64_t block) const {
+    return (const uint16_t*)scales + block * groups_of(inputs) * ROWS;
+  }
+  const uint8_t* block(int64_t i) const { return q + i * groups_of(inputs) * GROUP * ROWS / 2; }
 };
 
-// y: (tokens, rows) += x W^T for a row and T tokens from `first` on. A last group goes on into the next row, where its
-// inputs are zeros; EDGE: it may go beyond the last row.
-template <int T, bool EDGE, typename Q>
+// y: (tokens, rows) += x W^T for a row of 8 bits and T tokens from `first` on. A last group goes on into the next row,
+// where its inputs are zeros; EDGE: it may go beyond the last row.
+template <int T, bool EDGE>
 void add_row(const Inputs& x, int64_t first, const Stored& w, int64_t row, float* y) {
-  constexpr bool WIDE = std::is_same_v<Q, int8_t>;
-  constexpr int64_t SIZE = WIDE ? GROUP : GROUP / 2;  // bytes of a group
   const int64_t groups = x.groups;
-  const Q *q = (const Q*)w.q + row * w.bytes, *end = (const Q*)w.q + w.rows * w.bytes;
+  const int8_t *q = (const int8_t*)w.q + row * w.inputs, *end = (const int8_t*)w.q + w.rows * w.inputs;
   const int16_t* numbers = x.numbers.data() + first * groups * GROUP;
-  const float *scales = x.scales.data() + first * groups, *own = w.scale + row * (WIDE ? 1 : groups);
+  const float* scales = x.scales.data() + first * groups;
   Sum sum[T];
   for (int64_t g = 0; g < groups; ++g) {
-    const Q* from = q + g * SIZE;
-    Q last[SIZE];
-    if (EDGE && from + SIZE > end) {
-      std::memset(last, 0, SIZE);
+    const int8_t* from = q + g * GROUP;
+    int8_t last[GROUP];
+    if (EDGE && from + GROUP > end) {
+      std::memset(last, 0, GROUP);
       std::memcpy(last, from, end - from);
       from = last;
     }
-    __builtin_prefetch(q + g * SIZE + AHEAD);
+    __builtin_prefetch(q + g * GROUP + AHEAD);
     const Weights of(from);
-    for (int t = 0; t < T; ++t) {
-      const float by = scales[t * groups + g];
-      sum[t].add(of, numbers + (t * groups + g) * GROUP, WIDE ? by : by * own[g]);
-    }
+    for (int t = 0; t < T; ++t) sum[t].add(of, numbers + (t * groups + g) * GROUP, scales[t * groups + g]);
   }
-  for (int t = 0; t < T; ++t) y[(first + t) * w.rows + row] += sum[t].total() * (WIDE ? *own : 1.0f);
+  for (int t = 0; t < T; ++t) y[(first + t) * w.rows + row] += sum[t].total() * w.scale()[row];
 }
 
-template <int T, typename Q>
-void add_few(const Inputs& x, int64_t first, const Stored& w, float* y) {
-  const int64_t beyond = x.groups * GROUP * w.bits / 8 - w.bytes;
-  const int64_t inside = w.rows - (beyond + w.bytes - 1) / w.bytes;  // rows whose last group does not go beyond all
-  at::parallel_for(0, w.rows, std::max<int64_t>(1, GRAIN / (T * x.groups * GROUP)), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < std::min(end, inside); ++r) add_row<T, false, Q>(x, first, w, r, y);
-    for (int64_t r = std::max(begin, inside); r < end; ++r) add_row<T, true, Q>(x, first, w, r, y);
-  });
+// The same for a block of rows of 4 bits.
+template <int T>
+void add_block(const Inputs& x, int64_t first, const Stored& w, int64_t block, float* y) {
+  const int64_t groups = x.groups, row = block * ROWS;
+  const uint8_t* q = w.block(block);
+  const uint16_t* own = w.scale(block);
+  const int64_t of_first = first * groups;
+  Sums sums[T];
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t i = 0; i < GROUP * ROWS / 2; i += 64) __builtin_prefetch(q + g * GROUP * ROWS / 2 + i + AHEAD);
+    const Products<T> found(
+        q + g * GROUP * ROWS / 2, x.numbers.data() + (of_first + g) * GROUP, groups * GROUP,
+        x.eights.data() + of_first + g, groups);
+    for (int t = 0; t < T; ++t) sums[t].add(found.of[t], own + g * ROWS, x.scales[of_first + t * groups + g]);
+  }
+  for (int t = 0; t < T; ++t) {
+    float* to = y + (first + t) * w.rows + row;
+    if (row + ROWS <= w.rows) {
+      sums[t].add_to(to);
+      continue;
+    }
+    float each[ROWS] = {};
+    sums[t].add_to(each);
+    for (int64_t r = 0; r < w.rows - row; ++r) to[r] += each[r];
+  }
 }
 
-template <typename Q>
-void add_few(const float* x, int64_t tokens, const Stored& w, float* y) {
-  const Inputs in(x, tokens, w.inputs, w.bits == 4);
-  int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) add_few<4, Q>(in, t, w, y);
-  for (; t + 2 <= tokens; t += 2) add_few<2, Q>(in, t, w, y);
-  for (; t < tokens; ++t) add_few<1, Q>(in, t, w, y);
+template <int T>
+void add_tokens(const Inputs& x, int64_t first, const Stored& w, int64_t begin, int64_t end, float* y) {
+  if (w.bits == 4) {
+    for (int64_t b = begin; b < end; ++b) add_block<T>(x, first, w, b, y);
+    return;
+  }
+  const int64_t beyond = x.groups * GROUP - w.inputs;
+  const int64_t inside = w.rows - (beyond + w.inputs - 1) / w.inputs;  // rows whose last group does not go beyond all
+  for (int64_t r = begin; r < std::min(end, inside); ++r) add_row<T, false>(x, first, w, r, y);
+  for (int64_t r = std::max(begin, inside); r < end; ++r) add_row<T, true>(x, first, w, r, y);
+}
+
+// y: (tokens, rows) += x W^T, x: (tokens, inputs)
+void add_product(const float* x, int64_t tokens, const Stored& w, float* y) {
+  const Inputs in(x, tokens, w.inputs);
+  const int64_t parts = w.bits == 4 ? w.blocks() : w.rows, work = in.groups * GROUP * (w.bits == 4 ? ROWS : 1);
+  for (int64_t first = 0; first < tokens; first += TOGETHER) {
+    const int64_t end = std::min(tokens, first + TOGETHER);
+    at::parallel_for(0, parts, std::max<int64_t>(1, GRAIN / (work * (end - first))), [&](int64_t from, int64_t to) {
+      for (int64_t part = from, size = std::max<int64_t>(1, AT_ONCE / work); part < to; part += size) {
+        const int64_t last = std::min(to, part + size);
+        int64_t t = first;
+        for (; t + 4 <= end; t += 4) add_tokens<4>(in, t, w, part, last, y);
+        for (; t + 2 <= end; t += 2) add_tokens<2>(in, t, w, part, last, y);
+        for (; t < end; ++t) add_tokens<1>(in, t, w, part, last, y);
+      }
+    });
+  }
 }
 
 // The weight (rows, inputs), its rows `stride` numbers apart.
 template <typename Q, typename To>
 void restore(const Stored& w, To* to, int64_t stride) {
   constexpr bool WIDE = std::is_same_v<Q, int8_t>;
-  constexpr int64_t SIZE = WIDE ? GROUP : GROUP / 2;  // bytes of a group
   const int64_t groups = groups_of(w.inputs), whole = w.inputs / GROUP;
   at::parallel_for(0, w.rows, std::max<int64_t>(1, GRAIN / w.inputs), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const Q* from = (const Q*)w.q + r * w.bytes;
-      const float* by = w.scale + r * (WIDE ? 1 : groups);
       To* row = to + r * stride;
-      for (int64_t g = 0; g < whole; ++g) restore_group(from + g * SIZE, by[WIDE ? 0 : g], row + g * GROUP);
-      if (whole == groups) continue;
-      Q last[SIZE] = {};
-      To found[GROUP];
-      std::memcpy(last, from + whole * SIZE, w.bytes - whole * SIZE);
-      restore_group(last, by[WIDE ? 0 : whole], found);
-      std::memcpy(row + whole * GROUP, found, (w.inputs - whole * GROUP) * sizeof(To));
+      for (int64_t g = 0; g < groups; ++g) {
+        const Q* from = (const Q*)(WIDE ? w.q + r * w.inputs + g * GROUP : w.block(r / ROWS) + g * GROUP * ROWS / 2);
+        const float by = WIDE ? w.scale()[r] : float_of(w.scale(r / ROWS)[g * ROWS + r % ROWS]);
+        if (g < whole) {
+          restore_group(from, r % ROWS, by, row + g * GROUP);
+          continue;
+        }
+        Q last[GROUP * ROWS / 2] = {};
+        To found[GROUP];
+        std::memcpy(last, from, WIDE ? w.inputs - whole * GROUP : sizeof(last));
+        restore_group(last, r % ROWS, by, found);
+        std::memcpy(row + whole * GROUP, found, (w.inputs - whole * GROUP) * sizeof(To));
+      }
     }
   });
 }
@@ -319,11 +445,6 @@ Tensor product_of_many(const Tensor& x, const std::vector<Stored>& weights, cons
     start += here;
   }
   return y;
-}
-
-// y: (tokens, rows) += x W^T, x: (tokens, inputs)
-void add_product(const float* x, int64_t tokens, const Stored& w, float* y) {
-  w.bits == 8 ? add_few<int8_t>(x, tokens, w, y) : add_few<uint8_t>(x, tokens, w, y);
 }
 
 // `x W^T + bias` of one weight, or `sum of u[i](v[i](x)) + bias` of pairs; x: (..., inputs).

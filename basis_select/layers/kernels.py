@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from .rounded import RoundedLinear
-from .rounding import apart
+from .rounding import GROUP
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+ROWS = 8  # of a block of weights of 4 bits
+ALIGNED = 64  # bytes of which everything begins at a multiple
 
 
 def load(folder: Path) -> None:
@@ -61,8 +63,10 @@ def _is_loaded() -> bool:
 def _of_processor() -> list[str]:
     if platform.system() == "Darwin":
         return ["-undefined", "dynamic_lookup"]
-    wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return ["-fopenmp", *(["-mavx2", "-mfma"] if wide else [])]
+    # Without the last of them GCC multiplies far ahead of its sums, which then lie on the stack.
+    vectors = ["-mavx2", "-mfma", "-fno-tree-ter"]
+    by_capability = {"AVX2": vectors, "AVX512": [*vectors, "-DWIDER_THAN_256"]}
+    return ["-fopenmp", *by_capability.get(torch.backends.cpu.get_cpu_capability(), [])]
 
 
 def _compile(command: list[str], library: Path) -> None:
@@ -113,14 +117,24 @@ def pack(weights: list[RoundedLinear]) -> tuple[torch.Tensor, list[int]]:
     parts, layout = [], []
     for w in weights:
         w.widen()
-        q, scale = (w.q, w.scale) if w.bits == 8 else apart(w.q, w.in_features, 4)
-        scale, q = (x.detach().contiguous().view(-1).view(torch.uint8) for x in (scale.float(), q))
-        parts += scale, F.pad(q, (0, -q.numel() % 4))
+        scale, q = (w.scale.detach().float(), w.q) if w.bits == 8 else _in_blocks(*w.numbers())
+        flat = (x.detach().contiguous().view(-1).view(torch.uint8) for x in (scale, q))
+        parts += (F.pad(x, (0, -x.numel() % ALIGNED)) for x in flat)
         layout += w.bits, w.out_features, w.in_features
     packed = torch.cat(parts)
     for w, scale, q in zip(weights, *(packed.split([len(p) for p in parts])[i::2] for i in (0, 1)), strict=True):
         if w.bits == 8:
             w.q.data = q[: w.q.numel()].view(w.q.dtype).view_as(w.q)
             if w.scale.dtype == torch.float32:
-                w.scale.data = scale.view(torch.float32).view_as(w.scale)
+                w.scale.data = scale[: 4 * w.scale.numel()].view(torch.float32).view_as(w.scale)
     return packed, layout
+
+
+def _in_blocks(q: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(scales, whole numbers)` of 4 bits as kernels.cpp has them: q (rows, inputs), scale (rows, groups)."""
+    rows = -len(q) % ROWS
+    q, scale = F.pad(q, (0, -q.shape[1] % GROUP, 0, rows)), F.pad(scale, (0, 0, 0, rows))
+    eights = (q.int() + 8).unflatten(1, (-1, 4, 2))  # (rows, eights, pairs, even and odd)
+    places = 4 * torch.arange(4, device=q.device)[:, None] + 16 * torch.arange(2, device=q.device)
+    words = (eights.long() << places).sum((-1, -2)).to(torch.int32)
+    return tuple(x.unflatten(0, (-1, ROWS)).transpose(1, 2) for x in (scale.bfloat16(), words))
