@@ -263,6 +263,8 @@ TABLES = {
     "plan_check": plan_check,
     "runtimes": runtimes,
     "runtimes_long": runtimes,
+    "runtimes_avx2": runtimes,
+    "runtimes_avx2_two": runtimes,
     "kernel_speed": kernel_speed,
     "bench": bench,
     "forms": forms,

@@ -52,8 +52,7 @@ def _compile(model: PreTrainedModel) -> None:
     # torch.compile keeps its graphs by code object: with one of its own, no other model's are tried before it.
     alone.__code__ = alone.__code__.replace()
     options = {"guard_filter_fn": _of_inputs, "size_asserts": False}  # a thousand asserts a token
-    # What is used more than once is computed once: angles and a turned query would be for every key of every head.
-    options |= {"realize_reads_threshold": 0, **compile_options(model.device)}
+    options |= compile_options(model.device)
     step, known = torch.compile(alone, options=options), None  # and what `generate` calls it with
 
     @functools.wraps(plain)

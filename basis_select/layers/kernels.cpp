@@ -27,19 +27,19 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t GROUP = 32;            // inputs that share a scale at 4 bits
-constexpr int64_t ROWS = 8;              // of a block at 4 bits
-constexpr int64_t ALIGNED = 64;          // bytes of which everything begins at a multiple
+constexpr int64_t GROUP = 32;                // inputs that share a scale at 4 bits
+constexpr int64_t ROWS = 8;                  // of a block at 4 bits
+constexpr int64_t BYTES = GROUP * ROWS / 2;  // of a group of a block
+constexpr int64_t ALIGNED = 64;              // bytes of which everything begins at a multiple
 #ifdef WIDER_THAN_256
-constexpr int64_t FEW = 32;              // tokens up to which weights are not restored
-constexpr int64_t FEW_IN_BFLOAT16 = 16;  // and where inputs are in bfloat16
+constexpr int64_t FEW = 32;                  // tokens up to which weights are not restored
+constexpr int64_t FEW_IN_BFLOAT16 = 16;      // and where inputs are in bfloat16
 #else
-constexpr int64_t FEW = 128, FEW_IN_BFLOAT16 = INT64_MAX;  // whole numbers are as fast as float32, bfloat16 is slow
+constexpr int64_t FEW = 128, FEW_IN_BFLOAT16 = INT64_MAX;  // products in bfloat16 are slow there
 #endif
-constexpr int64_t AHEAD = 2048;          // bytes from where weights are read to where memory is asked for more
-constexpr int64_t TOGETHER = 128;        // tokens that go through weights together
-constexpr int64_t AT_ONCE = 1 << 16;     // weights that stay in the cache for all of them
-constexpr int64_t GRAIN = 1 << 17;       // products of two numbers below which a second thread costs more than it saves
+constexpr int64_t AHEAD = 2048;              // bytes from where weights are read to where memory is asked for more
+constexpr int64_t AT_ONCE = 1 << 16;         // weights that stay in the cache for all tokens
+constexpr int64_t GRAIN = 1 << 17;  // products of two numbers below which a second thread costs more than it saves
 
 int64_t groups_of(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
 
@@ -282,7 +282,7 @@ struct Stored {
   static int64_t aligned(int64_t bytes) { return (bytes + ALIGNED - 1) / ALIGNED * ALIGNED; }
   int64_t blocks() const { return (rows + ROWS - 1) / ROWS; }
   const uint8_t* end() const {
-    return q + aligned(bits == 8 ? rows * inputs : blocks() * groups_of(inputs) * GROUP * ROWS / 2);
+    return q + aligned(bits == 8 ? rows * inputs : blocks() * groups_of(inputs) * BYTES);
   }
   // Of 8 bits, one for a row.
   const float* scale() const { return (const float*)scales; }
@@ -290,7 +290,7 @@ struct Stored {
   const uint16_t* scale(int64_t block) const {
     return (const uint16_t*)scales + block * groups_of(inputs) * ROWS;
   }
-  const uint8_t* block(int64_t i) const { return q + i * groups_of(inputs) * GROUP * ROWS / 2; }
+  const uint8_t* block(int64_t i) const { return q + i * groups_of(inputs) * BYTES; }
 };
 
 // y: (tokens, rows) += x W^T for a row of 8 bits and T tokens from `first` on. A last group goes on into the next row,
@@ -326,9 +326,9 @@ void add_block(const Inputs& x, int64_t first, const Stored& w, int64_t block, f
   const int64_t of_first = first * groups;
   Sums sums[T];
   for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t i = 0; i < GROUP * ROWS / 2; i += 64) __builtin_prefetch(q + g * GROUP * ROWS / 2 + i + AHEAD);
+    for (int64_t i = 0; i < BYTES; i += ALIGNED) __builtin_prefetch(q + g * BYTES + i + AHEAD);
     const Products<T> found(
-        q + g * GROUP * ROWS / 2, x.numbers.data() + (of_first + g) * GROUP, groups * GROUP,
+        q + g * BYTES, x.numbers.data() + (of_first + g) * GROUP, groups * GROUP,
         x.eights.data() + of_first + g, groups);
     for (int t = 0; t < T; ++t) sums[t].add(found.of[t], own + g * ROWS, x.scales[of_first + t * groups + g]);
   }
@@ -359,19 +359,17 @@ void add_tokens(const Inputs& x, int64_t first, const Stored& w, int64_t begin, 
 // y: (tokens, rows) += x W^T, x: (tokens, inputs)
 void add_product(const float* x, int64_t tokens, const Stored& w, float* y) {
   const Inputs in(x, tokens, w.inputs);
-  const int64_t parts = w.bits == 4 ? w.blocks() : w.rows, work = in.groups * GROUP * (w.bits == 4 ? ROWS : 1);
-  for (int64_t first = 0; first < tokens; first += TOGETHER) {
-    const int64_t end = std::min(tokens, first + TOGETHER);
-    at::parallel_for(0, parts, std::max<int64_t>(1, GRAIN / (work * (end - first))), [&](int64_t from, int64_t to) {
-      for (int64_t part = from, size = std::max<int64_t>(1, AT_ONCE / work); part < to; part += size) {
-        const int64_t last = std::min(to, part + size);
-        int64_t t = first;
-        for (; t + 4 <= end; t += 4) add_tokens<4>(in, t, w, part, last, y);
-        for (; t + 2 <= end; t += 2) add_tokens<2>(in, t, w, part, last, y);
-        for (; t < end; ++t) add_tokens<1>(in, t, w, part, last, y);
-      }
-    });
-  }
+  const int64_t parts = w.bits == 4 ? w.blocks() : w.rows, size = in.groups * GROUP * (w.bits == 4 ? ROWS : 1);
+  const int64_t cached = std::max<int64_t>(1, AT_ONCE / size);
+  at::parallel_for(0, parts, std::max<int64_t>(1, GRAIN / (size * tokens)), [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin += cached) {
+      const int64_t last = std::min(end, begin + cached);
+      int64_t t = 0;
+      for (; t + 4 <= tokens; t += 4) add_tokens<4>(in, t, w, begin, last, y);
+      for (; t + 2 <= tokens; t += 2) add_tokens<2>(in, t, w, begin, last, y);
+      for (; t < tokens; ++t) add_tokens<1>(in, t, w, begin, last, y);
+    }
+  });
 }
 
 // The weight (rows, inputs), its rows `stride` numbers apart.
@@ -383,13 +381,13 @@ void restore(const Stored& w, To* to, int64_t stride) {
     for (int64_t r = begin; r < end; ++r) {
       To* row = to + r * stride;
       for (int64_t g = 0; g < groups; ++g) {
-        const Q* from = (const Q*)(WIDE ? w.q + r * w.inputs + g * GROUP : w.block(r / ROWS) + g * GROUP * ROWS / 2);
+        const Q* from = (const Q*)(WIDE ? w.q + r * w.inputs + g * GROUP : w.block(r / ROWS) + g * BYTES);
         const float by = WIDE ? w.scale()[r] : float_of(w.scale(r / ROWS)[g * ROWS + r % ROWS]);
         if (g < whole) {
           restore_group(from, r % ROWS, by, row + g * GROUP);
           continue;
         }
-        Q last[GROUP * ROWS / 2] = {};
+        Q last[BYTES] = {};
         To found[GROUP];
         std::memcpy(last, from, WIDE ? w.inputs - whole * GROUP : sizeof(last));
         restore_group(last, r % ROWS, by, found);

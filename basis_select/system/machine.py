@@ -92,7 +92,10 @@ def _installed(name: str) -> bool:
         return False
 
 
-def compile_options(device: torch.device) -> dict[str, bool]:
-    """Of torch.compile. On a CPU the calls between products are C++: in Python they take as long as the products."""
-    cpu = device.type == "cpu"
-    return {"cpp_wrapper": cpu, "cpp_wrapper_build_separate": cpu}
+def compile_options(device: torch.device) -> dict[str, bool | int]:
+    """Of torch.compile. On a CPU the calls between products are C++: in Python they take as long as the products. And
+    what is read more than once is computed once: a query and its angles would be for every key of every head.
+    """
+    if device.type != "cpu":
+        return {}
+    return {"cpp_wrapper": True, "cpp_wrapper_build_separate": True, "realize_reads_threshold": 0}
