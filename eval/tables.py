@@ -264,7 +264,6 @@ TABLES = {
     "runtimes": runtimes,
     "runtimes_long": runtimes,
     "runtimes_avx2": runtimes,
-    "runtimes_avx2_two": runtimes,
     "kernel_speed": kernel_speed,
     "bench": bench,
     "forms": forms,
