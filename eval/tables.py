@@ -264,6 +264,7 @@ TABLES = {
     "runtimes": runtimes,
     "runtimes_long": runtimes,
     "runtimes_avx2": runtimes,
+    "runtimes_avx2_long": runtimes,
     "kernel_speed": kernel_speed,
     "bench": bench,
     "forms": forms,
