@@ -135,6 +135,6 @@ def _in_blocks(q: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torc
     rows = -len(q) % ROWS
     q, scale = F.pad(q, (0, -q.shape[1] % GROUP, 0, rows)), F.pad(scale, (0, 0, 0, rows))
     eights = (q.int() + 8).unflatten(1, (-1, 4, 2))  # (rows, eights, pairs, even and odd)
-    places = 4 * torch.arange(4, device=q.device)[:, None] + 16 * torch.arange(2, device=q.device)
-    words = (eights.long() << places).sum((-1, -2)).to(torch.int32)
+    even = 4 * torch.arange(4, device=q.device, dtype=torch.int32)
+    words = (eights << torch.stack([even, even + 16], dim=-1)).sum((-1, -2), dtype=torch.int32)
     return tuple(x.unflatten(0, (-1, ROWS)).transpose(1, 2) for x in (scale.bfloat16(), words))
