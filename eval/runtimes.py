@@ -6,20 +6,25 @@ python eval/runtimes.py DENSE RECIPE FOLDER OUT.json RESULT ... [--llama-cpp SOU
 RECIPE names the task, a RESULT is a checkpoint made from DENSE; its rows are named by its size on disk. FOLDER keeps
 the exports, so that a killed run does not repeat them. In a round each row reads a prompt of each length at batch 1 and
 one of a length that it has not read before, and at each batch size decodes `--tokens` tokens after prompts of 16, all
-rows in turn, or those alone in whose names PATTERN is found. Needs llama-cpp-python, built for this machine, and its
-source, whose converter writes the GGUF files; nncf; torchao; and the package's `export` extra. eval/tables.py writes
-the table.
+rows in turn, or those alone in whose names PATTERN is found. Each row has a process of its own, stopped while others
+have their turn: threads that wait for work would take the cores from them. Needs llama-cpp-python, built for this
+machine, and its source, whose converter writes the GGUF files; nncf; torchao; and the package's `export` extra.
+eval/tables.py writes the table.
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import functools
 import gc
 import json
 import logging
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,6 +304,67 @@ def decoding(model, batch, tokens):
     return prepare
 
 
+class Row:
+    """A row in a process of its own, which runs while it is asked and is stopped otherwise.
+
+    facts: its bytes and so on; runs: what it can be asked to do.
+    """
+
+    def __init__(self, name, a, examples):
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=answer, args=(theirs, name, a, examples), daemon=True)
+        self.process.start()
+        theirs.close()  # so that its end is noticed
+        self.facts, self.runs = self.pipe.recv()
+        self.stop()
+
+    def stop(self):
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def prepare(self, what):
+        """What `take_turns` prepares and times; the time is with the messages' way there and back."""
+        os.kill(self.process.pid, signal.SIGCONT)
+        self.pipe.send(what)
+        self.pipe.recv()
+
+        def run():
+            self.pipe.send("go")
+            self.pipe.recv()
+            self.stop()
+
+        return run
+
+
+def answer(pipe, name, a, examples):
+    """Load a row of `rows_of` and do what it is asked, in a process of its own."""
+    quiet()
+    torch.set_num_threads(a.threads)
+    source, make, *how = rows_of(a)[name]
+    forget_peak_memory()
+    before, began = resident_memory(), time.perf_counter()
+    model, size = make(source, a, *how)
+    ready = time.perf_counter() - began
+    nll = score(model, examples)
+    gc.collect()
+    runs = {f"first token of {n}": reading(model, n) for n in a.prompts}
+    runs[f"first token of lengths unseen from {a.unseen[0]}"] = reading_anew(model, a.unseen)
+    runs |= {f"decode at batch {n}": decoding(model, n, a.tokens) for n in a.batches}
+    facts = {"bytes": size, "resident": resident_memory() - before, "ready in": ready, "nll": nll}
+    pipe.send((facts, list(runs)))
+    while True:
+        prepared = runs[pipe.recv()]()
+        pipe.send(None)
+        pipe.recv()
+        prepared()
+        pipe.send(None)
+
+
+def quiet():
+    for name in ("torch._dynamo", "onnxruntime.quantization", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind in (("dense", str), ("recipe", str), ("folder", Path), ("out", Path)):
@@ -318,21 +384,17 @@ def main():
     examples = load_task(recipe.task, load(a.dense)[1], recipe.seed, **data).test
     seen = {*a.prompts, *(len(example.input_ids) for example in examples)}
     a.longest = max(seen)
-    unseen = [n for n in range(min(a.prompts) + 1, a.longest) if n not in seen]
+    a.unseen = [n for n in range(min(a.prompts) + 1, a.longest) if n not in seen]
     rows, runs = {}, {}
-    for name, (source, make, *how) in rows_of(a).items():
-        forget_peak_memory()
-        before, began = resident_memory(), time.perf_counter()
-        model, size = make(source, a, *how)
-        ready = time.perf_counter() - began
-        nll = score(model, examples)
-        gc.collect()
-        rows[name] = {"bytes": size, "resident": resident_memory() - before, "ready in": ready, "nll": nll}
-        runs |= {(name, f"first token of {n}"): reading(model, n) for n in a.prompts}
-        runs[name, f"first token of lengths unseen from {unseen[0]}"] = reading_anew(model, unseen)
-        runs |= {(name, f"decode at batch {n}"): decoding(model, n, a.tokens) for n in a.batches}
-        print(name, json.dumps(rows[name]), flush=True)
-    for (name, what), seconds in take_turns(runs, a.rounds).items():
+    with contextlib.ExitStack() as ended:
+        for name in rows_of(a):
+            row = Row(name, a, examples)
+            ended.callback(row.process.kill)  # a stopped process does not end by itself
+            rows[name] = row.facts
+            runs |= {(name, what): functools.partial(row.prepare, what) for what in row.runs}
+            print(name, json.dumps(row.facts), flush=True)
+        times = take_turns(runs, a.rounds)
+    for (name, what), seconds in times.items():
         batch = int(what.rpartition(" ")[2])
         found = [batch * a.tokens / s for s in seconds] if what.startswith("decode") else seconds
         rows[name][what] = spread(found)
@@ -341,6 +403,5 @@ def main():
 
 
 if __name__ == "__main__":
-    for name in ("torch._dynamo", "onnxruntime.quantization", "onnxscript"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     main()

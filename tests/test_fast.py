@@ -100,6 +100,33 @@ def test_the_kernels_multiply_by_factors_in_two_parts(tokens, dtype):
     assert (found.float() - wide).norm() < (1e-4 if dtype == torch.float32 else 1e-2) * wide.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [4, 12, 24, 64])
+def test_the_kernel_for_attention_of_one_token_is_attention(size, dtype):
+    """For any number of heads that share keys, of keys that count, and of keys that lie in a larger cache."""
+    kernels.load(cache() / "kernels")
+    torch.manual_seed(size)
+    attention = torch.ops.basis_select.attention
+    for shared, keys in ((1, 1), (2, 7), (3, 40), (4, 9), (7, 33)):
+        query = 3 * torch.randn(2, 3 * shared, 1, size).to(dtype)
+        key, value = torch.randn(2, 2, 3, keys + 5, size).to(dtype)[..., :keys, :]
+        used = torch.rand(2, 1, 1, keys) < 0.6
+        used[..., -1] = True
+        for counted in (None, used, used[:1]):
+            wide = (x.double() for x in (query, key, value))
+            every = None if counted is None else counted.expand_as(used)
+            expected = torch.nn.functional.scaled_dot_product_attention(*wide, every, scale=0.3, enable_gqa=True)
+            found = attention(query, key, value, counted, 0.3)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, expected.transpose(1, 2).to(dtype))
+        query[1] = torch.nan
+        found = attention(query, key, value, used, 0.3)
+        assert found[1].isnan().all() and found[0].isfinite().all()
+    assert (attention(query, key, value, torch.zeros_like(used), 0.3) == 0).all()
+    with pytest.raises(RuntimeError, match="attention of query"):
+        attention(query[:, :-1], key, value, None, 0.3)
+
+
 COMPILED = """
 import sys, torch
 from pathlib import Path
@@ -122,6 +149,11 @@ for bits in (8, 4):
         assert (fixed(x.bfloat16()) - whole).norm() < 1e-2 * whole.norm()
         x[1, 2] = torch.nan
         assert fixed(x)[1].isnan().all() and fixed(x)[[0, 2]].isfinite().all()
+for dtype in (torch.float32, torch.bfloat16):
+    q, k, v = (torch.randn(2, heads, n, 20).to(dtype) for heads, n in ((6, 1), (2, 11), (2, 11)))
+    whole = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    found = torch.ops.basis_select.attention(q, k, v, None, 20**-0.5)
+    torch.testing.assert_close(found, whole.transpose(1, 2).to(dtype))
 """
 WIDE = ["-fopenmp", "-mavx2", "-mfma"]
 
@@ -138,18 +170,18 @@ def test_the_kernels_compute_the_same_whatever_the_processor_has(options, tmp_pa
 
 
 def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "_is_loaded", lambda: False)
+    monkeypatch.setattr(kernels, "are_loaded", lambda: False)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler, and there is no no-such-compiler: install g"):
+    with pytest.raises(RuntimeError, match=r"need a C\+\+ compiler, and there is no no-such-compiler: install g"):
         kernels.load(tmp_path)
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(RuntimeError, match=r"false could not compile kernels.cpp, the kernel for"):
+    with pytest.raises(RuntimeError, match=r"false could not compile kernels.cpp, the kernels of"):
         kernels.load(tmp_path)
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
 def test_without_a_folder_for_the_kernels_one_sentence_says_so_and_work_goes_on(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "_is_loaded", lambda: False)
+    monkeypatch.setattr(kernels, "are_loaded", lambda: False)
     (tmp_path / "file").write_text("")
     assert not kernels.try_load(tmp_path / "file" / "kernels", "it is slower without")
     assert "Not a directory" in caplog.text
@@ -169,7 +201,7 @@ def test_without_a_compiler_a_run_times_models_as_they_load(task, ids, tmp_path,
     recipe = Recipe(model="m", task="t")
     timed = Work(recipe, None, {}, {"row": tmp_path / "row"}).finals()["row"]
     assert any(isinstance(m, FixedLinear | FixedProduct | Part) for m in timed.modules())
-    monkeypatch.setattr(kernels, "_is_loaded", lambda: False)
+    monkeypatch.setattr(kernels, "are_loaded", lambda: False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("BASIS_SELECT_CACHE", str(tmp_path / "cache"))
     timed = Work(recipe, None, {}, {"row": tmp_path / "row"}).finals()["row"]

@@ -13,7 +13,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..layers import kernels
-from ..layers.rounded import quantized
 from ..layers.stacking import stack
 from ..system.machine import cache, compile_options, fast_bf16
 from .format import register
@@ -31,7 +30,7 @@ def ready(model: PreTrainedModel, compiled: bool = True) -> PreTrainedModel:
     """
     if model.dtype == torch.bfloat16 and not fast_bf16(model.device):
         nn.Module.float(model)  # transformers refuses it for any checkpoint with a quantizer
-    if model.device.type == "cpu" and quantized(model):
+    if model.device.type == "cpu":
         kernels.load(cache() / "kernels")
     stack(model)
     register(model)  # so that saving it is refused
@@ -106,34 +105,14 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one token by plain products, heads that share keys together; of more by transformers' "sdpa".
+    """Attention of one token by our kernel, of more by transformers' "sdpa".
 
     query: (batch, heads, tokens, d), key and value: (batch, key heads, keys, d); result: (batch, tokens, heads, d).
     """
-    if query.shape[2] > 1 or query.shape[3] != key.shape[3]:
+    if query.shape[2] > 1 or not query.shape[3] == key.shape[3] == value.shape[3]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    batch, heads, _, size = query.shape
-    together = query.reshape(batch, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)
-    scores = _scores(together, key)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
-    out = _mixed(scores.softmax(-1), value).to(query.dtype)
-    return out.reshape(batch, 1, heads, value.shape[3]), None
-
-
-# Products of so few numbers take less time than a call of each would: where they are compiled they are written as sums.
-
-
-def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    if not torch.compiler.is_compiling():
-        return query @ key.transpose(2, 3)
-    return (query.float()[:, :, :, None] * key.float()[:, :, None]).sum(-1)
-
-
-def _mixed(shares: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    if not torch.compiler.is_compiling():
-        return shares @ value
-    return (shares[..., None] * value.float()[:, :, None]).sum(-2)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return torch.ops.basis_select.attention(query, key, value, attention_mask, scale), None
 
 
 AttentionInterface.register(ATTENTION, _attention)

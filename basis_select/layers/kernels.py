@@ -1,5 +1,5 @@
-"""Products with weights of few bits as they are stored, and their rounding while they train (straight_through.py), by
-C++ that is compiled once for a machine (kernels.cpp).
+"""Products with weights of few bits as they are stored, attention of one token, and the rounding of weights while they
+train (straight_through.py), by C++ that is compiled once for a machine (kernels.cpp).
 
 3 and 2 bits are held in 4 by products.
 
@@ -33,7 +33,7 @@ def load(folder: Path) -> None:
 
     Raises RuntimeError with what the compiler said, or that there is none, and OSError if `folder` cannot be written.
     """
-    if _is_loaded():
+    if are_loaded():
         return
     compiler = os.environ.get("CXX", "c++")
     options = ["-std=c++20", "-O3", "-shared", "-fPIC", *_of_processor()]
@@ -42,8 +42,9 @@ def load(folder: Path) -> None:
     if not library.exists():
         _compile([compiler, *options], library)
     torch.ops.load_library(library)
-    for name, of in (("product", _product), ("rounded_weight", _rounded), ("rounded_weight_backward", _gradients)):
-        torch.library.register_fake(f"basis_select::{name}", of)
+    of = {"product": _product, "attention": _attention, "rounded_weight": _rounded}
+    for name, made in (of | {"rounded_weight_backward": _gradients}).items():
+        torch.library.register_fake(f"basis_select::{name}", made)
 
 
 def try_load(folder: Path, instead: str) -> bool:
@@ -56,7 +57,7 @@ def try_load(folder: Path, instead: str) -> bool:
     return True
 
 
-def _is_loaded() -> bool:
+def are_loaded() -> bool:
     return hasattr(torch.ops.basis_select, "product")
 
 
@@ -80,13 +81,13 @@ def _compile(command: list[str], library: Path) -> None:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
             raise RuntimeError(
-                f"the kernel for weights of few bits needs a C++ compiler, and there is no {command[0]}: "
+                f"the kernels of basis_select need a C++ compiler, and there is no {command[0]}: "
                 "install g++ or name one in CXX"
             ) from error
         except subprocess.CalledProcessError as error:
             said = "; ".join(error.stderr.strip().splitlines()[:3])
             raise RuntimeError(
-                f"{command[0]} could not compile {SOURCE.name}, the kernel for weights of few bits: {said}"
+                f"{command[0]} could not compile {SOURCE.name}, the kernels of basis_select: {said}"
             ) from error
         made.replace(library)
 
@@ -96,6 +97,13 @@ def _compile(command: list[str], library: Path) -> None:
 
 def _product(x: torch.Tensor, packed: torch.Tensor, layout: list[int], bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], layout[-2])
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, used: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    batch, heads, _, size = query.shape
+    return query.new_empty(batch, 1, heads, size)
 
 
 def _rounded(

@@ -115,7 +115,7 @@ class Work:
         """
         rounded = is_rounded(folder / "model")
         model = (load_here(folder / "model") if rounded else self._load_final(folder))[0]
-        if rounded and model.device.type == "cpu" and not kernels.try_load(cache() / "kernels", "it is timed without"):
+        if model.device.type == "cpu" and not kernels.try_load(cache() / "kernels", "it is timed without"):
             return model
         return ready(model, compiled=False)
 
