@@ -72,6 +72,15 @@ def kernel_speed(result):
     return markdown(["weights, tokens at once", *names], lines, "l" + "r" * len(names))
 
 
+def stage_speed(result):
+    lines = []
+    for row in result["stages"]:
+        speed, floor = (f"{row['tokens'] / row[key]:,.0f}" for key in ("seconds", "floor"))
+        name = f"{row['row']}, {row['stage'].replace('_', ' ')}"
+        lines.append([name, f"{row['tokens']:,}", speed, floor, f"{row['floor'] / row['seconds']:.0%}"])
+    return markdown(["stage", "tokens", "tokens/s", "tokens/s of its products", "share"], lines, "lrrrr")
+
+
 def bench(result):
     rows = {(r["what"], r["way"], r["model"]): r for r in result["rows"]}
     cuts = [model for model in dict.fromkeys(model for _, _, model in rows) if model != "dense"]
@@ -266,6 +275,7 @@ TABLES = {
     "runtimes_avx2": runtimes,
     "runtimes_avx2_long": runtimes,
     "kernel_speed": kernel_speed,
+    "stage_speed": stage_speed,
     "bench": bench,
     "forms": forms,
     "rounding": rounding,

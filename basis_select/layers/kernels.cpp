@@ -40,7 +40,7 @@ constexpr int64_t FEW = 128, FEW_IN_BFLOAT16 = INT64_MAX;  // products in bfloat
 #endif
 constexpr int64_t AHEAD = 2048;              // bytes from where weights are read to where memory is asked for more
 constexpr int64_t AT_ONCE = 1 << 16;         // weights that stay in the cache for all tokens
-constexpr int64_t GRAIN = 1 << 17;  // products of two numbers below which a second thread costs more than it saves
+constexpr int64_t GRAIN = 1 << 16;           // products of two numbers below which a second thread costs more than it saves
 
 int64_t groups_of(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
 
@@ -345,31 +345,66 @@ void add_block(const Inputs& x, int64_t first, const Stored& w, int64_t block, f
   }
 }
 
+// The same for blocks of ROWS rows of either, from `begin` up to `end`.
 template <int T>
 void add_tokens(const Inputs& x, int64_t first, const Stored& w, int64_t begin, int64_t end, float* y) {
   if (w.bits == 4) {
     for (int64_t b = begin; b < end; ++b) add_block<T>(x, first, w, b, y);
     return;
   }
-  const int64_t beyond = x.groups * GROUP - w.inputs;
+  const int64_t beyond = x.groups * GROUP - w.inputs, last = std::min(end * ROWS, w.rows);
   const int64_t inside = w.rows - (beyond + w.inputs - 1) / w.inputs;  // rows whose last group does not go beyond all
-  for (int64_t r = begin; r < std::min(end, inside); ++r) add_row<T, false>(x, first, w, r, y);
-  for (int64_t r = std::max(begin, inside); r < end; ++r) add_row<T, true>(x, first, w, r, y);
+  for (int64_t r = begin * ROWS; r < std::min(last, inside); ++r) add_row<T, false>(x, first, w, r, y);
+  for (int64_t r = std::max(begin * ROWS, inside); r < last; ++r) add_row<T, true>(x, first, w, r, y);
+}
+
+// The same for all tokens.
+void add_blocks(const Inputs& x, int64_t tokens, const Stored& w, int64_t begin, int64_t end, float* y) {
+  const int64_t cached = std::max<int64_t>(1, AT_ONCE / (x.groups * GROUP * ROWS));
+  for (; begin < end; begin += cached) {
+    const int64_t last = std::min(end, begin + cached);
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) add_tokens<4>(x, t, w, begin, last, y);
+    for (; t + 2 <= tokens; t += 2) add_tokens<2>(x, t, w, begin, last, y);
+    for (; t < tokens; ++t) add_tokens<1>(x, t, w, begin, last, y);
+  }
+}
+
+// Calls `each(begin, end)` for parts of so many blocks of rows with `inputs` each, in all threads if that pays.
+template <typename Each>
+void for_blocks(int64_t blocks, int64_t inputs, int64_t tokens, Each each) {
+  at::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / (inputs * ROWS * tokens)), each);
 }
 
 // y: (tokens, rows) += x W^T, x: (tokens, inputs)
 void add_product(const float* x, int64_t tokens, const Stored& w, float* y) {
   const Inputs in(x, tokens, w.inputs);
-  const int64_t parts = w.bits == 4 ? w.blocks() : w.rows, size = in.groups * GROUP * (w.bits == 4 ? ROWS : 1);
-  const int64_t cached = std::max<int64_t>(1, AT_ONCE / size);
-  at::parallel_for(0, parts, std::max<int64_t>(1, GRAIN / (size * tokens)), [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin += cached) {
-      const int64_t last = std::min(end, begin + cached);
-      int64_t t = 0;
-      for (; t + 4 <= tokens; t += 4) add_tokens<4>(in, t, w, begin, last, y);
-      for (; t + 2 <= tokens; t += 2) add_tokens<2>(in, t, w, begin, last, y);
-      for (; t < tokens; ++t) add_tokens<1>(in, t, w, begin, last, y);
-    }
+  for_blocks(w.blocks(), w.inputs, tokens, [&](int64_t begin, int64_t end) {
+    add_blocks(in, tokens, w, begin, end, y);
+  });
+}
+
+// y: (tokens, rows) += sum of u[i](v[i](x)), weights: v[0], u[0], v[1] ... All `v` are multiplied at once, then all `u`.
+void add_products(const float* x, int64_t tokens, const std::vector<Stored>& weights, float* y) {
+  const size_t pairs = weights.size() / 2;
+  const auto v = [&](size_t i) -> const Stored& { return weights[2 * i]; };
+  const auto u = [&](size_t i) -> const Stored& { return weights[2 * i + 1]; };
+  std::vector<std::vector<float>> z;
+  int64_t blocks = 0, bases = 0;
+  for (size_t i = 0; i < pairs; ++i) {
+    z.emplace_back(tokens * v(i).rows);
+    blocks += v(i).blocks();
+    bases += v(i).rows;
+  }
+  const Inputs in(x, tokens, v(0).inputs);
+  for_blocks(blocks, v(0).inputs, tokens, [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < pairs; begin -= v(i).blocks(), end -= v(i).blocks(), ++i)
+      add_blocks(in, tokens, v(i), std::max<int64_t>(begin, 0), std::min(end, v(i).blocks()), z[i].data());
+  });
+  std::vector<Inputs> found;
+  for (size_t i = 0; i < pairs; ++i) found.emplace_back(z[i].data(), tokens, v(i).rows);
+  for_blocks(u(0).blocks(), bases, tokens, [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < pairs; ++i) add_blocks(found[i], tokens, u(i), begin, end, y);
   });
 }
 
@@ -469,12 +504,10 @@ Tensor product(const Tensor& x, const Tensor& packed, at::IntArrayRef layout, co
   else
     std::fill_n(to, tokens * out, 0.0f);
   const float* in = held.const_data_ptr<float>();
-  if (weights.size() == 1) add_product(in, tokens, weights[0], to);
-  for (size_t i = 0; i + 1 < weights.size(); i += 2) {
-    std::vector<float> z(tokens * weights[i].rows);
-    add_product(in, tokens, weights[i], z.data());
-    add_product(z.data(), tokens, weights[i + 1], to);
-  }
+  if (weights.size() == 1)
+    add_product(in, tokens, weights[0], to);
+  else
+    add_products(in, tokens, weights, to);
   return y.to(x.scalar_type());
 }
 
