@@ -274,6 +274,8 @@ TABLES = {
     "runtimes_long": runtimes,
     "runtimes_avx2": runtimes,
     "runtimes_avx2_long": runtimes,
+    "runtimes_avx2_two": runtimes,
+    "runtimes_avx2_two_long": runtimes,
     "kernel_speed": kernel_speed,
     "stage_speed": stage_speed,
     "bench": bench,
