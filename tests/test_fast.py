@@ -68,6 +68,7 @@ def test_the_kernels_multiply_by_what_is_stored(bits, outputs, inputs):
     torch.manual_seed(inputs)
     layer = RoundedLinear.rounded(torch.nn.Linear(inputs, outputs), bits)
     fixed = FixedLinear.of(layer)
+    assert fixed(torch.empty(2, 0, inputs)).shape == (2, 0, outputs)
     for tokens in (1, 2, 3, 7, 32, 33):
         x = torch.randn(2, tokens, inputs) * torch.logspace(-6, 6, tokens)[:, None]
         x[0, 0] = 0

@@ -492,6 +492,7 @@ Tensor product(const Tensor& x, const Tensor& packed, at::IntArrayRef layout, co
   const int64_t tokens = x.numel() / x.size(-1), out = weights.back().rows;
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = out;
+  if (tokens == 0) return at::empty(sizes, x.options());
   if (x.scalar_type() == at::kBFloat16 && tokens > FEW_IN_BFLOAT16)
     return product_of_many<at::BFloat16>(x.reshape({tokens, -1}), weights, bias).view(sizes);
   const Tensor held = x.to(at::kFloat).contiguous();
