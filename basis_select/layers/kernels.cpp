@@ -40,7 +40,7 @@ constexpr int64_t FEW = 128, FEW_IN_BFLOAT16 = INT64_MAX;  // products in bfloat
 #endif
 constexpr int64_t AHEAD = 2048;              // bytes from where weights are read to where memory is asked for more
 constexpr int64_t AT_ONCE = 1 << 16;         // weights that stay in the cache for all tokens
-constexpr int64_t GRAIN = 1 << 16;           // products of two numbers below which a second thread costs more than it saves
+constexpr int64_t GRAIN = 1 << 16;           // products of two numbers below which a second thread does not pay
 
 int64_t groups_of(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
 
@@ -384,7 +384,7 @@ void add_product(const float* x, int64_t tokens, const Stored& w, float* y) {
   });
 }
 
-// y: (tokens, rows) += sum of u[i](v[i](x)), weights: v[0], u[0], v[1] ... All `v` are multiplied at once, then all `u`.
+// y: (tokens, rows) += sum of u[i](v[i](x)), weights: v[0], u[0], v[1] ... Threads share all `v`, then all `u`.
 void add_products(const float* x, int64_t tokens, const std::vector<Stored>& weights, float* y) {
   const size_t pairs = weights.size() / 2;
   const auto v = [&](size_t i) -> const Stored& { return weights[2 * i]; };
