@@ -37,12 +37,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert names == expected
-    assert {Path(name).suffix for name in names} <= {".py", ".pyi", ".cpp", ".css", ".html", ".md", ".yaml", ".typed"}
+    kinds = {".py", ".pyi", ".cpp", ".h", ".css", ".html", ".md", ".yaml", ".typed"}
+    assert {Path(name).suffix for name in names} <= kinds
     shown = {f"evaluation/{name}" for name in ("report.css", "templates/page.html", "templates/blocks.html")}
     needed = {
         "py.typed",
         "__init__.pyi",
-        "layers/kernels.cpp",
+        "layers/cpp/kernels.cpp",
+        "layers/cpp/products.h",
         "publish/card_template.md",
         "evaluation/tasks/gsm8k.yaml",
         *shown,

@@ -1,5 +1,5 @@
 """Products with weights of few bits as they are stored, attention of one token, and the rounding of weights while they
-train (straight_through.py), by C++ that is compiled once for a machine (kernels.cpp).
+train (straight_through.py), by C++ that is compiled once for a machine (cpp/).
 
 3 and 2 bits are held in 4 by products.
 
@@ -23,13 +23,13 @@ from .rounding import GROUP
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = Path(__file__).parent / "cpp"
 ROWS = 8  # of a block of weights of 4 bits
 ALIGNED = 64  # bytes of which everything begins at a multiple
 
 
 def load(folder: Path) -> None:
-    """Let PyTorch know the operators of kernels.cpp, compiled into `folder` where they are not there yet.
+    """Let PyTorch know the operators of cpp/kernels.cpp, compiled into `folder` where they are not there yet.
 
     Raises RuntimeError with what the compiler said, or that there is none, and OSError if `folder` cannot be written.
     """
@@ -37,7 +37,8 @@ def load(folder: Path) -> None:
         return
     compiler = os.environ.get("CXX", "c++")
     options = ["-std=c++20", "-O3", "-shared", "-fPIC", *_of_processor()]
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, options, torch.__version__)).encode()).hexdigest()[:16]
+    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    key = hashlib.sha256(repr((sources, compiler, options, torch.__version__)).encode()).hexdigest()[:16]
     library = folder / f"kernels-{key}.so"
     if not library.exists():
         _compile([compiler, *options], library)
@@ -76,7 +77,7 @@ def _compile(command: list[str], library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as place:
         made = Path(place) / library.name
-        command = [*command, f"-I{at / 'include'}", str(SOURCE), "-o", str(made), *libraries]
+        command = [*command, f"-I{at / 'include'}", str(SOURCES / "kernels.cpp"), "-o", str(made), *libraries]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
@@ -87,7 +88,7 @@ def _compile(command: list[str], library: Path) -> None:
         except subprocess.CalledProcessError as error:
             said = "; ".join(error.stderr.strip().splitlines()[:3])
             raise RuntimeError(
-                f"{command[0]} could not compile {SOURCE.name}, the kernels of basis_select: {said}"
+                f"{command[0]} could not compile kernels.cpp, the kernels of basis_select: {said}"
             ) from error
         made.replace(library)
 
@@ -139,7 +140,7 @@ def pack(weights: list[RoundedLinear]) -> tuple[torch.Tensor, list[int]]:
 
 
 def _in_blocks(q: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(scales, whole numbers)` of 4 bits as kernels.cpp has them: q (rows, inputs), scale (rows, groups)."""
+    """`(scales, whole numbers)` of 4 bits as cpp/groups.h has them: q (rows, inputs), scale (rows, groups)."""
     rows = -len(q) % ROWS
     q, scale = F.pad(q, (0, -q.shape[1] % GROUP, 0, rows)), F.pad(scale, (0, 0, 0, rows))
     eights = (q.int() + 8).unflatten(1, (-1, 4, 2))  # (rows, eights, pairs, even and odd)

@@ -20,7 +20,7 @@ class _Rounding(torch.autograd.Function):
     Gradients pass through the rounding as if it were none (straight-through, arXiv 1308.3432), and what is outside of
     the range of the whole numbers gets none; those of the scales are LSQ's (arXiv 1902.08153). One function, since the
     operations it is made of, each with a pass over the weights, would take most of a step; on a CPU some rows at a
-    time, so that what one operation leaves is still in the cache for the next, or in one pass by kernels.cpp where
+    time, so that what one operation leaves is still in the cache for the next, or in one pass by cpp/training.h where
     that is loaded.
     """
 
@@ -55,7 +55,7 @@ class _Rounding(torch.autograd.Function):
 
 
 def _has_kernel(weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether kernels.cpp is loaded (`kernels.load`) and rounds such a weight to such a dtype."""
+    """Whether cpp/kernels.cpp is loaded (`kernels.load`) and rounds such a weight to such a dtype."""
     known = weight.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16)
     here = weight.device.type == "cpu" and weight.is_contiguous()
     return known and here and hasattr(torch.ops.basis_select, "rounded_weight")
