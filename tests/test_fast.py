@@ -172,7 +172,7 @@ def test_the_kernels_compute_the_same_whatever_the_processor_has(options, tmp_pa
 
 
 def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "are_loaded", lambda: False)
+    monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"need a C\+\+ compiler, and there is no no-such-compiler: install g"):
         kernels.load(tmp_path)
@@ -183,7 +183,7 @@ def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch):
 
 
 def test_without_a_folder_for_the_kernels_one_sentence_says_so_and_work_goes_on(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "are_loaded", lambda: False)
+    monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
     (tmp_path / "file").write_text("")
     assert not kernels.try_load(tmp_path / "file" / "kernels", "it is slower without")
     assert "Not a directory" in caplog.text
@@ -203,7 +203,7 @@ def test_without_a_compiler_a_run_times_models_as_they_load(task, ids, tmp_path,
     recipe = Recipe(model="m", task="t")
     timed = Work(recipe, None, {}, {"row": tmp_path / "row"}).finals()["row"]
     assert any(isinstance(m, FixedLinear | FixedProduct | Part) for m in timed.modules())
-    monkeypatch.setattr(kernels, "are_loaded", lambda: False)
+    monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("BASIS_SELECT_CACHE", str(tmp_path / "cache"))
     timed = Work(recipe, None, {}, {"row": tmp_path / "row"}).finals()["row"]

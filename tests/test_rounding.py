@@ -103,7 +103,7 @@ def test_weights_rounded_together_are_those_rounded_one_by_one():
 
 def test_without_a_compiler_rounded_weights_train_all_the_same(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(kernels, "are_loaded", lambda: False)
+    monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
     monkeypatch.setattr(straight_through, "_has_kernel", lambda weight, dtype: False)
     task, model = make_task(), tiny()
     model.set_submodule("model.layers.0.mlp.up_proj", RoundedLinear.rounded(model.model.layers[0].mlp.up_proj, 8))

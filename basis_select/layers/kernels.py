@@ -33,7 +33,7 @@ def load(folder: Path) -> None:
 
     Raises RuntimeError with what the compiler said, or that there is none, and OSError if `folder` cannot be written.
     """
-    if are_loaded():
+    if _are_loaded():
         return
     compiler = os.environ.get("CXX", "c++")
     options = ["-std=c++20", "-O3", "-shared", "-fPIC", *_of_processor()]
@@ -58,7 +58,7 @@ def try_load(folder: Path, instead: str) -> bool:
     return True
 
 
-def are_loaded() -> bool:
+def _are_loaded() -> bool:
     return hasattr(torch.ops.basis_select, "product")
 
 
