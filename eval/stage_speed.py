@@ -38,15 +38,13 @@ def main():
     torch.set_num_threads(int(machine.split(" torch threads")[0].rpartition(" ")[2]))
     rates = {name: rate / measuring.EFFICIENCY for name, rate in measuring.machine_rates().items()}
     results = read_json(a.run / "results.json")
-    rows = []
+    rows, seconds = [], {row: seconds_of(a.run, row, results) for row in (PARENT, RESULT)}
     for step in plan.plan(recipe.read(a.run / "recipe.yaml"), rates=rates).steps:
-        if step.row not in (PARENT, RESULT) or not step.cost.tokens:
+        if step.row not in seconds or not step.cost.tokens:
             continue
         floor = step.cost.flops / rates["train"] if step.name == "evaluate" else step.cost.seconds
         found = {"tokens": step.cost.tokens, "flops": step.cost.flops, "floor": floor}
-        rows.append(
-            {"row": step.row, "stage": step.name, **found, "seconds": seconds_of(a.run, step.row, results)[step.name]}
-        )
+        rows.append({"row": step.row, "stage": step.name, **found, "seconds": seconds[step.row][step.name]})
     dtype = "bfloat16" if fast_bf16(device()) else "float32"
     found = {"machine": machine, "dtype": dtype, "flops_per_second": rates, "stages": rows}
     replace_text(a.out, json.dumps(found, indent=1) + "\n")
