@@ -11,14 +11,12 @@ from transformers import PreTrainedModel
 
 from .checkpoint.targets import is_plain
 from .data.tasks import Task
-from .layers import kernels
 from .layers.embedding import RoundedEmbedding
 from .layers.group import groups, table_of
 from .layers.rounded import quantized, require_wide
 from .layers.straight_through import training
 from .options import BatchSize, Checkpointing, Natural, Positive, Weight, checked
 from .system import processes
-from .system.machine import cache
 from .training.collage import Precision
 from .training.data import Batches, require_fit
 from .training.engine import train
@@ -89,8 +87,6 @@ def heal(
         if precision != "fp32" and processes.is_sharded(model):
             raise ValueError("FSDP cannot measure a model in fp32 and then train it in another precision: pass lr")
         lr = suitable_rate(model, task, teacher, seed) * (LORA_RATE if lora else 1)
-    if steps and quantized(model) and model.device.type == "cpu":
-        kernels.try_load(cache() / "kernels", "rounded weights train without it, more slowly")
     with (spread if sharded else training)(model) as trained, CastOnce(teacher):
         if lora:
             add_adapters(trained, lora)

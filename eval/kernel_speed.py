@@ -22,7 +22,6 @@ from basis_select.layers import kernels, straight_through
 from basis_select.layers.rounded import RoundedLinear, in_order
 from basis_select.layers.rounding import GROUP
 from basis_select.layers.straight_through import RoundingLinear
-from basis_select.system.machine import cache
 from basis_select.system.writing import replace_text
 
 SHAPES = {"1536 x 256": (1536, 256), "256 x 576": (256, 576), "3072 x 320": (3072, 320)}
@@ -83,7 +82,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     a = parser.parse_args()
     torch.set_num_threads(1)
-    kernels.load(cache() / "kernels")
+    kernels.load()
     found = {}
     for shape, (rows, inputs) in SHAPES.items():
         for bits in (8, 4):

@@ -1,6 +1,7 @@
 """Models made ready to answer: what they compute is what they computed, whoever calls them, and they are not saved."""
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from basis_select.layers.split import split
 from basis_select.layers.stacking import FixedLinear, FixedProduct, Part
 from basis_select.run.recipe import Recipe
 from basis_select.run.work import Work
-from basis_select.system.machine import cache, fast_bf16
+from basis_select.system.machine import fast_bf16
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
@@ -64,7 +65,7 @@ def test_rounded_layers_compute_what_they_did(kind, task, ids):
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 31), (5, 33), (40, 64), (257, 95)])
 def test_the_kernels_multiply_by_what_is_stored(bits, outputs, inputs):
     """Whatever fills no group, in the last row too; few tokens and many, of any scale, zeros among them."""
-    kernels.load(cache() / "kernels")
+    kernels.load()
     torch.manual_seed(inputs)
     layer = RoundedLinear.rounded(torch.nn.Linear(inputs, outputs), bits)
     fixed = FixedLinear.of(layer)
@@ -90,7 +91,7 @@ def test_the_kernels_multiply_by_what_is_stored(bits, outputs, inputs):
 @pytest.mark.parametrize("tokens", [3, 40, 1200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_multiply_by_factors_in_two_parts(tokens, dtype):
-    kernels.load(cache() / "kernels")
+    kernels.load()
     torch.manual_seed(0)
     factors = torch.nn.Linear(95, 40, bias=False), torch.nn.Linear(40, 33)
     v, u = (split(f, 7, (8, 4), RoundedLinear.rounded, dim) for dim, f in enumerate(factors))
@@ -105,7 +106,7 @@ def test_the_kernels_multiply_by_factors_in_two_parts(tokens, dtype):
 @pytest.mark.parametrize("size", [4, 12, 24, 64])
 def test_the_kernel_for_attention_of_one_token_is_attention(size, dtype):
     """For any number of heads that share keys, of keys that count, and of keys that lie in a larger cache."""
-    kernels.load(cache() / "kernels")
+    kernels.load()
     torch.manual_seed(size)
     attention = torch.ops.basis_select.attention
     for shared, keys in ((1, 1), (2, 7), (3, 40), (4, 9), (7, 33)):
@@ -184,10 +185,13 @@ def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch):
 
 def test_without_a_folder_for_the_kernels_one_sentence_says_so_and_work_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
+    monkeypatch.setattr(kernels, "try_load", functools.cache(kernels.try_load.__wrapped__))
+    monkeypatch.setenv("BASIS_SELECT_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
-    assert not kernels.try_load(tmp_path / "file" / "kernels", "it is slower without")
-    assert "Not a directory" in caplog.text
-    assert "it is slower without" in caplog.text
+    for _ in range(2):
+        assert not kernels.try_load("it is slower without")
+    assert caplog.text.count("Not a directory") == 1
+    assert caplog.text.count("it is slower without") == 1
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..layers import kernels
 from ..layers.stacking import stack
-from ..system.machine import cache, compile_options, fast_bf16
+from ..system.machine import compile_options, fast_bf16
 from .format import register
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def ready(model: PreTrainedModel, compiled: bool = True) -> PreTrainedModel:
     if model.dtype == torch.bfloat16 and not fast_bf16(model.device):
         nn.Module.float(model)  # transformers refuses it for any checkpoint with a quantizer
     if model.device.type == "cpu":
-        kernels.load(cache() / "kernels")
+        kernels.load()
     stack(model)
     register(model)  # so that saving it is refused
     if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":

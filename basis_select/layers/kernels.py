@@ -7,6 +7,7 @@ PyTorch's own kernels for such weights take bfloat16 and reach half the speed fo
 call of its own, with a cost as large as a short product's (eval/results/NOTES.md).
 """
 
+import functools
 import hashlib
 import logging
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..system.machine import cache
 from .rounded import RoundedLinear
 from .rounding import GROUP
 
@@ -28,10 +30,11 @@ ROWS = 8  # of a block of weights of 4 bits
 ALIGNED = 64  # bytes of which everything begins at a multiple
 
 
-def load(folder: Path) -> None:
+def load(folder: Path | None = None) -> None:
     """Let PyTorch know the operators of cpp/kernels.cpp, compiled into `folder` where they are not there yet.
 
-    Raises RuntimeError with what the compiler said, or that there is none, and OSError if `folder` cannot be written.
+    folder: without one, that of what is made once for this machine. Raises RuntimeError with what the compiler said, or
+    that there is none, and OSError if `folder` cannot be written.
     """
     if _are_loaded():
         return
@@ -39,7 +42,7 @@ def load(folder: Path) -> None:
     options = ["-std=c++20", "-O3", "-shared", "-fPIC", *_of_processor()]
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     key = hashlib.sha256(repr((sources, compiler, options, torch.__version__)).encode()).hexdigest()[:16]
-    library = folder / f"kernels-{key}.so"
+    library = (folder or cache() / "kernels") / f"kernels-{key}.so"
     if not library.exists():
         _compile([compiler, *options], library)
     torch.ops.load_library(library)
@@ -48,10 +51,11 @@ def load(folder: Path) -> None:
         torch.library.register_fake(f"basis_select::{name}", made)
 
 
-def try_load(folder: Path, instead: str) -> bool:
-    """Whether `load` did it. If not, a warning says why, and `instead`: what happens without the kernels."""
+@functools.cache
+def try_load(instead: str) -> bool:
+    """Whether `load` did it. If not, one warning says why, and `instead`: what happens without the kernels."""
     try:
-        load(folder)
+        load()
     except (OSError, RuntimeError) as error:
         log.warning("%s; %s", error, instead)
         return False

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import kernels
 from .rounded import RoundedLinear, replace, tables
 from .rounding import RANGE, by_group, rows_at_once, storable
 
@@ -21,7 +22,7 @@ class _Rounding(torch.autograd.Function):
     the range of the whole numbers gets none; those of the scales are LSQ's (arXiv 1902.08153). One function, since the
     operations it is made of, each with a pass over the weights, would take most of a step; on a CPU some rows at a
     time, so that what one operation leaves is still in the cache for the next, or in one pass by cpp/training.h where
-    that is loaded.
+    that compiles.
     """
 
     @staticmethod
@@ -55,10 +56,10 @@ class _Rounding(torch.autograd.Function):
 
 
 def _has_kernel(weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether cpp/kernels.cpp is loaded (`kernels.load`) and rounds such a weight to such a dtype."""
+    """Whether cpp/training.h rounds such a weight to such a dtype."""
     known = weight.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16)
     here = weight.device.type == "cpu" and weight.is_contiguous()
-    return known and here and hasattr(torch.ops.basis_select, "rounded_weight")
+    return known and here and kernels.try_load("without them weights of few bits train more slowly on a CPU")
 
 
 def _pieces(weight: torch.Tensor) -> Iterator[slice]:

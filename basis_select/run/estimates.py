@@ -11,7 +11,6 @@ from torch import nn
 
 from ..data.tasks import Task
 from ..heal import add_adapters
-from ..layers import kernels
 from ..layers.embedding import module_name
 from ..layers.group import Group
 from ..layers.shape import Shape
@@ -20,7 +19,6 @@ from ..linalg.metrics import METRICS, Metric
 from ..statistics.derivatives import PROBES
 from ..statistics.moments import EXAMPLES_TOGETHER, moment_bytes, moment_room, passes
 from ..system import processes
-from ..system.machine import cache
 from ..training.cost import Cost, moments_step, training_step
 from ..training.data import Batches, rows_at_once
 from ..tune import trainable
@@ -223,8 +221,6 @@ def _training(
     taught = {"teacher": r.teacher, "soft_labels": r.soft_labels}
 
     def make() -> Estimate:
-        if rounded and processes.device().type == "cpu":  # as `heal` will, and without it a step is slow to trace
-            kernels.try_load(cache() / "kernels", "healing is planned without it")
         step = functools.partial(
             training_step, view.parent.config, trains=trains, bases=bases, rounded=rounded, **taught
         )

@@ -22,7 +22,7 @@ from ..data.tuned_on import remember
 from ..layers import kernels
 from ..sizes import sizes
 from ..system import processes
-from ..system.machine import cache, fast_bf16
+from ..system.machine import fast_bf16
 from ..system.writing import replace_text
 from ..training.loss import response_nll
 from ..training.soft_labels import SoftLabels, Teacher
@@ -115,7 +115,7 @@ class Work:
         """
         rounded = is_rounded(folder / "model")
         model = (load_here(folder / "model") if rounded else self._load_final(folder))[0]
-        if model.device.type == "cpu" and not kernels.try_load(cache() / "kernels", "it is timed without"):
+        if model.device.type == "cpu" and not kernels.try_load("it is timed without"):
             return model
         return ready(model, compiled=False)
 

@@ -25,7 +25,6 @@ from ..checkpoint.snapshot import snapshot
 from ..layers import kernels
 from ..layers.rounded import RoundedLinear, replace
 from ..layers.stacking import FixedLinear
-from ..system.machine import cache
 from .parts import Names, Stored, fuse, latent, table
 
 SHARDS = {None: 0, "q": 0, "k": 1, "v": 2}  # what vLLM calls layers in a fused one, where it does not number them
@@ -312,14 +311,9 @@ def _by_kernels(module: nn.Module) -> nn.Module:
 
 def _as_stored(layer: RoundedLinear) -> RoundedLinear:
     """What computes in place of `layer`: on a CPU, our kernel."""
-    return FixedLinear.of(layer) if _has_kernel() else layer
-
-
-@functools.cache
-def _has_kernel() -> bool:
-    if torch.empty(0).device.type != "cpu":
-        return False
-    return kernels.try_load(cache() / "kernels", "weights are restored at every use, which is slow")
+    on_cpu = torch.empty(0).device.type == "cpu"
+    fast = on_cpu and kernels.try_load("weights are restored at every use, which is slow")
+    return FixedLinear.of(layer) if fast else layer
 
 
 def _place(layer: nn.Module, name: str, dtype: torch.dtype, take: Callable[..., None]) -> None:
