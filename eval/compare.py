@@ -15,11 +15,13 @@ weights of so many bits (16, 8, 4, 3 or 2, its table 8), rounded as ours are, wh
 to that size with weights of 16 bits, which half of the training heals, then what has come of that, decomposed anew with
 moments of its own; `forms: NAME` lets `bits=auto` choose from what KEPT of forms.py has by that name;
 `shipped: true` is what was tuned to be the parent, as its makers ship it; `blind: true` heals as if nothing were
-rounded, and rounds what has come of it to the nearest; `sizes` and `trained` stand in place of the
-grid's. A size is what `prune` takes, such as "45MB"; without `prune.bits: auto` its weights have 16 bits. `trained`
-is on how many tokens each row trains, padding not counted; 0 is what it starts from. Lengths are taken in the order
-in which the grid names them. `like: OTHER.yaml` takes all that this grid does not say from another: what is not
-there, methods with nothing behind their names, and of tasks the keys that they lack.
+rounded, and rounds what has come of it to the nearest; `answered: true` heals on the parent's own answers in place of
+every second response; `dropped: N` first drops those N blocks in a row, of the later half, that the validation split
+misses least; `sizes` and `trained` stand in place of the grid's. A size is what `prune` takes, such as "45MB"; without
+`prune.bits: auto` its weights have 16 bits. `trained` is on how many tokens each row trains, padding not counted; 0 is
+what it starts from. Lengths are taken in the order in which the grid names them. `like: OTHER.yaml` takes all that this
+grid does not say from another: what is not there, methods with nothing behind their names, and of tasks the keys that
+they lack.
 
 No rate is chosen on test items. A key whose value is a list names candidates; `choose` names the `size` and tokens
 (`trained`) at which to choose, and in `heal` multiples of the rate that heal would take by itself. Of all combinations
@@ -152,6 +154,7 @@ def measured(grid, folder, bench_at, row):
     if "shipped" in grid["methods"][row.method]:
         return shipped(bench, answers)
     own, choice = grid["methods"][row.method], {"chosen": {}, "heal": 1, "candidates": []}
+    bench = bench.for_method(own)
     if row.trained:
         choice = choice_of(grid, folder, bench_at, row, own)
     start = started(bench, own | choice["chosen"], row.method, row.size, bench.steps(row.trained))
@@ -178,7 +181,7 @@ def choice_of(grid, folder, bench_at, row, own):
     path = home / f"choice-{plain(row.method)}-{digest}.json"
     if not path.exists():
         with alone(home, f"choice {row.method}"):
-            found = choose(bench_at(row.task, seed), own, row.method, grid.get("choose"))
+            found = choose(bench_at(row.task, seed).for_method(own), own, row.method, grid.get("choose"))
             replace_text(path, json.dumps(found))
     return json.loads(path.read_text(encoding="utf-8"))
 

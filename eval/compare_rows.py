@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import logging
 import math
 import re
@@ -24,12 +25,14 @@ from transformers import PreTrainedModel
 
 from basis_select.checkpoint.targets import targets
 from basis_select.decompose import decompose
+from basis_select.evaluation.accuracy import generated
 from basis_select.heal import distance, heal, probes, rate_at
 from basis_select.layers import straight_through
 from basis_select.layers.embedding import round_table
 from basis_select.layers.group import groups, table_of
 from basis_select.layers.rounded import quantized
 from basis_select.linalg.metrics import METRICS
+from basis_select.refine import blocks
 from basis_select.run.disk import OnDisk
 from basis_select.run.recipe import Recipe, override
 from basis_select.run.stages import walk
@@ -37,10 +40,13 @@ from basis_select.run.view import own as options_of
 from basis_select.run.work import Work, load_here, read_derivatives
 from basis_select.statistics.moments import TABLE, second_moments
 from basis_select.statistics.readers import same_input
+from basis_select.system.writing import replace_text
 from basis_select.training.loss import response_nll
 from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 
-OWN = ("blind", "dense", "learned", "first", "forms", "shipped", "sizes", "trained")  # keys of a method, no recipe's
+OWN = (  # keys of a method, no recipe's
+    *("answered", "blind", "dense", "dropped", "first", "forms", "learned", "shipped", "sizes", "trained"),
+)
 
 
 def alone(home, what):
@@ -62,7 +68,7 @@ class Bench:
     """
 
     def __init__(self, base: Recipe, home: Path, tokens: int, steps: int):
-        self.base, self.home = base, home
+        self.base, self.home, self.tokens = base, home, tokens
         self.disk = OnDisk(base, home, moments=self.moments_for)
         with alone(home, "stages"):
             (home / "stages").mkdir(parents=True, exist_ok=True)
@@ -70,7 +76,8 @@ class Bench:
             view = self.disk.view(base, self.state)
             self.tokenizer, self.task = view.tokenizer, view.task
             self.parent = load_here(self.state["parent"] / "model")[0]
-            self.labels = self._labels(self._trained_on(max(steps, self.steps(tokens))))
+            self.trained_on = self._trained_on(max(steps, self.steps(tokens)))
+            self.labels = self._labels(self.trained_on)
 
     def _trained_on(self, steps: int) -> list[int]:
         """Indices of the training examples that so many steps see, of learning, of healing, and of healing twice."""
@@ -80,10 +87,31 @@ class Bench:
             found.update(probes(task, seed), seen(task, r.heal.batch_size, steps, seed + 1))
         return sorted(found)
 
-    def _labels(self, examples: list[int]) -> SoftLabels:
+    def for_method(self, own: dict) -> "Bench":
+        """That of a method with keys of its `own`."""
+        return self._answered if own.get("answered") else self
+
+    @functools.cached_property
+    def _answered(self) -> "Bench":
+        """The same, where the parent's own answers stand in place of every second response that healing sees."""
+        other, train = copy.copy(self), list(self.task.train)
+        path = self.home / f"answers-{self._digest(self.trained_on)}.json"
+        own = self.trained_on[::2]
+        if not path.exists():
+            texts = generated(self.parent, self.tokenizer, self.task, [train[i] for i in own])
+            replace_text(path, json.dumps(texts))
+        for i, text in zip(own, json.loads(path.read_text(encoding="utf-8")), strict=True):
+            train[i] = answered(train[i], text, self.tokenizer)
+        other.task = dataclasses.replace(self.task, train=train)
+        other.labels = other._labels(other._trained_on(other.steps(self.tokens)), "-answers")
+        return other
+
+    def _digest(self, examples: list[int]) -> str:
+        return hashlib.sha256(repr(examples).encode()).hexdigest()[:10]
+
+    def _labels(self, examples: list[int], of: str = "") -> SoftLabels:
         """What the parent says of these examples; `home` keeps it."""
-        digest = hashlib.sha256(repr(examples).encode()).hexdigest()[:10]
-        folder = self.home / f"labels-{self.state['parent'].name}-{digest}"
+        folder = self.home / f"labels-{self.state['parent'].name}-{self._digest(examples)}{of}"
         if not folder.exists():
             task = dataclasses.replace(self.task, train=[self.task.train[i] for i in examples])
             with tempfile.TemporaryDirectory(dir=self.home) as place:
@@ -122,7 +150,7 @@ class Bench:
         if model is None:
             after, state = self.weighted(r)
         state |= {"parent": self.parent, "teacher": self.labels}
-        runner = InMemory(lambda row, *_: self.disk.view(row, self.state), clock)
+        runner = InMemory(lambda row, *_: dataclasses.replace(self.disk.view(row, self.state), task=self.task), clock)
         return walk(r, runner, state, after=after, until=until, given=("teacher",))["model"]
 
 
@@ -205,6 +233,8 @@ def started(bench, own, method, size, steps):
         if first := own.get("first"):
             r = override(r, {"heal.steps": r.heal.steps - r.heal.steps // 2}, method)
             model = cut_before(bench, r, first, clock)
+        elif count := own.get("dropped"):
+            model = decompose(without_blocks(bench, count), bench.task, **options_of(r.decompose))
         with forms.only(own.get("forms", "all")):
             model = bench.row(r, clock, model, after="derivatives", until="refine" if steps else "prune")
     far = distance(model, bench.task, bench.labels, r.seed)
@@ -224,6 +254,43 @@ def cut_before(bench, r, size, clock):
     for group in groups(model):
         group.to_dense(model)
     return decompose(model, bench.task, **options_of(r.decompose))
+
+
+def without_blocks(bench, count):
+    """The parent without those `count` blocks one after the other, of its later half, that the validation split misses
+    least."""
+    last = len(blocks(bench.parent)) - count
+    found = {start: without(bench.parent, start, count) for start in range(last // 2, last + 1)}
+    task = bench.task
+    nll = {start: response_nll(model, task.validation, task.pad_id) for start, model in found.items()}
+    best = min(nll, key=nll.get)
+    logging.warning("without blocks from %d on: validation NLL %s", best, nll)
+    return copy.deepcopy(found[best])
+
+
+def without(model, start, count):
+    """A model without some of its blocks that has its parameters in common with `model`."""
+    made = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    rest = blocks(made)
+    del rest[start : start + count]
+    for i, block in enumerate(rest):
+        for m in block.modules():
+            if hasattr(m, "layer_idx"):
+                m.layer_idx = i
+    config = made.config.get_text_config()
+    config.num_hidden_layers = len(rest)
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = kinds[:start] + kinds[start + count :]
+    return made
+
+
+def answered(example, text, tokenizer):
+    """A training example with another response, after the same tokens."""
+    whole = tokenizer.decode(example.input_ids[example.start :], skip_special_tokens=True)
+    lead = whole.removesuffix(example.response) if whole.endswith(example.response) else ""
+    ids = tokenizer.encode(lead + text, add_special_tokens=False)
+    ids = (*example.input_ids[: example.start], *ids, tokenizer.eos_token_id)
+    return dataclasses.replace(example, response=text, input_ids=ids)
 
 
 def dense(model, bits):

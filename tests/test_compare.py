@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compare import compare, read, read_grid, rows, stored
+from compare import bench_of, compare, read, read_grid, rows, stored
 from compare_report import interval, plot, summary, table
-from compare_rows import alone, dense
+from compare_rows import alone, answered, dense
 from conftest import make_task, tiny
 from test_trim import TEXT, byte_level, wrapped
 
@@ -144,6 +144,35 @@ def test_a_grid_is_measured_once_and_reported(tmp_path):
     assert any(line.startswith("| Taylor |") and f" {value:.3f} |" in line for line in summary(found).splitlines())
     plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_a_row_may_start_with_fewer_blocks_and_heal_on_the_parents_answers(tmp_path):
+    methods = {"default": {}, "fewer": {"dropped": 1}, "answered": {"answered": True}}
+    methods = {name: {"prune.bits": "auto"} | own for name, own in methods.items()}
+    grid = grid_of(tmp_path, wrapped(byte_level()), sums(), trained=[100], methods=methods)
+    results = tmp_path / "results.jsonl"
+    assert compare(grid, tmp_path / "runs", results) == []
+    by_name = {row["method"]: row for row in read(results)}
+    all_, fewer, others = (by_name[name] for name in methods)
+    assert fewer["sizes"]["parameters_dense"] < all_["sizes"]["parameters_dense"]
+    assert fewer["tokens"] == others["tokens"] == all_["tokens"]  # those that are tested
+    assert others["validation_nll"]["unhealed"] == all_["validation_nll"]["unhealed"]
+    assert others["validation_nll"]["healed"] != all_["validation_nll"]["healed"]
+
+    home = tmp_path / "runs" / "sums-0"
+    assert len(list(home.glob("labels-*"))) == 2
+    bench = bench_of(grid, "sums", 0, tmp_path / "runs")
+    own = bench.for_method({"answered": True})
+    changed = [i for i, (a, b) in enumerate(zip(bench.task.train, own.task.train, strict=True)) if a != b]
+    assert set(changed) <= set(bench.trained_on[::2])
+    texts = json.loads(next(home.glob("answers-*.json")).read_text(encoding="utf-8"))
+    for i, text in zip(bench.trained_on[::2], texts, strict=True):
+        given, example = bench.task.train[i], own.task.train[i]
+        assert example.input_ids[: example.start] == given.input_ids[: given.start]
+        assert bench.tokenizer.decode(example.input_ids[example.start : -1]).endswith(text)
+        again = answered(given, given.response, bench.tokenizer)
+        assert again == given
 
 
 @pytest.mark.slow
