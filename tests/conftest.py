@@ -1,5 +1,6 @@
 """Tiny random models and tokenizers, made here: nothing is downloaded."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from basis_select.checkpoint.files import save
 from basis_select.data.answers import exact
 from basis_select.data.tasks import Example, Task
+from basis_select.layers import kernels
 from basis_select.training.loss import response_logits
 from basis_select.training.precision import autocast
 
@@ -105,6 +107,13 @@ def start_no_process(patch):
 def in_fp32(monkeypatch):
     """Computes alike on a processor with bfloat16 units, where products of training are mixed, and on one without."""
     monkeypatch.setattr("basis_select.training.precision.fast_bf16", lambda device: False)
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """The kernels are not loaded yet."""
+    monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
+    monkeypatch.setattr(kernels, "try_load", functools.cache(kernels.try_load.__wrapped__))
 
 
 @pytest.fixture

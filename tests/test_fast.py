@@ -1,7 +1,6 @@
 """Models made ready to answer: what they compute is what they computed, whoever calls them, and they are not saved."""
 
 import copy
-import functools
 import os
 import subprocess
 import sys
@@ -172,8 +171,7 @@ def test_the_kernels_compute_the_same_whatever_the_processor_has(options, tmp_pa
     subprocess.run([sys.executable, "-c", COMPILED, str(tmp_path), *options], check=True, env=environment)
 
 
-def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
+def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch, unloaded):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"need a C\+\+ compiler, and there is no no-such-compiler: install g"):
         kernels.load(tmp_path)
@@ -183,9 +181,9 @@ def test_without_a_compiler_one_sentence_says_so(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
-def test_without_a_folder_for_the_kernels_one_sentence_says_so_and_work_goes_on(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
-    monkeypatch.setattr(kernels, "try_load", functools.cache(kernels.try_load.__wrapped__))
+def test_without_a_folder_for_the_kernels_one_sentence_says_so_and_work_goes_on(
+    tmp_path, monkeypatch, unloaded, caplog
+):
     monkeypatch.setenv("BASIS_SELECT_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
     for _ in range(2):
@@ -202,12 +200,12 @@ def test_a_token_embedding_of_few_bits_still_has_rows(tied, ids):
     torch.testing.assert_close(logits(fast, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_compiler_a_run_times_models_as_they_load(task, ids, tmp_path, monkeypatch, caplog):
+def test_without_a_compiler_a_run_times_models_as_they_load(task, ids, tmp_path, monkeypatch, caplog, request):
     save(small("llama", task, bits="auto"), make_tokenizer(), tmp_path / "row" / "model", "bfloat16")
     recipe = Recipe(model="m", task="t")
     timed = Work(recipe, None, {}, {"row": tmp_path / "row"}).finals()["row"]
     assert any(isinstance(m, FixedLinear | FixedProduct | Part) for m in timed.modules())
-    monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
+    request.getfixturevalue("unloaded")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("BASIS_SELECT_CACHE", str(tmp_path / "cache"))
     timed = Work(recipe, None, {}, {"row": tmp_path / "row"}).finals()["row"]

@@ -1,7 +1,6 @@
 """What weights are rounded to, what that costs, and layers of few bits as they train and as kernels have them."""
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -101,10 +100,8 @@ def test_weights_rounded_together_are_those_rounded_one_by_one():
             layer.load_state_dict(other.state_dict())
 
 
-def test_without_a_compiler_rounded_weights_train_all_the_same(monkeypatch, caplog):
+def test_without_a_compiler_rounded_weights_train_all_the_same(monkeypatch, unloaded, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
-    monkeypatch.setattr(kernels, "try_load", functools.cache(kernels.try_load.__wrapped__))
     task, model = make_task(), tiny()
     model.set_submodule("model.layers.0.mlp.up_proj", RoundedLinear.rounded(model.model.layers[0].mlp.up_proj, 8))
     before = model.model.layers[0].mlp.up_proj.weight

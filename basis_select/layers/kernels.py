@@ -69,8 +69,8 @@ def _are_loaded() -> bool:
 def _of_processor() -> list[str]:
     if platform.system() == "Darwin":
         return ["-undefined", "dynamic_lookup"]
-    # Without the last of them GCC multiplies far ahead of its sums, which then lie on the stack.
-    vectors = ["-mavx2", "-mfma", "-fno-tree-ter"]
+    # Without the last two GCC multiplies far ahead of its sums, and sums in another order: more then lies on the stack.
+    vectors = ["-mavx2", "-mfma", "-fno-tree-ter", "-fno-tree-reassoc"]
     by_capability = {"AVX2": vectors, "AVX512": [*vectors, "-DWIDER_THAN_256"]}
     return ["-fopenmp", *by_capability.get(torch.backends.cpu.get_cpu_capability(), [])]
 
@@ -144,7 +144,7 @@ def pack(weights: list[RoundedLinear]) -> tuple[torch.Tensor, list[int]]:
 
 
 def _in_blocks(q: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(scales, whole numbers)` of 4 bits as cpp/groups.h has them: q (rows, inputs), scale (rows, groups)."""
+    """`(scales, whole numbers)` of 4 bits as cpp/stored.h has them: q (rows, inputs), scale (rows, groups)."""
     rows = -len(q) % ROWS
     q, scale = F.pad(q, (0, -q.shape[1] % GROUP, 0, rows)), F.pad(scale, (0, 0, 0, rows))
     eights = (q.int() + 8).unflatten(1, (-1, 4, 2))  # (rows, eights, pairs, even and odd)

@@ -7,6 +7,8 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 #ifdef __AVX2__

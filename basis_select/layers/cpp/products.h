@@ -1,111 +1,20 @@
-// Products with weights of 8 and 4 bits: of few tokens with what is stored. Of many tokens the weights are restored
-// first, in float32, or in the dtype of the inputs where a processor is wide enough: from there on a library's product is
-// faster.
+// Products with weights of 8 and 4 bits: with what is stored, or with weights restored first, in float32 or in the dtype
+// of the inputs, where a library's product is faster then.
 
 #pragma once
 
-#include "groups.h"
+#include "sums.h"
 
 namespace {
 
-// A weight (rows, inputs) of so many bits, as it lies in memory: its scales, then its whole numbers.
-struct Stored {
-  int64_t bits, rows, inputs;
-  const uint8_t *scales, *q;
-
-  Stored(const uint8_t* at, int64_t bits, int64_t rows, int64_t inputs)
-      : bits(bits), rows(rows), inputs(inputs), scales(at) {
-    q = at + aligned(bits == 8 ? rows * sizeof(float) : blocks() * groups_of(inputs) * ROWS * sizeof(uint16_t));
-  }
-  static int64_t aligned(int64_t bytes) { return (bytes + ALIGNED - 1) / ALIGNED * ALIGNED; }
-  int64_t blocks() const { return (rows + ROWS - 1) / ROWS; }
-  const uint8_t* end() const {
-    return q + aligned(bits == 8 ? rows * inputs : blocks() * groups_of(inputs) * BYTES);
-  }
-  // Of 8 bits, one for a row.
-  const float* scale() const { return (const float*)scales; }
-  // Of a block of 4 bits, ROWS for each group.
-  const uint16_t* scale(int64_t block) const {
-    return (const uint16_t*)scales + block * groups_of(inputs) * ROWS;
-  }
-  const uint8_t* block(int64_t i) const { return q + i * groups_of(inputs) * BYTES; }
-};
-
-// y: (tokens, rows) += x W^T for a row of 8 bits and T tokens from `first` on. A last group goes on into the next row,
-// where its inputs are zeros; EDGE: it may go beyond the last row.
-template <int T, bool EDGE>
-void add_row(const Inputs& x, int64_t first, const Stored& w, int64_t row, float* y) {
-  const int64_t groups = x.groups;
-  const int8_t *q = (const int8_t*)w.q + row * w.inputs, *end = (const int8_t*)w.q + w.rows * w.inputs;
-  const int16_t* numbers = x.numbers.data() + first * groups * GROUP;
-  const float* scales = x.scales.data() + first * groups;
-  Sum sum[T];
-  for (int64_t g = 0; g < groups; ++g) {
-    const int8_t* from = q + g * GROUP;
-    int8_t last[GROUP];
-    if (EDGE && from + GROUP > end) {
-      std::memset(last, 0, GROUP);
-      std::memcpy(last, from, end - from);
-      from = last;
-    }
-    __builtin_prefetch(q + g * GROUP + AHEAD);
-    const Weights of(from);
-    for (int t = 0; t < T; ++t) sum[t].add(of, numbers + (t * groups + g) * GROUP, scales[t * groups + g]);
-  }
-  for (int t = 0; t < T; ++t) y[(first + t) * w.rows + row] += sum[t].total() * w.scale()[row];
-}
-
-// The same for a block of rows of 4 bits.
-template <int T>
-void add_block(const Inputs& x, int64_t first, const Stored& w, int64_t block, float* y) {
-  const int64_t groups = x.groups, row = block * ROWS;
-  const uint8_t* q = w.block(block);
-  const uint16_t* own = w.scale(block);
-  const int64_t of_first = first * groups;
-  Sums sums[T];
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t i = 0; i < BYTES; i += ALIGNED) __builtin_prefetch(q + g * BYTES + i + AHEAD);
-    const Products<T> found(
-        q + g * BYTES, x.numbers.data() + (of_first + g) * GROUP, groups * GROUP,
-        x.eights.data() + of_first + g, groups);
-    for (int t = 0; t < T; ++t) sums[t].add(found.of[t], own + g * ROWS, x.scales[of_first + t * groups + g]);
-  }
-  for (int t = 0; t < T; ++t) {
-    float* to = y + (first + t) * w.rows + row;
-    if (row + ROWS <= w.rows) {
-      sums[t].add_to(to);
-      continue;
-    }
-    float each[ROWS] = {};
-    sums[t].add_to(each);
-    for (int64_t r = 0; r < w.rows - row; ++r) to[r] += each[r];
-  }
-}
-
-// The same for blocks of ROWS rows of either, from `begin` up to `end`.
-template <int T>
-void add_tokens(const Inputs& x, int64_t first, const Stored& w, int64_t begin, int64_t end, float* y) {
-  if (w.bits == 4) {
-    for (int64_t b = begin; b < end; ++b) add_block<T>(x, first, w, b, y);
-    return;
-  }
-  const int64_t beyond = x.groups * GROUP - w.inputs, last = std::min(end * ROWS, w.rows);
-  const int64_t inside = w.rows - (beyond + w.inputs - 1) / w.inputs;  // rows whose last group does not go beyond all
-  for (int64_t r = begin * ROWS; r < std::min(last, inside); ++r) add_row<T, false>(x, first, w, r, y);
-  for (int64_t r = std::max(begin * ROWS, inside); r < last; ++r) add_row<T, true>(x, first, w, r, y);
-}
-
-// The same for all tokens.
-void add_blocks(const Inputs& x, int64_t tokens, const Stored& w, int64_t begin, int64_t end, float* y) {
-  const int64_t cached = std::max<int64_t>(1, AT_ONCE / (x.groups * GROUP * ROWS));
-  for (; begin < end; begin += cached) {
-    const int64_t last = std::min(end, begin + cached);
-    int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) add_tokens<4>(x, t, w, begin, last, y);
-    for (; t + 2 <= tokens; t += 2) add_tokens<2>(x, t, w, begin, last, y);
-    for (; t < tokens; ++t) add_tokens<1>(x, t, w, begin, last, y);
-  }
-}
+#if defined(WIDER_THAN_256)
+constexpr int64_t FEW = 32;             // tokens up to which weights are not restored
+constexpr int64_t FEW_IN_BFLOAT16 = 16;  // and where inputs are in bfloat16
+#elif defined(__AVX2__)
+constexpr int64_t FEW = INT64_MAX, FEW_IN_BFLOAT16 = INT64_MAX;  // the products of sums.h are the fastest there
+#else
+constexpr int64_t FEW = 128, FEW_IN_BFLOAT16 = INT64_MAX;  // products in bfloat16 are slow there
+#endif
 
 // Calls `each(begin, end)` for parts of so many blocks of rows with `inputs` each, in all threads if that pays.
 template <typename Each>
@@ -113,66 +22,36 @@ void for_blocks(int64_t blocks, int64_t inputs, int64_t tokens, Each each) {
   at::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / (inputs * ROWS * tokens)), each);
 }
 
-// y: (tokens, rows) += x W^T, x: (tokens, inputs)
-void add_product(const float* x, int64_t tokens, const Stored& w, float* y) {
+// y: (tokens, rows) = x W^T, or += where it is added onto what is there; x: (tokens, inputs)
+void put_product(const float* x, int64_t tokens, const Stored& w, float* y, bool onto) {
   const Inputs in(x, tokens, w.inputs);
   for_blocks(w.blocks(), w.inputs, tokens, [&](int64_t begin, int64_t end) {
-    add_blocks(in, tokens, w, begin, end, y);
+    put_blocks(in, tokens, w, begin, end, y, onto);
   });
 }
 
-// y: (tokens, rows) += sum of u[i](v[i](x)), weights: v[0], u[0], v[1] ... Threads share all `v`, then all `u`.
-void add_products(const float* x, int64_t tokens, const std::vector<Stored>& weights, float* y) {
+// The same for the sum of u[i](v[i](x)), weights: v[0], u[0], v[1] ... Threads share all `v`, then all `u`.
+void put_products(const float* x, int64_t tokens, const std::vector<Stored>& weights, float* y, bool onto) {
   const size_t pairs = weights.size() / 2;
   const auto v = [&](size_t i) -> const Stored& { return weights[2 * i]; };
   const auto u = [&](size_t i) -> const Stored& { return weights[2 * i + 1]; };
-  std::vector<std::vector<float>> z;
+  std::vector<std::unique_ptr<float[]>> z;
   int64_t blocks = 0, bases = 0;
   for (size_t i = 0; i < pairs; ++i) {
-    z.emplace_back(tokens * v(i).rows);
+    z.emplace_back(new float[tokens * v(i).rows]);
     blocks += v(i).blocks();
     bases += v(i).rows;
   }
   const Inputs in(x, tokens, v(0).inputs);
   for_blocks(blocks, v(0).inputs, tokens, [&](int64_t begin, int64_t end) {
     for (size_t i = 0; i < pairs; begin -= v(i).blocks(), end -= v(i).blocks(), ++i)
-      add_blocks(in, tokens, v(i), std::max<int64_t>(begin, 0), std::min(end, v(i).blocks()), z[i].data());
+      put_blocks(in, tokens, v(i), std::max<int64_t>(begin, 0), std::min(end, v(i).blocks()), z[i].get(), false);
   });
   std::vector<Inputs> found;
-  for (size_t i = 0; i < pairs; ++i) found.emplace_back(z[i].data(), tokens, v(i).rows);
+  for (size_t i = 0; i < pairs; ++i) found.emplace_back(z[i].get(), tokens, v(i).rows);
   for_blocks(u(0).blocks(), bases, tokens, [&](int64_t begin, int64_t end) {
-    for (size_t i = 0; i < pairs; ++i) add_blocks(found[i], tokens, u(i), begin, end, y);
+    for (size_t i = 0; i < pairs; ++i) put_blocks(found[i], tokens, u(i), begin, end, y, onto || i);
   });
-}
-
-// The weight (rows, inputs), its rows `stride` numbers apart.
-template <typename Q, typename To>
-void restore(const Stored& w, To* to, int64_t stride) {
-  constexpr bool WIDE = std::is_same_v<Q, int8_t>;
-  const int64_t groups = groups_of(w.inputs), whole = w.inputs / GROUP;
-  at::parallel_for(0, w.rows, std::max<int64_t>(1, GRAIN / w.inputs), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      To* row = to + r * stride;
-      for (int64_t g = 0; g < groups; ++g) {
-        const Q* from = (const Q*)(WIDE ? w.q + r * w.inputs + g * GROUP : w.block(r / ROWS) + g * BYTES);
-        const float by = WIDE ? w.scale()[r] : float_of(w.scale(r / ROWS)[g * ROWS + r % ROWS]);
-        if (g < whole) {
-          restore_group(from, r % ROWS, by, row + g * GROUP);
-          continue;
-        }
-        Q last[BYTES] = {};
-        To found[GROUP];
-        std::memcpy(last, from, WIDE ? w.inputs - whole * GROUP : sizeof(last));
-        restore_group(last, r % ROWS, by, found);
-        std::memcpy(row + whole * GROUP, found, (w.inputs - whole * GROUP) * sizeof(To));
-      }
-    }
-  });
-}
-
-template <typename To>
-void restore(const Stored& w, To* to, int64_t stride) {
-  w.bits == 8 ? restore<int8_t>(w, to, stride) : restore<uint8_t>(w, to, stride);
 }
 
 // How many of so many tokens are multiplied at once. oneDNN, which multiplies in bfloat16, writes code for each shape, so
@@ -237,15 +116,12 @@ Tensor product(const Tensor& x, const Tensor& packed, at::IntArrayRef layout, co
     return product_of_many<float>(held.view({tokens, -1}), weights, bias).view(sizes).to(x.scalar_type());
   Tensor y = at::empty(sizes, held.options());
   float* to = y.mutable_data_ptr<float>();
-  if (bias)
-    y.copy_(*bias);
-  else
-    std::fill_n(to, tokens * out, 0.0f);
+  if (bias) y.copy_(*bias);
   const float* in = held.const_data_ptr<float>();
   if (weights.size() == 1)
-    add_product(in, tokens, weights[0], to);
+    put_product(in, tokens, weights[0], to, bias.has_value());
   else
-    add_products(in, tokens, weights, to);
+    put_products(in, tokens, weights, to, bias.has_value());
   return y.to(x.scalar_type());
 }
 
