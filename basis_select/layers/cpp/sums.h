@@ -8,7 +8,7 @@ namespace {
 
 #ifdef __AVX2__
 
-constexpr int64_t AHEAD = 2048;       // bytes from where weights are read to where memory is asked for more
+constexpr int64_t AHEAD = 2048;       // least bytes from where weights are read to where memory is asked for more
 constexpr int64_t AT_ONCE = 1 << 15;  // bytes of weights that stay in the cache for all tokens
 
 // A group of a block as whole numbers of 16 bits: of inputs 2i and 2i + 1, a row in each lane.
@@ -73,8 +73,10 @@ struct Narrow {
   int64_t groups;
 
   Narrow(const Stored& w, int64_t block, int64_t groups) : q(w.block(block)), scale(w.scale(block)), groups(groups) {}
-  void ahead(int b, int64_t g) const {
-    for (int64_t i = 0; i < BYTES; i += ALIGNED) __builtin_prefetch(q + (b * groups + g) * BYTES + i + AHEAD);
+  // Asks for what comes behind `count` blocks that are read at once.
+  void ahead(int count, int b, int64_t g) const {
+    const uint8_t* from = q + (b * groups + g) * BYTES + std::max(AHEAD, count * groups * BYTES);
+    for (int64_t i = 0; i < BYTES; i += ALIGNED) __builtin_prefetch(from + i);
   }
   __m256 scales(int b, int64_t g) const { return scales_of(scale + (b * groups + g) * ROWS); }
   __m256i pairs(int b, int64_t g, int i) const {
@@ -93,7 +95,7 @@ struct GroupOf8 {
 
   GroupOf8(const Stored& w, int64_t row, int64_t g) : q((const int8_t*)w.q + row * w.inputs + g * GROUP), apart(w.inputs) {
     const int8_t* end = (const int8_t*)w.q + w.rows * w.inputs;
-    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(q + r * apart + AHEAD);
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(q + r * apart + std::max(AHEAD, ROWS * apart));
     if (row + ROWS <= w.rows && q + (ROWS - 1) * apart + GROUP <= end) return;
     std::fill_n(copied, ROWS * GROUP, 0);
     for (int64_t r = 0; r < std::min(ROWS, w.rows - row); ++r)
@@ -128,7 +130,7 @@ struct Wide {
 
   Wide(const Widened& w, int64_t block, int64_t groups)
       : of(&w.pairs[block * groups]), scale(&w.scales[block * ROWS]), groups(groups) {}
-  void ahead(int, int64_t) const {}
+  void ahead(int, int, int64_t) const {}
   __m256 scales(int b, int64_t) const { return _mm256_loadu_ps(scale + b * ROWS); }
   __m256i pairs(int b, int64_t g, int i) const { return of[b * groups + g].of[i]; }
 };
@@ -151,7 +153,7 @@ void put_some(const Inputs& x, int64_t first, const Blocks& w, int64_t row, int6
     __m256i whole[T][B];
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
-      w.ahead(b, g);
+      w.ahead(B, b, g);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) whole[t][b] = _mm256_set1_epi32(Blocks::EIGHTS ? x.eights[at + t] : 0);
     }
@@ -186,49 +188,59 @@ void put_some(const Inputs& x, int64_t first, const Blocks& w, int64_t row, int6
       put(y + t * rows + row + b * ROWS, sums[t][b], rows - row - b * ROWS, onto);
 }
 
-// The sums of ROWS rows of 8 bits for one token, each in eight parts. As Pairs the rows would serve one token alone.
-struct RowSums {
-  __m256 parts[ROWS] = {};
-  void add(const int8_t* q, int64_t apart, const int16_t* x, float by) {
-    const __m256i low = _mm256_loadu_si256((const __m256i*)x), high = _mm256_loadu_si256((const __m256i*)(x + 16));
-    const __m256 scale = _mm256_set1_ps(by);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const int8_t* from = q + r * apart;
-      const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
-      const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + 16)));
-      const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(a, low), _mm256_madd_epi16(b, high));
-      parts[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(both), scale, parts[r]);
+// The sum of a row of 8 bits for one token, in eight parts. As Pairs it would serve that token alone. A last group goes on
+// into the next row, where its inputs are zeros; EDGE: it may go beyond the `end` of all.
+template <bool EDGE>
+__m256 sum_of(const int8_t* q, const int8_t* end, const Inputs& x) {
+  const int16_t* numbers = x.numbers.get();
+  const float* scales = x.scales.data();
+  __m256 sum = _mm256_setzero_ps();
+  for (int64_t g = 0; g < x.groups; ++g, q += GROUP, numbers += GROUP) {
+    const int8_t* from = q;
+    int8_t last[GROUP];
+    if (EDGE && from + GROUP > end) {
+      std::fill_n(last, GROUP, 0);
+      std::memcpy(last, from, end - from);
+      from = last;
     }
+    __builtin_prefetch(q + AHEAD);
+    const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+    const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + 16)));
+    const __m256i a = _mm256_madd_epi16(low, _mm256_loadu_si256((const __m256i*)numbers));
+    const __m256i b = _mm256_madd_epi16(high, _mm256_loadu_si256((const __m256i*)(numbers + 16)));
+    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)), _mm256_set1_ps(scales[g]), sum);
   }
-  __m256 total() const {
-    __m256 two[4], four[2];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const __m256 a = parts[2 * i], b = parts[2 * i + 1];
-      two[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const __m256 a = two[2 * i], b = two[2 * i + 1];
-      four[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0b01000100), _mm256_shuffle_ps(a, b, 0b11101110));
-    }
-    const __m256 low = _mm256_permute2f128_ps(four[0], four[1], 0x20);
-    return _mm256_add_ps(low, _mm256_permute2f128_ps(four[0], four[1], 0x31));
-  }
-};
+  return sum;
+}
 
-// y: (rows,) = x W^T for one token and a block of 8 bits.
+// The totals of eight sums in parts, one in each lane.
+__m256 totals(const __m256* parts) {
+  __m256 two[4], four[2];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = parts[2 * i], b = parts[2 * i + 1];
+    two[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m256 a = two[2 * i], b = two[2 * i + 1];
+    four[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0b01000100), _mm256_shuffle_ps(a, b, 0b11101110));
+  }
+  const __m256 low = _mm256_permute2f128_ps(four[0], four[1], 0x20);
+  return _mm256_add_ps(low, _mm256_permute2f128_ps(four[0], four[1], 0x31));
+}
+
+// y: (rows,) = x W^T for one token and a block of 8 bits, or += where it is added onto what is there.
 void put_rows(const Inputs& x, const Stored& w, int64_t block, float* y, bool onto) {
   const int64_t row = block * ROWS, count = std::min(ROWS, w.rows - row);
-  RowSums sums;
-  for (int64_t g = 0; g < x.groups; ++g) {
-    const GroupOf8 of(w, row, g);
-    sums.add(of.q, of.apart, &x.numbers[g * GROUP], x.scales[g]);
+  const int8_t *q = (const int8_t*)w.q + row * w.inputs, *end = (const int8_t*)w.q + w.rows * w.inputs;
+  __m256 parts[ROWS];
+  if (count == ROWS && q + (ROWS - 1) * w.inputs + x.groups * GROUP <= end) {
+    for (int r = 0; r < ROWS; ++r) parts[r] = sum_of<false>(q + r * w.inputs, end, x);
+    return put(y + row, _mm256_mul_ps(totals(parts), _mm256_loadu_ps(w.scale() + row)), ROWS, onto);
   }
   float scale[ROWS] = {};
   std::copy_n(w.scale() + row, count, scale);
-  put(y + row, _mm256_mul_ps(sums.total(), _mm256_loadu_ps(scale)), count, onto);
+  for (int r = 0; r < ROWS; ++r) parts[r] = r < count ? sum_of<true>(q + r * w.inputs, end, x) : _mm256_setzero_ps();
+  put(y + row, _mm256_mul_ps(totals(parts), _mm256_loadu_ps(scale)), count, onto);
 }
 
 // y: (tokens, rows) = x W^T for blocks of ROWS rows from `begin` up to `end`, or += where it is added onto what is there.
