@@ -1,6 +1,7 @@
 """What every group becomes where a size is bytes on disk: dense or a rank, and how many bits its weights take."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from .data.tasks import Task
 from .layers.embedding import TableEmbedding, is_tied, module_name, require_apart, round_table
 from .layers.group import Group, table_of
 from .layers.rounding import Bits, basis_costs, dense_cost, stored_bytes
+from .layers.shape import Shape
 from .linalg.budget import best_for, rising, table_rank
 from .selection import Chosen, Rule, best_rank, weighted_groups
 from .sizes import sizes
@@ -43,16 +45,13 @@ class Form:
 
     def price(self, group: Group) -> int:
         """Bytes on disk, scales and names included."""
-        inputs, outputs = group.shape.inputs, group.shape.outputs
         if self.rank is None:
-            return sum(_tensor(n, out, inputs, self.bits) for n, out in zip(group.names, outputs, strict=True))
+            layers = zip(group.names, group.shape.outputs, strict=True)
+            return sum(_tensor(name, out, group.shape.inputs, self.bits) for name, out in layers)
         parts = (self.more, self.head), (self.bits, self.rank - self.head)
         widths = [(bits, bases) for bits, bases in parts if bases]
         part = ".head" if len(widths) > 1 else ""
-        price = sum(_tensor(f"{group.name}.v{part}", bases, inputs, bits) for bits, bases in widths)
-        for name, out in zip(group.names, outputs, strict=True):
-            price += sum(_tensor(f"{name}.u{part}", out, bases, bits) for bits, bases in widths)
-        return price
+        return sum(_bases(group.names, group.shape, part, bits, bases) for bits, bases in widths)
 
     def put(self, group: Group, model: PreTrainedModel) -> None:
         """Let the `group` of weighted bases become it, in place."""
@@ -60,6 +59,14 @@ class Form:
             group.to_dense(model, self.bits)
         else:
             group.round(model, self.rank, self.head, (self.more, self.bits))
+
+
+@functools.lru_cache(2**12)  # forms of a group have parts in common
+def _bases(names: tuple[str, ...], shape: Shape, part: str, bits: int, bases: int) -> int:
+    """Bytes of a part of a group's bases, of so many bits each."""
+    layers = zip(names, shape.outputs, strict=True)
+    factors = [(f"{names[0]}.v", bases, shape.inputs), *((f"{name}.u", out, bases) for name, out in layers)]
+    return sum(_tensor(f"{name}{part}", rows, columns, bits) for name, rows, columns in factors)
 
 
 def _tensor(name: str, rows: int, columns: int, bits: int) -> int:
@@ -259,9 +266,9 @@ def forms(group: Group, multiple_of: int = 16, rounding: float = ROUNDING) -> li
     for bits in WIDTHS:
         rounded = COUNTS[bits] * dense_cost(weight, bits, outputs, inputs)
         found.append((Form(None, bits), energy[-1] - rounding * rounded))
-    return [(form, form.price(group), float(value)) for form, value in found]
+    return [(form, form.price(group), value) for form, value in found]
 
 
-def _sums(x: torch.Tensor) -> torch.Tensor:
+def _sums(x: torch.Tensor) -> list[float]:
     """Sums of the first i, i from 0 on."""
-    return torch.cat([x.new_zeros(1), x.cumsum(0)]).cpu()
+    return [0.0, *x.cumsum(0).tolist()]

@@ -75,6 +75,8 @@ def test_the_kernels_multiply_by_what_is_stored(bits, outputs, inputs):
         expected = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
         far = (fixed(x).double() - expected).abs()
         assert (far <= 1e-4 * (x.double().norm(dim=-1, keepdim=True) * layer.weight.norm(dim=1) + 1e-3)).all()
+        alone = fixed(x[1, -1:]) - fixed(x)[1, -1:]
+        assert (alone.abs() <= 1e-5 * (x[1, -1].norm() * layer.weight.norm(dim=1) + 1e-3)).all()
         narrow, wide = fixed(x.bfloat16()), fixed(x.bfloat16().float())
         assert narrow.dtype == torch.bfloat16
         if 2 * tokens <= 16:  # these are multiplied by what is stored, whatever the dtype

@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int64_t TOGETHER = 4;  // tokens whose numbers lie together
+constexpr int64_t FEW = 8;       // for which it does not pay to make blocks of long rows of 8 bits
 
 #ifdef __AVX2__
 
@@ -57,10 +58,10 @@ float rounded(const float* x, int16_t* to, int32_t* eights) {
 
 // Tokens of which every group is whole numbers times a scale, the last group filled up with zeros. TOGETHER of them, and
 // those that are left, lie together: their groups one after the other, of a group its pairs of numbers, of a pair that of
-// each token.
+// each token. alone: of few tokens each by itself, too.
 struct Inputs {
   int64_t groups;
-  std::unique_ptr<int16_t[]> numbers;
+  std::unique_ptr<int16_t[]> numbers, alone;
   std::vector<float> scales;
   std::vector<int32_t> eights;  // of each group its sum times -8
 
@@ -68,6 +69,7 @@ struct Inputs {
   Inputs(const float* x, int64_t tokens, int64_t size)
       : groups(groups_of(size)), numbers(new int16_t[tokens * groups * GROUP]), scales(tokens * groups),
         eights(tokens * groups) {
+    if (tokens <= FEW) alone.reset(new int16_t[tokens * groups * GROUP]);
     const int64_t parts = (tokens + TOGETHER - 1) / TOGETHER;
     at::parallel_for(0, parts, std::max<int64_t>(1, GRAIN / (size * TOGETHER)), [&](int64_t begin, int64_t end) {
       for (int64_t first = begin * TOGETHER; first < std::min(end * TOGETHER, tokens); first += TOGETHER) {
@@ -82,7 +84,8 @@ struct Inputs {
               from = last;
             }
             const int64_t at = first * groups + g * count;
-            int16_t found[GROUP], *to = numbers.get() + at * GROUP + 2 * t;
+            int16_t own[GROUP], *to = numbers.get() + at * GROUP + 2 * t;
+            int16_t* found = tokens <= FEW ? alone.get() + ((first + t) * groups + g) * GROUP : own;
             scales[at + t] = rounded(from, found, &eights[at + t]);
             for (int64_t i = 0; i < GROUP / 2; ++i) std::memcpy(to + 2 * i * count, found + 2 * i, 2 * sizeof(int16_t));
           }

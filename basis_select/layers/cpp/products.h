@@ -8,12 +8,12 @@
 namespace {
 
 #if defined(WIDER_THAN_256)
-constexpr int64_t FEW = 32;             // tokens up to which weights are not restored
-constexpr int64_t FEW_IN_BFLOAT16 = 16;  // and where inputs are in bfloat16
+constexpr int64_t AS_STORED = 32;              // tokens up to which weights are not restored
+constexpr int64_t AS_STORED_IN_BFLOAT16 = 16;  // and where inputs are in bfloat16
 #elif defined(__AVX2__)
-constexpr int64_t FEW = INT64_MAX, FEW_IN_BFLOAT16 = INT64_MAX;  // the products of sums.h are the fastest there
+constexpr int64_t AS_STORED = INT64_MAX, AS_STORED_IN_BFLOAT16 = INT64_MAX;  // the products of sums.h are the fastest there
 #else
-constexpr int64_t FEW = 128, FEW_IN_BFLOAT16 = INT64_MAX;  // products in bfloat16 are slow there
+constexpr int64_t AS_STORED = 128, AS_STORED_IN_BFLOAT16 = INT64_MAX;  // products in bfloat16 are slow there
 #endif
 
 // Calls `each(begin, end)` for parts of so many blocks of rows with `inputs` each, in all threads if that pays.
@@ -109,10 +109,10 @@ Tensor product(const Tensor& x, const Tensor& packed, at::IntArrayRef layout, co
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = out;
   if (tokens == 0) return at::empty(sizes, x.options());
-  if (x.scalar_type() == at::kBFloat16 && tokens > FEW_IN_BFLOAT16)
+  if (x.scalar_type() == at::kBFloat16 && tokens > AS_STORED_IN_BFLOAT16)
     return product_of_many<at::BFloat16>(x.reshape({tokens, -1}), weights, bias).view(sizes);
   const Tensor held = x.to(at::kFloat).contiguous();
-  if (tokens > FEW)
+  if (tokens > AS_STORED)
     return product_of_many<float>(held.view({tokens, -1}), weights, bias).view(sizes).to(x.scalar_type());
   Tensor y = at::empty(sizes, held.options());
   float* to = y.mutable_data_ptr<float>();

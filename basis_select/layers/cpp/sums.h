@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t AHEAD = 2048;       // least bytes from where weights are read to where memory is asked for more
 constexpr int64_t AT_ONCE = 1 << 15;  // bytes of weights that stay in the cache for all tokens
+constexpr int64_t SHORT = 2;          // groups of a row for which sums across lanes take longer than its products
 
 // A group of a block as whole numbers of 16 bits: of inputs 2i and 2i + 1, a row in each lane.
 struct Pairs {
@@ -188,14 +189,14 @@ void put_some(const Inputs& x, int64_t first, const Blocks& w, int64_t row, int6
       put(y + t * rows + row + b * ROWS, sums[t][b], rows - row - b * ROWS, onto);
 }
 
-// The sum of a row of 8 bits for one token, in eight parts. As Pairs it would serve that token alone. A last group goes on
-// into the next row, where its inputs are zeros; EDGE: it may go beyond the `end` of all.
-template <bool EDGE>
-__m256 sum_of(const int8_t* q, const int8_t* end, const Inputs& x) {
-  const int16_t* numbers = x.numbers.get();
-  const float* scales = x.scales.data();
-  __m256 sum = _mm256_setzero_ps();
-  for (int64_t g = 0; g < x.groups; ++g, q += GROUP, numbers += GROUP) {
+// sums: (T, ROWS), at 0 of each the sum of a row of 8 bits in eight parts, for T tokens that lie together from `first` on.
+// A last group goes on into the next row, where its inputs are zeros; EDGE: it may go beyond the `end` of all.
+template <int T, bool EDGE>
+void sum_row(const int8_t* q, const int8_t* end, const Inputs& x, int64_t first, __m256* sums) {
+  const int16_t* numbers = x.alone.get() + first * x.groups * GROUP;
+  const float* scales = &x.scales[first * x.groups];
+  __m256 sum[T] = {};
+  for (int64_t g = 0; g < x.groups; ++g, q += GROUP) {
     const int8_t* from = q;
     int8_t last[GROUP];
     if (EDGE && from + GROUP > end) {
@@ -206,11 +207,16 @@ __m256 sum_of(const int8_t* q, const int8_t* end, const Inputs& x) {
     __builtin_prefetch(q + AHEAD);
     const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
     const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + 16)));
-    const __m256i a = _mm256_madd_epi16(low, _mm256_loadu_si256((const __m256i*)numbers));
-    const __m256i b = _mm256_madd_epi16(high, _mm256_loadu_si256((const __m256i*)(numbers + 16)));
-    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)), _mm256_set1_ps(scales[g]), sum);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const int16_t* own = numbers + (t * x.groups + g) * GROUP;
+      const __m256i a = _mm256_madd_epi16(low, _mm256_loadu_si256((const __m256i*)own));
+      const __m256i b = _mm256_madd_epi16(high, _mm256_loadu_si256((const __m256i*)(own + 16)));
+      sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)), _mm256_set1_ps(scales[g * T + t]), sum[t]);
+    }
   }
-  return sum;
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t) sums[t * ROWS] = sum[t];
 }
 
 // The totals of eight sums in parts, one in each lane.
@@ -228,25 +234,38 @@ __m256 totals(const __m256* parts) {
   return _mm256_add_ps(low, _mm256_permute2f128_ps(four[0], four[1], 0x31));
 }
 
-// y: (rows,) = x W^T for one token and a block of 8 bits, or += where it is added onto what is there.
-void put_rows(const Inputs& x, const Stored& w, int64_t block, float* y, bool onto) {
+// y: (T, rows) = x W^T for a block of 8 bits and T tokens that lie together from `first` on, or += where it is added onto
+// what is there.
+template <int T>
+void put_rows(const Inputs& x, int64_t first, const Stored& w, int64_t block, float* y, bool onto) {
   const int64_t row = block * ROWS, count = std::min(ROWS, w.rows - row);
   const int8_t *q = (const int8_t*)w.q + row * w.inputs, *end = (const int8_t*)w.q + w.rows * w.inputs;
-  __m256 parts[ROWS];
-  if (count == ROWS && q + (ROWS - 1) * w.inputs + x.groups * GROUP <= end) {
-    for (int r = 0; r < ROWS; ++r) parts[r] = sum_of<false>(q + r * w.inputs, end, x);
-    return put(y + row, _mm256_mul_ps(totals(parts), _mm256_loadu_ps(w.scale() + row)), ROWS, onto);
-  }
+  __m256 sums[T * ROWS];
   float scale[ROWS] = {};
-  std::copy_n(w.scale() + row, count, scale);
-  for (int r = 0; r < ROWS; ++r) parts[r] = r < count ? sum_of<true>(q + r * w.inputs, end, x) : _mm256_setzero_ps();
-  put(y + row, _mm256_mul_ps(totals(parts), _mm256_loadu_ps(scale)), count, onto);
+  if (count == ROWS && q + (ROWS - 1) * w.inputs + x.groups * GROUP <= end) {
+    for (int r = 0; r < ROWS; ++r) sum_row<T, false>(q + r * w.inputs, end, x, first, sums + r);
+    std::copy_n(w.scale() + row, ROWS, scale);
+  } else {
+    std::fill_n(sums, T * ROWS, _mm256_setzero_ps());
+    for (int r = 0; r < count; ++r) sum_row<T, true>(q + r * w.inputs, end, x, first, sums + r);
+    std::copy_n(w.scale() + row, count, scale);
+  }
+  for (int t = 0; t < T; ++t)
+    put(y + t * w.rows + row, _mm256_mul_ps(totals(sums + t * ROWS), _mm256_loadu_ps(scale)), count, onto);
 }
 
 // y: (tokens, rows) = x W^T for blocks of ROWS rows from `begin` up to `end`, or += where it is added onto what is there.
 void put_blocks(const Inputs& x, int64_t tokens, const Stored& w, int64_t begin, int64_t end, float* y, bool onto) {
-  if (w.bits == 8 && tokens == 1) {
-    for (; begin < end; ++begin) put_rows(x, w, begin, y, onto);
+  const auto by_tokens = [&](auto put) {
+    int64_t t = 0;
+    for (; t + TOGETHER <= tokens; t += TOGETHER) put(std::integral_constant<int, TOGETHER>(), t, y + t * w.rows);
+    if (tokens - t == 3) put(std::integral_constant<int, 3>(), t, y + t * w.rows);
+    if (tokens - t == 2) put(std::integral_constant<int, 2>(), t, y + t * w.rows);
+    if (tokens - t == 1) put(std::integral_constant<int, 1>(), t, y + t * w.rows);
+  };
+  if (w.bits == 8 && (tokens == 1 || (tokens <= FEW && x.groups > SHORT))) {
+    for (int64_t b = begin; b < end; ++b)
+      by_tokens([&]<int T>(std::integral_constant<int, T>, int64_t t, float* to) { put_rows<T>(x, t, w, b, to, onto); });
     return;
   }
   const int64_t groups = x.groups, two = 2 * groups * (w.bits == 8 ? sizeof(Pairs) : BYTES);
@@ -254,17 +273,11 @@ void put_blocks(const Inputs& x, int64_t tokens, const Stored& w, int64_t begin,
   for (; begin < end; begin += at_once) {
     const int64_t last = std::min(end, begin + at_once);
     const auto put_all = [&](auto blocks) {
-      const auto put = [&]<int T>(std::integral_constant<int, T>, int64_t t) {
-        float* to = y + t * w.rows;
+      by_tokens([&]<int T>(std::integral_constant<int, T>, int64_t t, float* to) {
         int64_t b = begin;
         for (; b + 2 <= last; b += 2) put_some<T, 2>(x, t, blocks(b), b * ROWS, w.rows, to, onto);
         if (b < last) put_some<T, 1>(x, t, blocks(b), b * ROWS, w.rows, to, onto);
-      };
-      int64_t t = 0;
-      for (; t + TOGETHER <= tokens; t += TOGETHER) put(std::integral_constant<int, TOGETHER>(), t);
-      if (tokens - t == 3) put(std::integral_constant<int, 3>(), t);
-      if (tokens - t == 2) put(std::integral_constant<int, 2>(), t);
-      if (tokens - t == 1) put(std::integral_constant<int, 1>(), t);
+      });
     };
     if (w.bits == 4) {
       put_all([&](int64_t b) { return Narrow(w, b, groups); });
