@@ -12,25 +12,11 @@ constexpr int64_t AHEAD = 2048;       // least bytes from where weights are read
 constexpr int64_t AT_ONCE = 1 << 15;  // bytes of weights that stay in the cache for all tokens
 constexpr int64_t SHORT = 2;          // groups of a row for which sums across lanes take longer than its products
 
-// A group of a block as whole numbers of 16 bits: of inputs 2i and 2i + 1, a row in each lane.
+// A group of a block as whole numbers of 16 bits: those of inputs 2i and 2i + 1 in `of[i]`, a row in each lane.
 struct Pairs {
   __m256i of[GROUP / 2];
 
-  // Of 4 bits; 8 is added to each.
-  void read(const uint8_t* q) {
-    const __m256i last = _mm256_set1_epi16(15);
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      const __m256i eight = _mm256_loadu_si256((const __m256i*)(q + 32 * v));
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m256i moved = _mm256_srli_epi16(eight, 4 * i);
-        of[4 * v + i] = i < 3 ? _mm256_and_si256(moved, last) : moved;
-      }
-    }
-  }
-
-  // Of 8 bits, rows `apart` numbers from each other.
+  // From 8 bits, rows `apart` numbers from each other.
   void read(const int8_t* q, int64_t apart) {
     __m256i one[ROWS], two[ROWS];  // in each half 16 inputs of a row; then 2, 4 and 8 rows together
 #pragma GCC unroll 8
@@ -66,7 +52,7 @@ __m256 scales_of(const uint16_t* upper) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(whole, 16));
 }
 
-// Blocks of 4 bits, of which Pairs are made when they are used.
+// Blocks of 4 bits, of which pairs are made when they are used.
 struct Narrow {
   static constexpr bool EIGHTS = true;  // 8 is added to each whole number
   const uint8_t* q;
