@@ -47,7 +47,8 @@ def main(a):
     dtype = "bfloat16" if fast_bf16(torch.device("cpu")) else "float32"
     models = {name: load(path, dtype)[0] for name, path in cut(a.folder).items()}
     facts = bench(models, rounds=a.rounds, fast=not a.eager, pause=a.pause)
-    facts = {"command": " ".join(["eval/bench.py", *sys.argv[1:]]), **facts}
+    options = [x for x in sys.argv[1:] if x != str(a.folder)]  # where models lie changes nothing
+    facts = {"command": " ".join(["eval/bench.py", *options]), **facts}
     replace_text(RESULTS / "bench.json", json.dumps(facts, indent=1) + "\n")
     replace_text(RESULTS / "bench.md", table(facts))
     print(table(facts))

@@ -44,9 +44,8 @@ from basis_select.system.writing import replace_text
 from basis_select.training.loss import response_nll
 from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 
-OWN = (  # keys of a method, no recipe's
-    *("answered", "blind", "dense", "dropped", "first", "forms", "learned", "shipped", "sizes", "trained"),
-)
+# Keys of a method, no recipe's.
+OWN = ("answered", "blind", "dense", "dropped", "first", "forms", "learned", "shipped", "sizes", "trained")
 
 
 def alone(home, what):
