@@ -6,13 +6,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import KINDS, logits, make_tokenizer, sampled, tiny
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import basis_select as bs
-from basis_select.checkpoint.fast import ready
+from basis_select.checkpoint.fast import ATTENTION, ready
 from basis_select.checkpoint.files import save
 from basis_select.layers import kernels
 from basis_select.layers.embedding import round_table
@@ -105,30 +108,61 @@ def test_the_kernels_multiply_by_factors_in_two_parts(tokens, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [4, 12, 24, 64])
-def test_the_kernel_for_attention_of_one_token_is_attention(size, dtype):
+@pytest.mark.parametrize("tokens", [1, 2, 13, 40])
+def test_the_kernel_for_attention_is_attention(tokens, size, dtype):
     """For any number of heads that share keys, of keys that count, and of keys that lie in a larger cache."""
     kernels.load()
     torch.manual_seed(size)
     attention = torch.ops.basis_select.attention
-    for shared, keys in ((1, 1), (2, 7), (3, 40), (4, 9), (7, 33)):
-        query = 3 * torch.randn(2, 3 * shared, 1, size).to(dtype)
+    for shared, before in ((1, 0), (2, 7), (3, 40), (4, 9), (7, 33)):
+        keys = tokens + before
+        query = 3 * torch.randn(2, tokens, 3 * shared, size).to(dtype).transpose(1, 2)
         key, value = torch.randn(2, 2, 3, keys + 5, size).to(dtype)[..., :keys, :]
-        used = torch.rand(2, 1, 1, keys) < 0.6
+        used = torch.rand(2, 1, tokens, keys) < 0.6
         used[..., -1] = True
         for counted in (None, used, used[:1]):
             wide = (x.double() for x in (query, key, value))
-            every = None if counted is None else counted.expand_as(used)
+            every = torch.ones(tokens, keys).tril(before).bool() if counted is None else counted.expand_as(used)
             expected = torch.nn.functional.scaled_dot_product_attention(*wide, every, scale=0.3, enable_gqa=True)
             found = attention(query, key, value, counted, 0.3)
             assert found.dtype == dtype
             torch.testing.assert_close(found, expected.transpose(1, 2).to(dtype))
-        query[1] = torch.nan
+        query[1, :, -1] = torch.nan
         found = attention(query, key, value, used, 0.3)
-        assert found[1].isnan().all()
+        assert found[1, -1].isnan().all()
         assert found[0].isfinite().all()
-    assert (attention(query, key, value, torch.zeros_like(used), 0.3) == 0).all()
+        assert found[1, :-1].isfinite().all()
+    used[0, :, -1], used[1] = True, False
+    found = attention(query.nan_to_num(), key, value, used, 0.3)
+    assert (found[1] == 0).all()
+    assert (found[0] != 0).any()
     with pytest.raises(RuntimeError, match="attention of query"):
         attention(query[:, :-1], key, value, None, 0.3)
+    with pytest.raises(RuntimeError, match="attention of query"):
+        attention(query, key[:, :, : tokens - 1], value[:, :, : tokens - 1], None, 0.3)
+
+
+def test_attention_that_the_kernel_does_not_know_is_transformers():
+    """A bias for each pair of tokens, a mask that is added or one for each head, values of another size, no mask."""
+    kernels.load()
+    attention, module = AttentionInterface()[ATTENTION], SimpleNamespace(is_causal=True, num_key_value_groups=2)
+    for tokens, keys in ((1, 9), (5, 5), (3, 9)):
+        query, key, value = (torch.randn(2, n, of, 8) for n, of in ((4, tokens), (2, keys), (2, keys)))
+        used = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)[None, None]
+        each = used.repeat(2, 4, 1, 1)
+        each[:, 1, :, 0] = False
+        added = torch.zeros(1, 1, tokens, keys).masked_fill(~used, -torch.inf)
+        for mask, value_of, options in (
+            (used, value, {}),
+            (None, value, {}),
+            (None, value, {"is_causal": False}),
+            (used, value, {"position_bias": torch.randn(1, 4, tokens, keys)}),
+            (each, value, {}),
+            (added, value, {}),
+            (used, value[..., :6], {"scaling": 0.2}),
+        ):
+            given = module, query, key, value_of, mask
+            torch.testing.assert_close(attention(*given, **options)[0], sdpa_attention_forward(*given, **options)[0])
 
 
 COMPILED = """
@@ -158,6 +192,10 @@ for dtype in (torch.float32, torch.bfloat16):
     whole = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
     found = torch.ops.basis_select.attention(q, k, v, None, 20**-0.5)
     torch.testing.assert_close(found, whole.transpose(1, 2).to(dtype))
+q, k, v = (torch.randn(2, heads, 23, 20) for heads in (6, 2, 2))
+wide = (x.double() for x in (q, k, v))
+whole = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
+torch.testing.assert_close(torch.ops.basis_select.attention(q, k, v, None, 20**-0.5), whole.transpose(1, 2).float())
 """
 WIDE = ["-fopenmp", "-mavx2", "-mfma"]
 

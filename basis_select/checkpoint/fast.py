@@ -102,16 +102,25 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one token by our kernel, of more by transformers' "sdpa".
+    """Attention by our kernel where it is the faster one, of one token or in float32, else by transformers' "sdpa".
 
     query: (batch, heads, tokens, d), key and value: (batch, key heads, keys, d); result: (batch, tokens, heads, d).
     """
-    if query.shape[2] > 1 or not query.shape[3] == key.shape[3] == value.shape[3]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    tokens, size = query.shape[2:]
+    if attention_mask is None:
+        causal = kwargs.get("is_causal")
+        known = tokens == 1 or (getattr(module, "is_causal", True) if causal is None else causal)
+    else:
+        known = attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
+    known &= size == key.shape[3] == value.shape[3] and kwargs.get("position_bias") is None
+    if not (known and (tokens == 1 or query.dtype == torch.float32)):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is None and tokens > 1:  # the first ones, whose keys may lie in a larger cache
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+    scale = kwargs.get("scaling")
+    scale = size**-0.5 if scale is None else scale
     return torch.ops.basis_select.attention(query, key, value, attention_mask, scale), None
 
 

@@ -1,5 +1,5 @@
-"""Products with weights of few bits as they are stored, attention of one token, and the rounding of weights while they
-train (straight_through.py), by C++ that is compiled once for a machine (cpp/).
+"""Products with weights of few bits as they are stored, attention, and the rounding of weights while they train
+(straight_through.py), by C++ that is compiled once for a machine (cpp/).
 
 3 and 2 bits are held in 4 by products.
 
@@ -107,8 +107,7 @@ def _product(x: torch.Tensor, packed: torch.Tensor, layout: list[int], bias: tor
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, used: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    batch, heads, _, size = query.shape
-    return query.new_empty(batch, 1, heads, size)
+    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
 
 
 def _rounded(

@@ -1,172 +1,39 @@
-// Attention of one token, in float32, of keys and values in float32 or bfloat16.
+// Attention in float32.
 
 #pragma once
 
-#include "common.h"
+#include "one_token.h"
+#include "prompts.h"
 
 namespace {
 
-// Eight numbers, with the arithmetic of GCC and Clang for vectors.
-typedef float Eight __attribute__((vector_size(32)));
-
-Eight eight(const float* from) {
-  Eight x;
-  std::memcpy(&x, from, sizeof(x));
-  return x;
-}
-
-Eight eight(const at::BFloat16* from) {
-  typedef uint16_t Upper __attribute__((vector_size(16)));
-  typedef uint32_t Bits __attribute__((vector_size(32)));
-  Upper upper;
-  std::memcpy(&upper, from, sizeof(upper));
-  return (Eight)(__builtin_convertvector(upper, Bits) << 16);
-}
-
-float sum_of(Eight x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
-
-// e to the power of x, for x up to 0, within 2 units in the last place.
-Eight exponential(Eight x) {
-  const Eight least = Eight{} - 87.0f, bounded = x < least ? least : x;
-  const Eight integer = Eight{} + 12582912.0f, whole = bounded * 1.44269504f + integer - integer;  // to the nearest
-  const Eight r = bounded - whole * 0.693145752f - whole * 1.42860677e-6f;                         // ln 2 in two parts
-  Eight e = r * 1.98412698e-4f + 1.38888889e-3f;
-  for (const float next : {8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f, 1.0f, 1.0f}) e = e * r + next;
-  typedef int32_t Bits __attribute__((vector_size(32)));
-  return e * (Eight)((__builtin_convertvector(whole, Bits) + 127) << 23);
-}
-
-// The keys or values of one of a batch, of those that count: `each[k]` begins at `at + used[k] * apart`.
-template <typename T>
-struct Rows {
-  const T* at;
-  int64_t apart;
-  const std::vector<int64_t>& used;
-  const T* operator[](int64_t k) const { return at + used[k] * apart; }
-  int64_t size() const { return used.size(); }
-};
-
-// to: (H, keys) = query (H, size) times keys times `scale`; `apart`: from one head's to the next one's.
-template <int H, typename T>
-void match(const float* query, int64_t size, float scale, const Rows<T>& key, float* to, int64_t apart) {
-  const int64_t whole = size / 8 * 8;
-  for (int64_t k = 0; k < key.size(); ++k) {
-    const T* of = key[k];
-    Eight part[H] = {};
-    for (int64_t i = 0; i < whole; i += 8)
-      for (int h = 0; h < H; ++h) part[h] += eight(query + h * size + i) * eight(of + i);
-    for (int h = 0; h < H; ++h) {
-      float sum = sum_of(part[h]);
-      for (int64_t i = whole; i < size; ++i) sum += query[h * size + i] * static_cast<float>(of[i]);
-      to[h * apart + k] = sum * scale;
-    }
-  }
-}
-
-// y: (H, size) = shares (H, keys) times values, for V times 8 of `size` from `start` on.
-template <int H, int V, typename T>
-void mix_part(const float* shares, int64_t apart, int64_t size, const Rows<T>& value, int64_t start, float* y) {
-  Eight sum[H][V] = {};
-  for (int64_t k = 0; k < value.size(); ++k) {
-    const T* of = value[k] + start;
-    for (int h = 0; h < H; ++h)
-      for (int v = 0; v < V; ++v) sum[h][v] += shares[h * apart + k] * eight(of + 8 * v);
-  }
-  for (int h = 0; h < H; ++h) std::memcpy(y + h * size + start, sum[h], sizeof(sum[h]));
-}
-
-// The same of all of `size`.
-template <int H, typename T>
-void mix(const float* shares, int64_t apart, int64_t size, const Rows<T>& value, float* y) {
-  int64_t i = 0;
-  for (; i + 16 <= size; i += 16) mix_part<H, 2>(shares, apart, size, value, i, y);
-  for (; i + 8 <= size; i += 8) mix_part<H, 1>(shares, apart, size, value, i, y);
-  for (; i < size; ++i)
-    for (int h = 0; h < H; ++h) {
-      float sum = 0;
-      for (int64_t k = 0; k < value.size(); ++k) sum += shares[h * apart + k] * static_cast<float>(value[k][i]);
-      y[h * size + i] = sum;
-    }
-}
-
-// Of H heads that share keys: query and y (H, size).
-template <int H, typename T>
-void attend(const float* query, int64_t size, float scale, const Rows<T>& key, const Rows<T>& value, float* y) {
-  const int64_t keys = key.size(), apart = (keys + 7) / 8 * 8;
-  std::vector<float> shares(H * apart, -INFINITY);
-  match<H>(query, size, scale, key, shares.data(), apart);
-  for (int h = 0; h < H; ++h) {
-    float* of_head = shares.data() + h * apart;
-    const float most = keys ? *std::max_element(of_head, of_head + keys) : 0;
-    Eight sum = {};
-    for (int64_t k = 0; k < apart; k += 8) {
-      const Eight share = exponential(eight(of_head + k) - most);
-      std::memcpy(of_head + k, &share, sizeof(share));
-      sum += share;
-    }
-    const float whole = sum_of(sum);
-    for (int64_t k = 0; k < keys; ++k) of_head[k] /= whole;
-  }
-  mix<H>(shares.data(), apart, size, value, y);
-}
-
-// `attention` of the dtype of key and value.
-template <typename T>
-void attend_all(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& used, float scale,
-    float* y) {
-  const int64_t batch = key.size(0), of_keys = key.size(1), keys = key.size(2), size = key.size(3);
-  const int64_t heads = query.size(1) / of_keys;
-  const float* q = query.const_data_ptr<float>();
-  const T *k = key.const_data_ptr<T>(), *v = value.const_data_ptr<T>();
-  const int64_t grain = std::max<int64_t>(1, GRAIN / (2 * heads * keys * size));
-  at::parallel_for(0, batch * of_keys, grain, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> here;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / of_keys, h = i % of_keys;
-      if (i == begin || h == 0) {
-        here.clear();
-        const bool* one = used ? used->const_data_ptr<bool>() + b * used->stride(0) : nullptr;
-        for (int64_t n = 0; n < keys; ++n)
-          if (!one || one[n * used->stride(3)]) here.push_back(n);
-      }
-      const Rows<T> of_key{k + b * key.stride(0) + h * key.stride(1), key.stride(2), here};
-      const Rows<T> of_value{v + b * value.stride(0) + h * value.stride(1), value.stride(2), here};
-      const auto of_heads = [&]<int H>(int64_t n) {
-        attend<H>(q + n * size, size, scale, of_key, of_value, y + n * size);
-      };
-      for (int64_t n = i * heads, left = heads; left > 0; n += 4, left -= 4) {
-        if (left >= 4) of_heads.template operator()<4>(n);
-        if (left == 3) of_heads.template operator()<3>(n);
-        if (left == 2) of_heads.template operator()<2>(n);
-        if (left == 1) of_heads.template operator()<1>(n);
-      }
-    }
-  });
-}
-
-// Attention of one token: query (batch, heads, 1, size), key and value (batch, key heads, keys, size), heads that share
-// keys side by side; used: (batch, 1, 1, keys), which keys count, all if there is none; of a sequence without any the
-// result is zeros. Returns (batch, 1, heads, size).
+// Attention: query (batch, heads, tokens, size), key and value (batch, key heads, keys, size), heads that share keys
+// side by side; used: (batch, 1, tokens, keys), which keys count; without it the last key is the last token's, and each
+// token has the keys up to its own. A token without any has zeros. Returns (batch, tokens, heads, size).
 Tensor attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& used, double scale) {
-  const int64_t batch = query.size(0), heads = query.size(1), keys = key.size(2), size = query.size(3);
+  const int64_t batch = query.size(0), heads = query.size(1), tokens = query.size(2);
+  const int64_t keys = key.size(2), size = query.size(3);
   TORCH_CHECK(
-      query.size(2) == 1 && key.size(0) == batch && heads % key.size(1) == 0 && key.size(3) == size &&
+      tokens <= keys && key.size(0) == batch && heads % key.size(1) == 0 && key.size(3) == size &&
           value.sizes() == key.sizes(),
       "attention of query ", query.sizes(), ", key ", key.sizes(), ", value ", value.sizes());
-  const auto of_each = used ? std::optional(used->expand({batch, 1, 1, keys})) : std::nullopt;
-  const bool narrow = key.scalar_type() == at::kBFloat16;
-  const auto read = [&](const Tensor& x) {
-    const Tensor held = x.to(narrow ? at::kBFloat16 : at::kFloat);
+  const auto of_each = used ? std::optional(used->expand({batch, 1, tokens, keys})) : std::nullopt;
+  const bool narrow = tokens == 1 && key.scalar_type() == at::kBFloat16;
+  const auto read = [](const Tensor& x, at::ScalarType dtype) {
+    const Tensor held = x.to(dtype);
     return held.stride(3) == 1 ? held : held.contiguous();
   };
-  const Tensor q = query.to(at::kFloat).contiguous(), k = read(key), v = read(value);
-  Tensor y = at::empty({batch, 1, heads, size}, q.options());
-  if (narrow)
-    attend_all<at::BFloat16>(q, k, v, of_each, scale, y.mutable_data_ptr<float>());
-  else
-    attend_all<float>(q, k, v, of_each, scale, y.mutable_data_ptr<float>());
+  const Tensor q = read(query, at::kFloat), k = read(key, narrow ? at::kBFloat16 : at::kFloat);
+  const Tensor v = read(value, k.scalar_type());
+  Tensor y = at::empty({batch, tokens, heads, size}, q.options());
+  float* to = y.mutable_data_ptr<float>();
+  if (tokens > 1)
+    attend_prompts(q, k, v, of_each, scale, to);
+  else if (narrow)
+    attend_one_token<at::BFloat16>(q.contiguous(), k, v, of_each, scale, to);
+  else if (tokens == 1)
+    attend_one_token<float>(q.contiguous(), k, v, of_each, scale, to);
   return y.to(query.scalar_type());
 }
 
