@@ -309,7 +309,7 @@ def short_of_likeliest(model, prompt, out):
 
 
 @pytest.mark.slow
-def test_one_call_loads_a_model_that_generates_by_a_compiled_step(task, ids, tmp_path, caplog):
+def test_one_call_loads_a_model_that_generates_by_compiled_graphs(task, ids, tmp_path, caplog):
     model = small("llama", task, bits="auto")
     save(model, make_tokenizer(), tmp_path / "model", "bfloat16")
     model = bs.load(tmp_path / "model", "float32")[0]
@@ -323,6 +323,9 @@ def test_one_call_loads_a_model_that_generates_by_a_compiled_step(task, ids, tmp
             assert short_of_likeliest(model, prompt, fast.generate(prompt, **GREEDY)) < 0.01
     finally:
         torch._dynamo.config.error_on_recompile = False
+    with torch.profiler.profile() as seen:
+        fast.generate(ids[:1, :3], max_new_tokens=2, do_sample=False)
+    assert sum("Torch-Compiled Region" in event.name for event in seen.events()) == 2  # a prompt and a token
     assert short_of_likeliest(model, ids, fast.generate(ids, **GREEDY)) < 0.01  # a batch of two
 
     prompts, found = [ids[i % 2 :][:1, i:] for i in range(8)], [None] * 8

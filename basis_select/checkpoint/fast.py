@@ -3,12 +3,13 @@
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, StaticCache
+from torch._dynamo.exc import RecompileError
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, StaticCache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -25,8 +26,8 @@ ATTENTION = "basis_select"  # by which name transformers knows the one below
 def ready(model: PreTrainedModel, compiled: bool = True) -> PreTrainedModel:
     """`model`, in place, in the form in which it answers fastest on its device; it can neither be saved nor trained.
 
-    Where its device has no bfloat16 units it computes in float32. `compiled`: a step that decodes one token, with a
-    cache of fixed size, is compiled, which takes minutes where it was never compiled before.
+    Where its device has no bfloat16 units it computes in float32. `compiled`: what decodes one token and what
+    reads one prompt, with a cache of fixed size, are compiled, which takes minutes where they never were before.
     """
     if model.dtype == torch.bfloat16 and not fast_bf16(model.device):
         nn.Module.float(model)  # transformers refuses it for any checkpoint with a quantizer
@@ -42,35 +43,68 @@ def ready(model: PreTrainedModel, compiled: bool = True) -> PreTrainedModel:
 
 
 def _compile(model: PreTrainedModel) -> None:
-    """Let `model` compute one token after others in a cache of fixed size by a compiled graph, all else as before."""
+    """Let `model` compute by compiled graphs in a cache of fixed size: one token after others, and a single prompt."""
     plain = model.forward
-
-    def alone(**inputs: Any) -> Any:
-        return plain(**inputs)
-
-    # torch.compile keeps its graphs by code object: with one of its own, no other model's are tried before it.
-    alone.__code__ = alone.__code__.replace()
-    options = {"guard_filter_fn": _of_inputs, "size_asserts": False}  # a thousand asserts a token
-    options |= compile_options(model.device)
-    step, known = torch.compile(alone, options=options), None  # and what `generate` calls it with
+    token, prompt = _Graph(plain, model.device), _Graph(plain, model.device)
+    empty = None  # keys and values of no token, by layer
 
     @functools.wraps(plain)
     def forward(*args: Any, **inputs: Any) -> Any:
-        nonlocal known
+        nonlocal empty
         ids, cache = inputs.get("input_ids"), next((x for x in inputs.values() if isinstance(x, StaticCache)), None)
-        if args or ids is None or ids.shape[1] > 1 or cache is None or torch.is_grad_enabled():
+        if args or ids is None or cache is None or torch.is_grad_enabled():
             return plain(*args, **inputs)
-        if known is None:
-            known = inputs.keys()
-            _of_any_length(cache, inputs)
-        return step(**inputs) if inputs.keys() == known else plain(**inputs)
+        if ids.shape[1] == 1:
+            return token(cache, inputs)
+        # Where a layer keeps a part of the prompt, or a state, no graph is one for all lengths.
+        if len(ids) > 1 or any(type(layer) is not StaticLayer for layer in cache.layers):
+            return plain(**inputs)
+        if empty is None:
+            found = plain(**inputs)
+            empty = [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in cache.layers]
+            return found
+        for layer, states in zip(cache.layers, empty, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(*states)  # within a graph it would be of one size
+        return prompt(cache, inputs)
 
     model.forward = forward
     model.generation_config.update(cache_implementation="static", disable_compile=True)
     began = time.perf_counter()
-    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    _answer(model, 4, 3)  # shows what a cache holds
+    _answer(model, 4, 4)  # and what differs in a cache of another length
+    try:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            _answer(model, 5, 6)
+    except RecompileError:
+        prompt.names = set()  # each length would be compiled anew, while its first answer waits
     log.warning("compiled in %.0f s", time.perf_counter() - began)
+
+
+def _answer(model: PreTrainedModel, prompt: int, tokens: int) -> None:
+    ids = torch.zeros(1, prompt, dtype=torch.long, device=model.device)
+    exactly = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    model.generate(ids, attention_mask=torch.ones_like(ids), **exactly)
+
+
+class _Graph:
+    """`plain` compiled for inputs of the names it is first called with; for others it stays as it is."""
+
+    def __init__(self, plain: Callable, device: torch.device) -> None:
+        def alone(**inputs: Any) -> Any:
+            return plain(**inputs)
+
+        # torch.compile keeps its graphs by code object: with one of its own, no other model's are tried before it.
+        alone.__code__ = alone.__code__.replace()
+        options = {"guard_filter_fn": _of_inputs, "size_asserts": False}  # a thousand asserts a token
+        self.plain, self.names = plain, None
+        self.compiled = torch.compile(alone, options=options | compile_options(device))
+
+    def __call__(self, cache: StaticCache, inputs: dict[str, Any]) -> Any:
+        if self.names is None:
+            self.names = inputs.keys()
+            _of_any_length(cache, inputs)
+        return self.compiled(**inputs) if inputs.keys() == self.names else self.plain(**inputs)
 
 
 def _of_inputs(guards: Sequence[Any]) -> list[bool]:
@@ -85,11 +119,12 @@ def _of_inputs(guards: Sequence[Any]) -> list[bool]:
 
 
 def _of_any_length(cache: StaticCache, inputs: dict[str, Any]) -> None:
-    """Let the graph that is compiled for these inputs hold for caches of other lengths."""
-    mask = inputs.get("attention_mask")
-    for x in (mask or {}).values() if isinstance(mask, dict) else [mask]:
-        if x is not None:
-            torch._dynamo.maybe_mark_dynamic(x, x.dim() - 1)
+    """Let the graph that is compiled for these inputs hold for caches of other lengths, and for prompts."""
+    given = [x for value in inputs.values() for x in (value.values() if isinstance(value, dict) else [value])]
+    for x in given:
+        for dim in range(x.dim() if torch.is_tensor(x) else 0):
+            if x.shape[dim] > 1:
+                torch._dynamo.maybe_mark_dynamic(x, dim)
     for layer in cache.layers:
         for x in (getattr(layer, "keys", None), getattr(layer, "values", None)):  # recurrent layers have none
             if x is not None:
@@ -124,5 +159,12 @@ def _attention(
     return torch.ops.basis_select.attention(query, key, value, attention_mask, scale), None
 
 
+def _mask(*args: Any, q_length: int, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
+    """transformers' mask, and one for a prompt in a larger cache, too: graphs take it as an input."""
+    kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and q_length == kv_length
+    mask = sdpa_mask(*args, q_length=q_length, kv_length=kv_length, **kwargs)
+    return None if mask is None else mask.clone()  # torch.compile would check what it is a part of
+
+
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _mask)

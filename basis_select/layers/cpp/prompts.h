@@ -37,6 +37,24 @@ struct Head {
   int64_t count, size;
 };
 
+// How many keys there are up to the last one that counts for any of `rows` tokens.
+int64_t end_of_mask(const bool* mask, int64_t rows, int64_t keys, int64_t down, int64_t right) {
+  int64_t end = 0;
+  for (int64_t row = rows; row-- > 0;) {  // the last one has most
+    const bool* of = mask + row * down;
+    int64_t key = keys;
+    const auto none_of_eight = [&] {
+      uint64_t eight;
+      std::memcpy(&eight, of + key - 8, sizeof(eight));
+      return eight == 0;
+    };
+    while (right == 1 && key - end >= 8 && none_of_eight()) key -= 8;
+    while (key > end && !of[(key - 1) * right]) --key;
+    end = key;
+  }
+  return end;
+}
+
 // What is added to the scores of TALL tokens: 0 for keys that count, minus infinity for others. None counts outside of
 // `begin` to `end`, which is all that is set.
 class Counted {
@@ -57,8 +75,8 @@ class Counted {
         if (counts(row, key)) return true;
       return false;
     };
-    for (begin = 0; begin < keys && !any(begin);) ++begin;
-    for (end = keys; end > begin && !any(end - 1);) --end;
+    end = end_of_mask(mask, rows, keys, down, right);
+    for (begin = 0; begin < end && !any(begin);) ++begin;
     begin = begin / WIDE * WIDE;
     set(rows, counts);
   }
@@ -119,11 +137,17 @@ void attend_rows(
 void attend_prompts(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& used, float scale,
     float* y) {
-  const int64_t of_keys = key.size(1), keys = key.size(2), size = key.size(3), batch = key.size(0) * of_keys;
+  const int64_t of_keys = key.size(1), size = key.size(3), batch = key.size(0) * of_keys;
   const int64_t heads = query.size(1), shared = heads / of_keys, tokens = query.size(2);
+  const auto mask = [&](int64_t b, int64_t token) {
+    return used->const_data_ptr<bool>() + b * used->stride(0) + token * used->stride(2);
+  };
+  int64_t keys = used ? 0 : key.size(2);  // what a larger cache has beyond them is not read
+  for (int64_t b = 0; used && b < key.size(0); ++b)
+    keys = std::max(keys, end_of_mask(mask(b, 0), tokens, key.size(2), used->stride(2), used->stride(3)));
   const int64_t apart = up_to_wide(keys) * size, v_apart = up_to_wide(size) * keys;
   std::unique_ptr<float[]> laid_keys(new float[batch * apart]), laid_values(new float[batch * v_apart]);
-  at::parallel_for(0, batch, std::max<int64_t>(1, GRAIN / (keys * size)), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, batch, GRAIN / (keys * size + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto at = [&](const Tensor& x) {
         return x.const_data_ptr<float>() + i / of_keys * x.stride(0) + i % of_keys * x.stride(1);
@@ -134,7 +158,7 @@ void attend_prompts(
   });
   // Late tokens have more keys than early ones: each part of the work is TALL of both.
   const int64_t blocks = (tokens + TALL - 1) / TALL, parts = (blocks + 1) / 2;
-  const int64_t grain = std::max<int64_t>(1, GRAIN / (2 * TALL * shared * keys * size));
+  const int64_t grain = GRAIN / (2 * TALL * shared * keys * size + 1) + 1;
   at::parallel_for(0, batch * parts, grain, [&](int64_t begin, int64_t end) {
     Counted counted(keys);
     std::vector<float> room(TALL * (size + counted.wide));
@@ -143,12 +167,10 @@ void attend_prompts(
       const Head head{laid_keys.get() + n * apart, laid_values.get() + n * v_apart, keys, size};
       for (int64_t block = early;; block = late) {
         const int64_t token = block * TALL, rows = std::min(TALL, tokens - token);
-        if (used) {
-          const bool* mask = used->const_data_ptr<bool>() + b * used->stride(0) + token * used->stride(2);
-          counted.set_masked(rows, keys, mask, used->stride(2), used->stride(3));
-        } else {
+        if (used)
+          counted.set_masked(rows, keys, mask(b, token), used->stride(2), used->stride(3));
+        else
           counted.set_causal(rows, keys - tokens + token + 1);
-        }
         const float* of = query.const_data_ptr<float>() + b * query.stride(0) + token * query.stride(2);
         for (int64_t h = n % of_keys * shared; h < (n % of_keys + 1) * shared; ++h)
           attend_rows(
