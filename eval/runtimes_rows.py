@@ -94,13 +94,16 @@ class LlamaCpp:
 
 
 class Fast:
-    """A transformers model with a cache of fixed size; `step` is what computes one token after others."""
+    """A transformers model with a cache of fixed size: a prompt and `tokens` after it, as `generate` makes it.
 
-    def __init__(self, model, step, longest):
-        self.model, self.step, self.longest = model, step, longest
+    step: what computes one token after others.
+    """
+
+    def __init__(self, model, step, tokens):
+        self.model, self.step, self.tokens = model, step, tokens
 
     def __call__(self, input_ids, cache=None):
-        past, cache = cache or (0, StaticCache(self.model.config, max(self.longest, input_ids.shape[1])))
+        past, cache = cache or (0, StaticCache(self.model.config, input_ids.shape[1] + self.tokens))
         rows, end = len(input_ids), past + input_ids.shape[1]
         inputs = self.model.prepare_inputs_for_generation(
             input_ids,
@@ -122,7 +125,7 @@ def eager(source, a, dtype=None):
 
 def fast(source, a):
     model = load(source, fast=True)[0]
-    return Fast(model, model, 16 + a.tokens), size_of(source, "*.safetensors")
+    return Fast(model, model, a.tokens), size_of(source, "*.safetensors")
 
 
 def torch_ao(source, a, config):
@@ -133,7 +136,7 @@ def torch_ao(source, a, config):
     model = load(source, "bfloat16")[0]
     quantize_(model, config, lambda m, _: isinstance(m, torch.nn.Linear) and m.out_features % 16 == 0)
     size = sum(_bytes_of(p) for p in model.parameters())
-    return Fast(model, torch.compile(model.forward, dynamic=False), 16 + a.tokens), size
+    return Fast(model, torch.compile(model.forward, dynamic=False), a.tokens), size
 
 
 def _bytes_of(weight):

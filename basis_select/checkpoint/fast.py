@@ -46,6 +46,7 @@ def _compile(model: PreTrainedModel) -> None:
     """Let `model` compute by compiled graphs in a cache of fixed size: one token after others, and a single prompt."""
     plain = model.forward
     token, prompt = _Graph(plain, model.device), _Graph(plain, model.device)
+    prompts = model.device.type == "cpu"  # whether they are compiled; on a GPU it was not measured
     empty = None  # keys and values of no token, by layer
 
     @functools.wraps(plain)
@@ -57,7 +58,7 @@ def _compile(model: PreTrainedModel) -> None:
         if ids.shape[1] == 1:
             return token(cache, inputs)
         # Where a layer keeps a part of the prompt, or a state, no graph is one for all lengths.
-        if len(ids) > 1 or any(type(layer) is not StaticLayer for layer in cache.layers):
+        if not prompts or len(ids) > 1 or any(type(layer) is not StaticLayer for layer in cache.layers):
             return plain(**inputs)
         if empty is None:
             found = plain(**inputs)
@@ -77,7 +78,7 @@ def _compile(model: PreTrainedModel) -> None:
         with torch._dynamo.config.patch(error_on_recompile=True):
             _answer(model, 5, 6)
     except RecompileError:
-        prompt.names = set()  # each length would be compiled anew, while its first answer waits
+        prompts = False  # each length would be compiled anew, while its first answer waits
     log.warning("compiled in %.0f s", time.perf_counter() - began)
 
 

@@ -53,8 +53,8 @@ def load(
     that `save` wrote, here or on the hub, is checked against its recorded hashes, and nothing loads unless every weight
     is there and finite. `sharded` spreads the parameters of a checkpoint folder over the processes of torchrun, which
     must all call this (processes.layout). `fast`, True or the name of a device, prepares the model for answering alone,
-    on the CPU or there (fast.py): layers that read the same tensor are stacked, and what decodes a token is compiled.
-    Raises ValueError or FileNotFoundError with what is wrong and where.
+    on the CPU or there (fast.py): layers that read the same tensor are stacked, and what decodes a token or reads a
+    prompt is compiled. Raises ValueError or FileNotFoundError with what is wrong and where.
 
         >>> parent, tokenizer = bs.load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32")
     """

@@ -28,6 +28,9 @@ def verify(folder: str | Path, model: PreTrainedModel | None = None) -> dict[str
     Returns `{"bit_equal": bool, "max_difference": float, "hashes_match": bool}`; the last is false for a folder without
     recorded hashes, whose files nothing can be compared with. Raises ValueError if the checkpoint is damaged or gives
     non-finite logits. A model in memory must have the dtype that was saved for equality to be meant.
+
+        >>> bs.verify("parent")["bit_equal"]
+        True
     """
     if model is None:
         model = load(folder)[0]

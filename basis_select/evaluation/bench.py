@@ -44,6 +44,10 @@ def bench(
     measures beside eager execution what `load(fast=True)` makes of a model, of a copy, and compiles both parts; pause:
     seconds of rest before each measurement. Times are in seconds, the median with the lowest and highest of `rounds`,
     memory in bytes. Raises ValueError for lengths that cannot be measured.
+
+        >>> found = bs.bench({"parent": parent}, prompts=(8,), tokens=2, rounds=1, fast=False)
+        >>> [(row["what"], row["times_faster"]) for row in found["rows"]]
+        [('first token of 8', 1.0), ('decode', 1.0)]
     """
     if min(*prompts, tokens, rounds) < 1:
         raise ValueError("a prompt, its answer and the rounds of a measurement should each be at least 1")

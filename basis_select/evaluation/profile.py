@@ -34,6 +34,10 @@ def profile(
     `{"layers": [{"in", "out": [...], "dense": {tokens: s}, "ranks": {rank: {tokens: s}}}], "model": {tokens: s}}` and
     what the times depend on, each the least of `rounds`: whatever else the device does only adds to it. Raises
     ValueError for a model that is already factored.
+
+        >>> costs = bs.profile(parent, tokens=(1, 16), rounds=1)
+        >>> list(costs["model"])
+        ['1', '16']
     """
     if any(isinstance(m, LowRankLinear) for m in model.modules()):
         raise ValueError("this model is factored already: profile the dense one")

@@ -47,6 +47,10 @@ def measure(
     ValueError if results cannot be paired. Rows that the model was tuned on are left out for both models.
     If `against` is its parent, the likelihoods of a trimmed model are per token of the parent's tokenizer, as in a run;
     otherwise they are per token of its own tokenizer, and `model["counted_in"]` and `lines` say so.
+
+        >>> found = bs.measure("parent", ["data.jsonl"], against="parent", limit=4)
+        >>> found["paired"]["data.jsonl"]["nll"]["value"]
+        0.0
     """
     if out:
         require_file(out)

@@ -103,6 +103,10 @@ def evaluate_on(
     as `trained`; rows that share passages with such rows are counted as `near`, and `without_near` is the
     summary of all others (tuned_on.py). Raises ValueError on an unknown name, on code that was not allowed to run,
     where nothing is left to test, and on a non-finite logit.
+
+        >>> found = bs.evaluate_on(parent, tokenizer, ["data.jsonl"], limit=4)
+        >>> len(found["data.jsonl"]["items"])
+        4
     """
     names = expand(names, allow_code_execution)
     known = getattr(model, "tuned_on", None)

@@ -49,6 +49,9 @@ def push(
     nothing else; a card there that was written by hand is replaced only with `replace_card`. Files that the hub has
     already are not sent again: the same call continues after a lost connection. Raises ValueError or FileNotFoundError
     with what is wrong.
+
+        >>> bs.push("runs/quickstart", "you/small-model")  # doctest: +SKIP
+        'https://huggingface.co/you/small-model'
     """
     _require_name(repo_id)
     checkpoint, run = _find(folder)
