@@ -276,6 +276,7 @@ TABLES = {
     "runtimes_avx2_long": runtimes,
     "runtimes_avx2_two": runtimes,
     "runtimes_avx2_two_long": runtimes,
+    "runtimes_avx2_two_peers": runtimes,
     "kernel_speed": kernel_speed,
     "stage_speed": stage_speed,
     "bench": bench,
