@@ -46,7 +46,8 @@ def _compile(model: PreTrainedModel) -> None:
     """Let `model` compute by compiled graphs in a cache of fixed size: one token after others, and a single prompt."""
     plain = model.forward
     token, prompt = _Graph(plain, model.device), _Graph(plain, model.device)
-    prompts = model.device.type == "cpu"  # whether they are compiled; on a GPU it was not measured
+    # Whether they are compiled: elsewhere attention would compute the free places of a cache, too (`_mask`).
+    prompts = model.device.type == "cpu" and model.dtype == torch.float32
     empty = None  # keys and values of no token, by layer
 
     @functools.wraps(plain)
@@ -161,8 +162,9 @@ def _attention(
 
 
 def _mask(*args: Any, q_length: int, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
-    """transformers' mask, and one for a prompt in a larger cache, too: graphs take it as an input."""
-    kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and q_length == kv_length
+    """transformers' mask and, in float32, one for a prompt in a larger cache, too: graphs take it as an input."""
+    if kwargs.get("dtype") == torch.float32 and q_length != kv_length:
+        kwargs["allow_is_causal_skip"] = False
     mask = sdpa_mask(*args, q_length=q_length, kv_length=kv_length, **kwargs)
     return None if mask is None else mask.clone()  # torch.compile would check what it is a part of
 
