@@ -47,6 +47,8 @@ from basis_select.training.soft_labels import SoftLabels, seen, soft_labels
 # Keys of a method, no recipe's.
 OWN = ("answered", "blind", "dense", "dropped", "first", "forms", "learned", "shipped", "sizes", "trained")
 
+ALIKE = 32  # examples with responses of about one length, which the parent answers together
+
 
 def alone(home, what):
     """A lock on something in the folder `home`; entering it raises Timeout where another process holds it."""
@@ -95,9 +97,12 @@ class Bench:
         """The same, where the parent's own answers stand in place of every second response that healing sees."""
         other, train = copy.copy(self), list(self.task.train)
         path = self.home / f"answers-{self._digest(self.trained_on)}.json"
-        own = self.trained_on[::2]
+        own = sorted(self.trained_on[::2], key=lambda i: len(train[i].response))
         if not path.exists():
-            texts = generated(self.parent, self.tokenizer, self.task, [train[i] for i in own])
+            texts = []
+            for at in range(0, len(own), ALIKE):  # `generated` goes on until the longest answer may have ended
+                alike = [train[i] for i in own[at : at + ALIKE]]
+                texts += generated(self.parent, self.tokenizer, self.task, alike)
             replace_text(path, json.dumps(texts))
         for i, text in zip(own, json.loads(path.read_text(encoding="utf-8")), strict=True):
             train[i] = answered(train[i], text, self.tokenizer)
