@@ -13,6 +13,7 @@ import torch
 from conftest import KINDS, logits, make_tokenizer, sampled, tiny
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 
 import basis_select as bs
 from basis_select.checkpoint.fast import ATTENTION, ready
@@ -104,6 +105,22 @@ def test_the_kernels_multiply_by_factors_in_two_parts(tokens, dtype):
     found = FixedProduct(v, u)(x)
     assert found.dtype == dtype
     assert (found.float() - wide).norm() < (1e-4 if dtype == torch.float32 else 1e-2) * wide.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_products_are_the_same_on_any_number_of_threads(tokens):
+    kernels.load()
+    torch.manual_seed(0)
+    factors = torch.nn.Linear(700, 300, bias=False), torch.nn.Linear(300, 500)
+    v, u = (split(f, 45, (8, 4), RoundedLinear.rounded, dim) for dim, f in enumerate(factors))
+    products = FixedProduct(v, u), FixedLinear.of(RoundedLinear.rounded(factors[0], 4))
+    x, before = torch.randn(tokens, 700), torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = [product(x) for product in products]
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(product(x), y) for product, y in zip(products, expected, strict=True))
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -259,6 +276,18 @@ def test_what_is_stored_in_bfloat16_is_computed_in_what_the_processor_has(task, 
     assert fast.dtype == (torch.bfloat16 if fast_bf16(torch.device("cpu")) else torch.float32)
     wide, found = (logits(m, ids).float() for m in (bs.load(tmp_path / "model", "float32")[0], fast))
     assert (found - wide).norm() < 0.02 * wide.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("known", [10, 16])
+def test_masks_are_those_of_transformers(tokens, known):
+    """Of the last tokens of what is known, or of what lies in the middle of it, with and without padding before it."""
+    given = torch.ones(3, known, dtype=torch.bool)
+    given[1, :4], given[2, 5] = False, False
+    inputs = {"batch_size": 3, "q_length": tokens, "kv_length": 16, "q_offset": torch.tensor(10 - tokens)}
+    inputs |= {"kv_offset": 0, "mask_function": causal_mask_function, "attention_mask": given}
+    wanted = sdpa_mask(**inputs, allow_is_causal_skip=False)
+    assert torch.equal(ALL_MASK_ATTENTION_FUNCTIONS[ATTENTION](**inputs, dtype=torch.float32), wanted)
 
 
 def test_threads_get_the_same_answers(task, ids):

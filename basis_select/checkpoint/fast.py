@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.exc import RecompileError
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, StaticCache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..layers import kernels
 from ..layers.stacking import stack
@@ -93,7 +94,8 @@ class _Graph:
     """`plain` compiled for inputs of the names it is first called with; for others it stays as it is."""
 
     def __init__(self, plain: Callable, device: torch.device) -> None:
-        def alone(**inputs: Any) -> Any:
+        def alone(_cache: StaticCache, **inputs: Any) -> Any:
+            _compare_sizes(_cache)
             return plain(**inputs)
 
         # torch.compile keeps its graphs by code object: with one of its own, no other model's are tried before it.
@@ -106,7 +108,13 @@ class _Graph:
         if self.names is None:
             self.names = inputs.keys()
             _of_any_length(cache, inputs)
-        return self.compiled(**inputs) if inputs.keys() == self.names else self.plain(**inputs)
+        return self.compiled(cache, **inputs) if inputs.keys() == self.names else self.plain(**inputs)
+
+
+def _compare_sizes(cache: StaticCache) -> None:
+    """Let torch.compile see that layers are of one length: each would be an input of its own, at 5 us a token."""
+    states = [x for layer in cache.layers if type(layer) is StaticLayer for x in (layer.keys, layer.values)]
+    all(x.shape[2] == states[0].shape[2] for x in states)
 
 
 def _of_inputs(guards: Sequence[Any]) -> list[bool]:
@@ -163,6 +171,11 @@ def _attention(
 
 def _mask(*args: Any, q_length: int, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
     """transformers' mask and, in float32, one for a prompt in a larger cache, too: graphs take it as an input."""
+    known, causal = kwargs.get("attention_mask"), kwargs.get("mask_function") is causal_mask_function
+    # Of one token that is the last one of what is known: otherwise it takes a tenth of what the token does.
+    alone = q_length == 1 and known is not None and causal and not torch.compiler.is_compiling()
+    if alone and known.shape[1] == int(kwargs.get("q_offset", 0)) + 1 and not kwargs.get("kv_offset"):
+        return F.pad(known[:, None, None], (0, kv_length - known.shape[1]))
     if kwargs.get("dtype") == torch.float32 and q_length != kv_length:
         kwargs["allow_is_causal_skip"] = False
     mask = sdpa_mask(*args, q_length=q_length, kv_length=kv_length, **kwargs)

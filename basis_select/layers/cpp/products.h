@@ -16,42 +16,74 @@ constexpr int64_t AS_STORED = INT64_MAX, AS_STORED_IN_BFLOAT16 = INT64_MAX;  // 
 constexpr int64_t AS_STORED = 128, AS_STORED_IN_BFLOAT16 = INT64_MAX;  // products in bfloat16 are slow there
 #endif
 
-// Calls `each(begin, end)` for parts of so many blocks of rows with `inputs` each, in all threads if that pays.
+// Calls `each(share, together)` in as many threads as pay for so many products of two numbers. share(n): of n things
+// those of a thread, from the first number up to the second. After `together()` a thread sees what all have done.
 template <typename Each>
-void for_blocks(int64_t blocks, int64_t inputs, int64_t tokens, Each each) {
-  at::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / (inputs * ROWS * tokens)), each);
+void in_threads(int64_t products, Each each) {
+#ifdef _OPENMP
+  at::internal::lazy_init_num_threads();
+#pragma omp parallel if (products > GRAIN)
+  {
+    const int64_t threads = std::min<int64_t>(omp_get_num_threads(), (products + GRAIN - 1) / GRAIN);
+    const int64_t from = std::min<int64_t>(omp_get_thread_num(), threads), to = std::min(from + 1, threads);
+    const auto together = [] {
+#pragma omp barrier
+    };
+    each([=](int64_t n) { return std::pair(n * from / threads, n * to / threads); }, together);
+  }
+#else
+  each([](int64_t n) { return std::pair<int64_t, int64_t>(0, n); }, [] {});
+#endif
 }
 
 // y: (tokens, rows) = x W^T, or += where it is added onto what is there; x: (tokens, inputs)
 void put_product(const float* x, int64_t tokens, const Stored& w, float* y, bool onto) {
   const Inputs in(x, tokens, w.inputs);
-  for_blocks(w.blocks(), w.inputs, tokens, [&](int64_t begin, int64_t end) {
+  in_threads(tokens * w.inputs * w.rows, [&](auto share, auto) {
+    const auto [begin, end] = share(w.blocks());
     put_blocks(in, tokens, w, begin, end, y, onto);
   });
 }
 
-// The same for the sum of u[i](v[i](x)), weights: v[0], u[0], v[1] ... Threads share all `v`, then all `u`.
+// The same for the sum of u[i](v[i](x)), weights: v[0], u[0], v[1] ... Threads share each `v`, then all `u`.
 void put_products(const float* x, int64_t tokens, const std::vector<Stored>& weights, float* y, bool onto) {
   const size_t pairs = weights.size() / 2;
   const auto v = [&](size_t i) -> const Stored& { return weights[2 * i]; };
   const auto u = [&](size_t i) -> const Stored& { return weights[2 * i + 1]; };
   std::vector<std::unique_ptr<float[]>> z;
-  int64_t blocks = 0, bases = 0;
+  int64_t bases = 0;
   for (size_t i = 0; i < pairs; ++i) {
     z.emplace_back(new float[tokens * v(i).rows]);
-    blocks += v(i).blocks();
     bases += v(i).rows;
   }
   const Inputs in(x, tokens, v(0).inputs);
-  for_blocks(blocks, v(0).inputs, tokens, [&](int64_t begin, int64_t end) {
-    for (size_t i = 0; i < pairs; begin -= v(i).blocks(), end -= v(i).blocks(), ++i)
-      put_blocks(in, tokens, v(i), std::max<int64_t>(begin, 0), std::min(end, v(i).blocks()), z[i].get(), false);
-  });
-  std::vector<Inputs> found;
-  for (size_t i = 0; i < pairs; ++i) found.emplace_back(z[i].get(), tokens, v(i).rows);
-  for_blocks(u(0).blocks(), bases, tokens, [&](int64_t begin, int64_t end) {
+  const auto put_v = [&](auto share) {
+    for (size_t i = 0; i < pairs; ++i) {
+      const auto [begin, end] = share(v(i).blocks());
+      put_blocks(in, tokens, v(i), begin, end, z[i].get(), false);
+    }
+  };
+  const auto inputs_of_u = [&] {
+    std::vector<Inputs> found;
+    for (size_t i = 0; i < pairs; ++i) found.emplace_back(z[i].get(), tokens, v(i).rows);
+    return found;
+  };
+  const auto put_u = [&](const std::vector<Inputs>& found, auto share) {
+    const auto [begin, end] = share(u(0).blocks());
     for (size_t i = 0; i < pairs; ++i) put_blocks(found[i], tokens, u(i), begin, end, y, onto || i);
-  });
+  };
+  if (tokens <= FEW) {  // to start threads again takes longer than to round all z in each of them
+    const int64_t products = tokens * bases * (v(0).inputs + u(0).rows);
+    in_threads(products / 2, [&](auto share, auto together) {
+      put_v(share);
+      together();
+      put_u(inputs_of_u(), share);
+    });
+    return;
+  }
+  in_threads(tokens * bases * v(0).inputs, [&](auto share, auto) { put_v(share); });
+  const std::vector<Inputs> found = inputs_of_u();
+  in_threads(tokens * bases * u(0).rows, [&](auto share, auto) { put_u(found, share); });
 }
 
 // How many of so many tokens are multiplied at once. oneDNN, which multiplies in bfloat16, writes code for each shape, so
