@@ -260,7 +260,9 @@ def bench(
 ) -> None:
     """Time to the first token, time per token, memory and where the time goes, of models that take turns."""
     lengths = _counts("--prompts", prompts, "32,128,512")
-    _require_result(out, device)
+    _require_device(device)
+    if out:
+        _require_file(out)
     from .evaluation.bench import bench as measure
     from .evaluation.bench import table
     from .evaluation.speed import load_fastest
@@ -280,7 +282,8 @@ def profile(
 ) -> None:
     """Measure what each rank of each layer shape costs on this device, for prune.costs."""
     counts = _counts("--tokens", tokens, "1,128")
-    _require_result(out, device)
+    _require_device(device)
+    _require_file(out)
     from .evaluation.profile import profile as measure
     from .evaluation.speed import load_fastest
 
@@ -303,7 +306,7 @@ def try_(
     """Answer what is typed, line by line, until an end of file (Ctrl-D)."""
     if "{}" not in template:
         raise ValueError(f"--template {template[:80]!r} should have {{}} where the line goes")
-    _require_result(None, device)
+    _require_device(device)
     from .evaluation.speed import load_fastest
     from .evaluation.trying import converse
 
@@ -364,15 +367,18 @@ def _counts(option: str, text: str, example: str) -> list[int]:
     return found
 
 
-def _require_result(out: Path | None, device: str) -> None:
-    """Raise ValueError, before a model is loaded, for a device that is not there or a file that cannot be written."""
+def _require_file(out: Path) -> None:
+    """Raise ValueError, before anything is measured, for a file that cannot be written."""
     from .system.writing import require_file
 
+    require_file(out)
+
+
+def _require_device(device: str) -> None:
+    """Raise ValueError, before a model is loaded, for a device that is not there."""
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", device)
     if not match:
         raise ValueError(f"--device {device[:80]!r} should be cpu, cuda or cuda:NUMBER")
-    if out:
-        require_file(out)
     if device == "cpu":
         return
     import torch

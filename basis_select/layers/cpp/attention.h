@@ -18,7 +18,8 @@ Tensor attention(
       tokens <= keys && key.size(0) == batch && heads % key.size(1) == 0 && key.size(3) == size &&
           value.sizes() == key.sizes(),
       "attention of query ", query.sizes(), ", key ", key.sizes(), ", value ", value.sizes());
-  const auto of_each = used ? std::optional(used->expand({batch, 1, tokens, keys})) : std::nullopt;
+  const int64_t sizes[] = {batch, 1, tokens, keys};
+  const auto of_each = used && used->sizes() != sizes ? used->expand(sizes) : used;
   const bool narrow = tokens == 1 && key.scalar_type() == at::kBFloat16;
   const auto read = [](const Tensor& x, at::ScalarType dtype) {
     const Tensor held = x.to(dtype);

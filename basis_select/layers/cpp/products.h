@@ -65,6 +65,7 @@ void put_products(const float* x, int64_t tokens, const std::vector<Stored>& wei
   };
   const auto inputs_of_u = [&] {
     std::vector<Inputs> found;
+    found.reserve(pairs);
     for (size_t i = 0; i < pairs; ++i) found.emplace_back(z[i].get(), tokens, v(i).rows);
     return found;
   };
@@ -133,6 +134,7 @@ Tensor product_of_many(const Tensor& x, const std::vector<Stored>& weights, cons
 // packed: what is Stored, one after the other: W, or v[0], u[0], v[1] ...; layout: (bits, rows, inputs) of each.
 Tensor product(const Tensor& x, const Tensor& packed, at::IntArrayRef layout, const std::optional<Tensor>& bias) {
   std::vector<Stored> weights;
+  weights.reserve(layout.size() / 3);
   for (size_t i = 0; i < layout.size(); i += 3) {
     const uint8_t* at = weights.empty() ? packed.const_data_ptr<uint8_t>() : weights.back().end();
     weights.emplace_back(at, layout[i], layout[i + 1], layout[i + 2]);
