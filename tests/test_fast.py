@@ -279,11 +279,12 @@ def test_what_is_stored_in_bfloat16_is_computed_in_what_the_processor_has(task, 
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("known", [10, 16])
+@pytest.mark.parametrize("known", [None, 10, 16])
 def test_masks_are_those_of_transformers(tokens, known):
     """Of the last tokens of what is known, or of what lies in the middle of it, with and without padding before it."""
-    given = torch.ones(3, known, dtype=torch.bool)
-    given[1, :4], given[2, 5] = False, False
+    given = None if known is None else torch.ones(3, known, dtype=torch.bool)
+    if known:
+        given[1, :4], given[2, 5] = False, False
     inputs = {"batch_size": 3, "q_length": tokens, "kv_length": 16, "q_offset": torch.tensor(10 - tokens)}
     inputs |= {"kv_offset": 0, "mask_function": causal_mask_function, "attention_mask": given}
     wanted = sdpa_mask(**inputs, allow_is_causal_skip=False)

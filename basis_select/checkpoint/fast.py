@@ -169,17 +169,31 @@ def _attention(
     return torch.ops.basis_select.attention(query, key, value, attention_mask, scale), None
 
 
-def _mask(*args: Any, q_length: int, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
+def _mask(*, batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
     """transformers' mask and, in float32, one for a prompt in a larger cache, too: graphs take it as an input."""
-    known, causal = kwargs.get("attention_mask"), kwargs.get("mask_function") is causal_mask_function
-    # Of one token that is the last one of what is known: otherwise it takes a tenth of what the token does.
-    alone = q_length == 1 and known is not None and causal and not torch.compiler.is_compiling()
-    if alone and known.shape[1] == int(kwargs.get("q_offset", 0)) + 1 and not kwargs.get("kv_offset"):
-        return F.pad(known[:, None, None], (0, kv_length - known.shape[1]))
+    if q_length == 1 and not torch.compiler.is_compiling() and (used := _used(batch_size, **kwargs)) is not None:
+        return F.pad(used[:, None, None], (0, kv_length - used.shape[1]))
     if kwargs.get("dtype") == torch.float32 and q_length != kv_length:
         kwargs["allow_is_causal_skip"] = False
-    mask = sdpa_mask(*args, q_length=q_length, kv_length=kv_length, **kwargs)
+    mask = sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **kwargs)
     return None if mask is None else mask.clone()  # torch.compile would check what it is a part of
+
+
+def _used(
+    batch_size: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """(batch, keys up to its own): those that one token has; None where that is not known at once."""
+    if mask_function is not causal_mask_function or kv_offset:
+        return None
+    keys = int(q_offset) + 1
+    if attention_mask is None:
+        return torch.ones(batch_size, keys, dtype=torch.bool)
+    return attention_mask if attention_mask.shape[1] == keys else None
 
 
 AttentionInterface.register(ATTENTION, _attention)
