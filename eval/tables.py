@@ -170,6 +170,16 @@ def forms(rows):
     return markdown(["", *sizes], lines, "l" + "r" * len(sizes))
 
 
+def sizes_speed(result):
+    """Tokens a second of every form, and how many times its parent's."""
+    lines, base = [], result["rows"]["parent"]["tokens_per_second"]["median"]
+    for name, row in result["rows"].items():
+        speed = row["tokens_per_second"]
+        cells = "{median:.0f} ({low:.0f} to {high:.0f})".format(**speed), f"{speed['median'] / base:.2f}"
+        lines.append([name, f"{row['bytes'] / 1e6:.1f}", *cells])
+    return markdown(["model", "MB", "decode, tokens/s", "times the parent's"], lines, "lrrr")
+
+
 def rounding(rows):
     """Validation NLL of every form, ways of rounding as columns."""
     ways = dict.fromkeys(row["rounding"] for row in rows)
@@ -281,6 +291,7 @@ TABLES = {
     "stage_speed": stage_speed,
     "bench": bench,
     "forms": forms,
+    "sizes_speed": sizes_speed,
     "rounding": rounding,
 }
 
