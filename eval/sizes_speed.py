@@ -16,14 +16,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from compare import bench_of, read_grid, rows
+from compare import behind, bench_of, read_grid, rows, stored
 from compare_rows import plain, started
 
 import basis_select as bs
-from basis_select.checkpoint.files import save
 from basis_select.evaluation.speed import spread, take_turns, timed_on
-from basis_select.run.work import load_here
-from basis_select.sizes import sizes
 from basis_select.system.writing import replace_text
 
 PROMPT = 16  # tokens
@@ -32,8 +29,7 @@ PROMPT = 16  # tokens
 def made(bench, grid, row):
     """`(model, tokenizer)` of a row before it is healed."""
     if row.method == "parent":
-        view = bench.disk.view(bench.base, bench.tuned)
-        return load_here(bench.tuned["parent"] / "model")[0], view.tokenizer
+        return behind(bench, bench.tuned)[:2]
     return started(bench, grid["methods"][row.method], row.method, row.size, 0).model, bench.tokenizer
 
 
@@ -69,9 +65,7 @@ def main():
     with tempfile.TemporaryDirectory(dir=a.folder) as place:
         for row in rows(grid):
             name, folder = f"{row.method}, {row.size or ''}".removesuffix(", "), Path(place) / plain(str(row))
-            model, tokenizer = made(bench, grid, row)
-            save(model, tokenizer, folder, "bfloat16")
-            facts[name] = sizes(model, folder)["bytes"]
+            facts[name] = stored(*made(bench, grid, row), folder)[1]["bytes"]
             models[name] = bs.load(folder, fast=True)[0]
         speeds = measure(models, a.tokens, a.rounds)
     device = timed_on(torch.device("cpu"), torch.float32)

@@ -116,11 +116,13 @@ def test_products_are_the_same_on_any_number_of_threads(tokens):
     products = FixedProduct(v, u), FixedLinear.of(RoundedLinear.rounded(factors[0], 4))
     x, before = torch.randn(tokens, 700), torch.get_num_threads()
     torch.set_num_threads(1)
-    expected = [product(x) for product in products]
-    for threads in (2, 3, 8):
-        torch.set_num_threads(threads)
-        assert all(torch.equal(product(x), y) for product, y in zip(products, expected, strict=True))
-    torch.set_num_threads(before)
+    try:
+        expected = [product(x) for product in products]
+        for threads in (2, 3, 8):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(product(x), y) for product, y in zip(products, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

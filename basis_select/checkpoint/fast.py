@@ -112,7 +112,7 @@ class _Graph:
 
 
 def _compare_sizes(cache: StaticCache) -> None:
-    """Let torch.compile see that layers are of one length: each would be an input of its own, at 5 us a token."""
+    """Let torch.compile see that layers are of one length: each would be an input of its own, at 7 us a token."""
     states = [x for layer in cache.layers if type(layer) is StaticLayer for x in (layer.keys, layer.values)]
     all(x.shape[2] == states[0].shape[2] for x in states)
 

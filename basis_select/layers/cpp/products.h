@@ -21,7 +21,7 @@ constexpr int64_t AS_STORED = 128, AS_STORED_IN_BFLOAT16 = INT64_MAX;  // produc
 template <typename Each>
 void in_threads(int64_t products, Each each) {
 #ifdef _OPENMP
-  at::internal::lazy_init_num_threads();
+  at::internal::lazy_init_num_threads();  // a thread of the caller's own has as many as torch's
 #pragma omp parallel if (products > GRAIN)
   {
     const int64_t threads = std::min<int64_t>(omp_get_num_threads(), (products + GRAIN - 1) / GRAIN);
@@ -74,7 +74,7 @@ void put_products(const float* x, int64_t tokens, const std::vector<Stored>& wei
     for (size_t i = 0; i < pairs; ++i) put_blocks(found[i], tokens, u(i), begin, end, y, onto || i);
   };
   if (tokens <= FEW) {  // to start threads again takes longer than to round all z in each of them
-    const int64_t products = tokens * bases * (v(0).inputs + u(0).rows);
+    const int64_t products = tokens * bases * (v(0).inputs + u(0).rows);  // of two parts, as long as their mean
     in_threads(products / 2, [&](auto share, auto together) {
       put_v(share);
       together();
