@@ -55,9 +55,13 @@ def two_layers_of(source, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy, so that runs/ does not appear in the repository; the small model is trained once for all notebooks."""
+    """A copy, so that runs/ does not appear in the repository; the small model is trained once for all notebooks, by
+    fewer steps."""
     home = tmp_path_factory.mktemp("repo")
     shutil.copytree(REPO / "notebooks", home / "notebooks", ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    text = (home / "notebooks" / "small.py").read_text(encoding="utf-8")
+    assert "steps=500" in text
+    (home / "notebooks" / "small.py").write_text(text.replace("steps=500", "steps=150"), encoding="utf-8")
     (home / "tests").mkdir()
     shutil.copy(REPO / "tests" / "hub_server.py", home / "tests")
     return home / "notebooks"

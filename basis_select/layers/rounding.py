@@ -17,7 +17,7 @@ SHRINK = tuple(1.1 - i / 16 for i in range(9))  # of the scale that holds the la
 FLOAT8 = torch.float8_e4m3fn  # largest number 448
 RANGE = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}  # of the whole numbers
 
-AT_ONCE = 2**16  # numbers of a weight that a CPU rounds at once
+AT_ONCE = 2**19  # numbers of a weight that a CPU rounds at once
 LINES = 64  # that are rounded one after the other before all that follow make up for their errors
 
 Bits = Literal[8, 4, 3, 2]
