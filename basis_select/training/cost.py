@@ -1,6 +1,5 @@
 """What a training step computes and keeps in memory: the step itself, run on tensors that have no data."""
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from ..checkpoint.targets import targets
 from ..layers.learning import Weights
 from ..layers.low_rank import LowRankLinear
 from ..layers.rounded import RoundedLinear
-from ..layers.straight_through import training
+from ..layers.straight_through import in_training
 from .collage import CollageAdamW
 from .engine import checkpoint_layers
 from .loss import activation_gradients, overwritable, response_logits, task_loss
@@ -101,10 +100,10 @@ def training_step(
     factored layers, none if dense; rounded: whether all weights of targeted layers train as those of 4 bits; teacher:
     the dtype of the dense parent, if `taught` by one and not by `soft_labels`, so many for a token.
     """
-    with FakeTensorMode(), contextlib.ExitStack() as stack:
+    with FakeTensorMode():
         model = _model(config, torch.float32 if precision == "fp32" else torch.bfloat16, **(bases or {}))
         if rounded:
-            stack.enter_context(training(_rounded(model)))
+            in_training(_rounded(model))
         trains(model)
         if checkpointing:
             checkpoint_layers(model)
