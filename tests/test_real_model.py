@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
@@ -33,6 +34,7 @@ def test_the_wheel_gives_a_model_that_knows_english(loaded):
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert text.endswith("<|im_start|>assistant\n")
+    assert isinstance(gguf.GGUFReader, type)  # what read the file once is gone
 
 
 def test_the_kronecker_metric_keeps_what_the_task_needs(loaded):
