@@ -35,6 +35,9 @@ def ready(model: PreTrainedModel, compiled: bool = True) -> PreTrainedModel:
     if model.device.type == "cpu":
         kernels.load()
     stack(model)
+    # transformers takes device and dtype from the first parameter, six times a token: without this one it would look
+    # through 50 modules for it.
+    model.where = nn.Parameter(torch.empty(0, dtype=model.dtype, device=model.device), requires_grad=False)
     register(model)  # so that saving it is refused
     if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":
         model.set_attn_implementation(ATTENTION)

@@ -14,10 +14,12 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..system.machine import cache
 from .rounded import RoundedLinear
@@ -126,20 +128,50 @@ def pack(weights: list[RoundedLinear]) -> tuple[torch.Tensor, list[int]]:
     """`(packed, layout)` of weights as the kernel reads them; whole numbers of 8 bits and their float32 scales then lie
     there alone.
     """
-    parts, layout = [], []
+    parts, layout, begins = [], [0], []
     for w in weights:
         w.widen()
+        begins.append(sum(len(p) for p in parts))
         scale, q = (w.scale.detach().float(), w.q) if w.bits == 8 else _in_blocks(*w.numbers())
         flat = (x.detach().contiguous().view(-1).view(torch.uint8) for x in (scale, q))
-        parts += (F.pad(x, (0, -x.numel() % ALIGNED)) for x in flat)
+        parts += (F.pad(x, (0, _aligned(len(x)) - len(x))) for x in flat)
         layout += w.bits, w.out_features, w.in_features
     packed = torch.cat(parts)
-    for w, scale, q in zip(weights, *(packed.split([len(p) for p in parts])[i::2] for i in (0, 1)), strict=True):
-        if w.bits == 8:
-            w.q.data = q[: w.q.numel()].view(w.q.dtype).view_as(w.q)
-            if w.scale.dtype == torch.float32:
-                w.scale.data = scale[: 4 * w.scale.numel()].view(torch.float32).view_as(w.scale)
+    for w, begin in zip(weights, begins, strict=True):
+        _keep_there(w, packed[begin:])
     return packed, layout
+
+
+def in_one(layers: Sequence[nn.Module]) -> None:
+    """Let all that is `packed` for these layers lie in one tensor: each would be one that a compiled graph is given anew
+    for every token.
+    """
+    if all(m.packed is layers[0].packed for m in layers):  # it does already
+        return
+    whole = torch.empty(sum(m.packed.numel() for m in layers), dtype=torch.uint8)
+    begin = 0
+    for m in layers:
+        size = m.packed.numel()
+        whole[begin : begin + size] = m.packed
+        m.packed, m.layout = whole, [begin, *m.layout[1:]]
+        if isinstance(m, RoundedLinear):
+            _keep_there(m, whole[begin:])
+        begin += size
+
+
+def _keep_there(weight: RoundedLinear, packed: torch.Tensor) -> None:
+    """Let whole numbers of 8 bits, and their scales in float32, lie nowhere but in `packed`, which begins with them."""
+    if weight.bits < 8:
+        return
+    q, scale = weight.q, weight.scale
+    begin = _aligned(4 * scale.numel())
+    q.data = packed[begin : begin + q.numel()].view(q.dtype).view_as(q)
+    if scale.dtype == torch.float32:
+        scale.data = packed[: 4 * scale.numel()].view(torch.float32).view_as(scale)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
 
 
 def _in_blocks(q: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

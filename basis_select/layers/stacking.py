@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .kernels import pack
+from .kernels import in_one, pack
 from .low_rank import LowRankLinear
 from .rounded import RoundedLinear, replace, tables
 from .sharing import latent, read_together
@@ -116,6 +116,7 @@ def stack(model: nn.Module) -> None:
         replace(model, LowRankLinear, lambda layer: layer if layer in inside or layer in ends else _fixed(layer))
         by_rows = {table for table in tables(model) if table.bits < 8}  # the kernel's order has no rows
         replace(model, RoundedLinear, lambda layer: layer if layer in by_rows else FixedLinear.of(layer))
+        in_one([m for m in model.modules() if isinstance(m, FixedLinear | FixedProduct)])
     model.requires_grad_(False)
 
 

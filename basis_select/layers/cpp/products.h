@@ -131,12 +131,13 @@ Tensor product_of_many(const Tensor& x, const std::vector<Stored>& weights, cons
 }
 
 // `x W^T + bias` of one weight, or `sum of u[i](v[i](x)) + bias` of pairs; x: (..., inputs).
-// packed: what is Stored, one after the other: W, or v[0], u[0], v[1] ...; layout: (bits, rows, inputs) of each.
+// packed: holds what is Stored, one after the other: W, or v[0], u[0], v[1] ...; layout: at which byte the first begins,
+// and (bits, rows, inputs) of each.
 Tensor product(const Tensor& x, const Tensor& packed, at::IntArrayRef layout, const std::optional<Tensor>& bias) {
   std::vector<Stored> weights;
   weights.reserve(layout.size() / 3);
-  for (size_t i = 0; i < layout.size(); i += 3) {
-    const uint8_t* at = weights.empty() ? packed.const_data_ptr<uint8_t>() : weights.back().end();
+  for (size_t i = 1; i < layout.size(); i += 3) {
+    const uint8_t* at = weights.empty() ? packed.const_data_ptr<uint8_t>() + layout[0] : weights.back().end();
     weights.emplace_back(at, layout[i], layout[i + 1], layout[i + 2]);
   }
   const int64_t tokens = x.numel() / x.size(-1), out = weights.back().rows;
