@@ -143,8 +143,8 @@ def pack(weights: list[RoundedLinear]) -> tuple[torch.Tensor, list[int]]:
 
 
 def in_one(layers: Sequence[nn.Module]) -> None:
-    """Let all that is `packed` for these layers lie in one tensor: each would be one that a compiled graph is given anew
-    for every token.
+    """Let all that is `packed` for these layers lie in one tensor: a compiled graph would be given each for every token
+    anew.
     """
     if all(m.packed is layers[0].packed for m in layers):  # it does already
         return
