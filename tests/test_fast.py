@@ -64,6 +64,17 @@ def test_rounded_layers_compute_what_they_did(kind, task, ids):
         torch.testing.assert_close(logits(fast, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
 
 
+def test_all_that_the_kernel_reads_lies_in_one_tensor(task):
+    fast = ready(small("llama", task, bits="auto", hidden_size=128, intermediate_size=192), compiled=False)
+    layers = [m for m in fast.modules() if isinstance(m, FixedLinear | FixedProduct)]
+    whole = layers[0].packed
+    kernels.in_one(layers)
+    assert all(m.packed is whole for m in layers)
+    wide = [m for m in layers if isinstance(m, FixedLinear) and m.bits == 8]
+    assert wide
+    assert all(x.untyped_storage().data_ptr() == whole.data_ptr() for m in wide for x in (m.q, m.scale))
+
+
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 31), (5, 33), (40, 64), (257, 95)])
 def test_the_kernels_multiply_by_what_is_stored(bits, outputs, inputs):
