@@ -111,7 +111,7 @@ def config_and_tokenizer(source: str | Path) -> tuple[PreTrainedConfig, PreTrain
         if not gguf and _is_adapter(path):
             return config_and_tokenizer(_base_of(path))
     more = {"gguf_file": gguf} if gguf else {}
-    with _reading(source), _gguf_once() if gguf else contextlib.nullcontext():
+    with _reading(source), _gguf_once(gguf):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **more)
         return config, AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
 
@@ -156,11 +156,11 @@ def _reading(source: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _gguf_once() -> Iterator[None]:
-    """Within it transformers reads a GGUF file once, not for config, tokenizer and weights anew; and it makes the table
-    of names of tensors once, not for each module. These are two thirds of the time that loading one takes.
+def _gguf_once(file: str | None) -> Iterator[None]:
+    """Within it transformers reads a GGUF file, if there is one, once: not for config, tokenizer and weights anew. And
+    it makes the table of names of tensors once, not for each module. These are two thirds of the time of loading one.
     """
-    if not find_spec("gguf"):  # transformers says so
+    if not file or not find_spec("gguf"):  # transformers says so, where it is needed
         yield
         return
     import gguf  # not everyone has it
@@ -178,7 +178,7 @@ def _gguf_once() -> Iterator[None]:
 
 def _load(source: str, dtype: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer_kwargs = {k: v for k, v in kwargs.items() if k == "gguf_file"}
-    with _reading(source), _gguf_once() if tokenizer_kwargs else contextlib.nullcontext():
+    with _reading(source), _gguf_once(kwargs.get("gguf_file")):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
