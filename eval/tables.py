@@ -3,6 +3,7 @@
 python eval/tables.py
 
 `<!-- front: FILE -->` is the short table of a comparison at sizes on disk.
+`<!-- beside: PEER -->` is how many times as fast our models are as a row of runtimes.py.
 `<!-- gallery: RECIPE -->` is what a recipe has made, `<!-- quotes: RECIPE -->` what its parent and its result answer.
 """
 
@@ -61,6 +62,29 @@ def runtimes(result):
     head = ["model, runtime", "MB", "resident MB", *(f"{what}, ms" for what in reads)]
     head += [*(f"{what}, tokens/s" for what in writes), "NLL"]
     return markdown(head, lines, "l" + "r" * (len(head) - 1))
+
+
+BESIDE = {  # results of runtimes.py with the same options, but for the number of threads
+    "AVX2, one thread": "runtimes_avx2_long",
+    "AVX2, two threads": "runtimes_avx2_two_long",
+    "AMX, one thread": "runtimes_long",
+}
+
+
+def beside(peer):
+    """How many times as fast as `peer` our models are, loaded with `fast=True`."""
+    lines = []
+    for machine, stem in BESIDE.items():
+        rows = json.loads((REPO / "eval" / "results" / f"{stem}.json").read_text())["rows"]
+        theirs = next(row for name, row in rows.items() if name.endswith(peer))
+        measured = [what for what, found in theirs.items() if isinstance(found, dict)]
+        for name, ours in rows.items():
+            if name.endswith("MB, load(fast=True)"):
+                pairs = ((ours[what]["median"], theirs[what]["median"], what) for what in measured)
+                times = [f"{a / b if what.startswith('decode') else b / a:.2f}" for a, b, what in pairs]
+                quality = (f"{x['nll']:.3f}" for x in (ours, theirs))
+                lines.append([f"{machine}, {name.split(',')[0]}", *times, *quality])
+    return markdown(["CPU, our model", *measured, "NLL", f"NLL of {peer}"], lines, "l" + "r" * (len(measured) + 2))
 
 
 def kernel_speed(result):
@@ -299,7 +323,9 @@ TABLES = {
 def fill(text):
     def block(match):
         kind, source = match[1], REPO / match[2]
-        if kind == "rates":
+        if kind == "beside":
+            lines = beside(match[2])
+        elif kind == "rates":
             lines = healing_rate.table(sorted(source.glob("*.jsonl")))
         elif kind in ("gallery", "quotes"):
             runs = json.loads((REPO / "eval" / "results" / "gallery.json").read_text())
@@ -311,7 +337,8 @@ def fill(text):
             lines = TABLES[source.stem](json.loads(source.read_text()))
         return f"<!-- {kind}: {match[2]} -->\n{lines}<!-- end -->"
 
-    return re.sub(r"<!-- (table|front|rates|gallery|quotes): (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    kinds = "table|front|rates|beside|gallery|quotes"
+    return re.sub(rf"<!-- ({kinds}): (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

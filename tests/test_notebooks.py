@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
     shutil.copytree(REPO / "notebooks", home / "notebooks", ignore=shutil.ignore_patterns("runs", "__pycache__"))
     text = (home / "notebooks" / "small.py").read_text(encoding="utf-8")
     assert "steps=500" in text
-    (home / "notebooks" / "small.py").write_text(text.replace("steps=500", "steps=50"), encoding="utf-8")
+    (home / "notebooks" / "small.py").write_text(text.replace("steps=500", "steps=150"), encoding="utf-8")
     (home / "tests").mkdir()
     shutil.copy(REPO / "tests" / "hub_server.py", home / "tests")
     return home / "notebooks"
