@@ -143,8 +143,9 @@ def evaluate_task(
             task.set_config("repeats", samples)
             sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P}
             task.set_config("generation_kwargs", sampling, update=True)
-    texts = [_asked(task, doc) for doc in task.eval_docs]
-    trained = known.trained(texts) if known else [False] * len(texts)
+    docs = task.eval_docs
+    texts = [_asked(task, doc) for doc in docs] if known else []  # lm-eval takes a millisecond for each
+    trained = known.trained(texts) if known else [False] * len(docs)
     fresh = [i for i, was in enumerate(trained) if not was]
     _require(fresh, name)
     taken = {"samples": fresh[:limit]} if any(trained) else {"limit": limit}
@@ -153,12 +154,12 @@ def evaluate_task(
     longest = min(about["longest"], most or about["longest"]) if "longest" in about else None
     lm, out = run(model, tokenizer, task, rows, name, longest, name in CODE, **taken)
     items = _items(lm, task, out["samples"][name], about, Encoder(counts or tokenizer))
-    near = known.near(texts) if known else [False] * len(texts)
+    near = known.near(texts) if known else [False] * len(docs)
     others = [item for item in items if not near[item["id"]]]
     return {
         "task": name,
         "n": len(items),
-        "of": len(task.eval_docs),
+        "of": len(docs),
         "shots": about.get("shots", 5) if name == "mmlu" else task.config.num_fewshot,
         "data": _data(task.config.dataset_kwargs, about),
         "prompts_sha256": _digest(item["prompt_sha256"] for item in items),
