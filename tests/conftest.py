@@ -5,6 +5,7 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -122,6 +123,22 @@ def unloaded(monkeypatch):
     """The kernels are not loaded yet."""
     monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
     monkeypatch.setattr(kernels, "try_load", functools.cache(kernels.try_load.__wrapped__))
+
+
+class Waited(BaseException):
+    """What a load must never do."""
+
+
+@pytest.fixture
+def quickly():
+    def stop(*_):
+        raise Waited
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(300)  # on a busy machine a load may take long
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -7,52 +7,17 @@ import logging
 
 import pytest
 from conftest import make_tokenizer, tiny
+from rows import CALL, SPLIT, chats, chatting, lines, loaded, numbered, row, talk
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import basis_select as bs
-from basis_select.data import tuned_on
 from basis_select.data.encoding import Encoder
-from basis_select.data.tasks import Example, load_task
+from basis_select.data.tasks import load_task
 from basis_select.training.data import require_fit
 
-TURNS = (
-    "{% if tools %}{{ tools|tojson }}{% endif %}"
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}END\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-CALLS = TURNS.replace("{{ m.content }}", "{{ m.content or '' }}{{ (m.tool_calls or '')|string }}")
-
-
-def lines(*rows, good=4):
-    """JSONL of these rows after `good` ones."""
-    rows = [*({"prompt": f"{i} is", "response": f" {i}"} for i in range(good)), *rows]
-    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-
-
-def chats(*rows, good=4):
-    return lines(*[{"messages": talk(f"q{i}")} for i in range(good)], *rows, good=0)
-
-
-def talk(question, answer="a", **more):
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]
-
-
-def row(**fields):
-    return {"prompt": "p", "response": "r"} | fields
-
-
-def chatting(template=TURNS):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-SPLIT = ("train", "validation", "test")
 HERE = r"^\S*a\.jsonl"  # the sentence begins with the file
 FIVE = lines(good=5)
-CALL = {"type": "function", "function": {"name": "lookup", "arguments": {}}}
-
 # what the file a.jsonl holds: the rows that are read, or the sentence
 CONTENTS = [
     # encodings
@@ -170,11 +135,6 @@ def tokenizer():
     return chatting()
 
 
-def loaded(source, tokenizer, **how):
-    task = load_task(str(source), tokenizer, **how)
-    return sum(len(getattr(task, split)) for split in SPLIT)
-
-
 @pytest.mark.parametrize(("content", "expected"), CONTENTS)
 def test_a_file_is_read_or_named_with_its_row(content, expected, tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -217,10 +177,6 @@ def test_files_by_their_names(name, content, expected, tokenizer, tmp_path):
         return
     with pytest.raises((ValueError, FileNotFoundError), match=expected):
         loaded(source, tokenizer)
-
-
-def numbered(word, n):
-    return lines(*[row(prompt=f"{word}{i}") for i in range(n)], good=0)
 
 
 FOLDERS = [
@@ -438,53 +394,3 @@ def test_duplicates_stay_in_one_split_whatever_their_case_and_white_space(tokeni
     )
     assert counted == 60
     assert "were dropped since their prompt is in another split" in caplog.text
-
-
-ITEMS = [{"prompt": f"Item {i}:", "response": f" a{i}"} for i in range(60)]
-COPIES = {
-    "same": ITEMS,
-    "order": ITEMS[::-1],
-    "space": [{**r, "prompt": "  " + r["prompt"].replace(" ", " \t")} for r in ITEMS],
-    "case": [{**r, "prompt": r["prompt"].upper()} for r in ITEMS],
-    "more": [row(prompt=f"other {i}") for i in range(20)] + ITEMS,
-    "folder": ITEMS,
-}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A model that has seen ITEMS as another seed draws them, and the task."""
-    path = tmp_path_factory.mktemp("own") / "own.jsonl"
-    path.write_text(lines(*ITEMS, good=0))
-    task = load_task(path, make_tokenizer(), seed=1)
-    return bs.tune(tiny(), task, steps=1, batch_size=2), task
-
-
-@pytest.mark.parametrize("copy", COPIES)
-def test_no_row_that_was_trained_is_tested_from_whatever_file(copy, trained, tmp_path):
-    model, task = trained
-    name, content = f"{copy}.jsonl", COPIES[copy]
-    (tmp_path / name).write_text(lines(*content, good=0))
-    if copy == "folder":
-        (tmp_path / "train.jsonl").write_text(lines(*content[:20], good=0))
-        (tmp_path / "test.jsonl").write_text(lines(*content[20:], good=0))
-        name = ""
-    (result,) = bs.evaluate_on(model, make_tokenizer(), [str(tmp_path / name)]).values()
-    tested = {" ".join(item["prompt"].lower().split()) for item in result["items"]}
-    assert tested
-    assert not tested & {e.prompt.lower() for e in (*task.train, *task.validation)}
-    assert result["trained"] > 0
-
-
-def test_own_rows_that_are_near_trained_ones_are_counted(trained, tmp_path):
-    model, _ = trained
-    story = (
-        "On a cold morning in {} the old baker of the village counted {} loaves of bread before he opened his shop. {}"
-    )
-    tuned_on.remember(model, [Example(story.format("May", 40, "How many?"), "a", "a", (5,), 0)])
-    rows = [row(prompt=story.format("June", 7, "Say it.")), *(row(prompt=f"fresh {i}") for i in range(9))]
-    (tmp_path / "train.jsonl").write_text(numbered("z", 9))
-    (tmp_path / "test.jsonl").write_text(lines(*rows, good=0))
-    (result,) = bs.evaluate_on(model, make_tokenizer(), [str(tmp_path)]).values()
-    assert (result["n"], result["trained"], result["near"]) == (10, 0, 1)
-    assert result["without_near"]["nll"]["value"] != result["nll"]["value"]

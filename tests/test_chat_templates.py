@@ -1,7 +1,7 @@
 """Rows of messages: what a chat template has to write of them, and what becomes the prompt, response and answer."""
 
 import pytest
-from test_bad_data import CALL, CALLS, TURNS, chatting, lines, loaded, talk
+from rows import CALL, CALLS, TURNS, chatting, lines, loaded, talk
 
 from basis_select.data.tasks import load_task
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import KINDS, logits, make_task, make_tokenizer, sampled, tiny
+from damages import flip
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_corruption import flip
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 from transformers.generation.configuration_utils import DYNAMIC_CACHE_IMPLEMENTATIONS, STATIC_CACHE_IMPLEMENTATIONS
 from transformers.utils import is_optimum_quanto_available

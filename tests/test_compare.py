@@ -15,7 +15,7 @@ from compare import bench_of, compare, read, read_grid, rows, stored
 from compare_report import interval, plot, summary, table
 from compare_rows import alone, answered, dense
 from conftest import make_task, tiny
-from test_trim import TEXT, byte_level, wrapped
+from vocabularies import TEXT, byte_level, wrapped
 
 import basis_select as bs
 from basis_select.checkpoint.targets import targets

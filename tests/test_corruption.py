@@ -7,14 +7,13 @@ import shutil
 import pytest
 import torch
 from conftest import make_task, make_tokenizer, tiny
-from safetensors.torch import load_file, save_file
+from damages import at, edit, flip, sign, swap, tensors
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import basis_select as bs
 from basis_select.checkpoint.checks import INDEX, SIDECAR
 from basis_select.checkpoint.format import HINT
-from basis_select.system.reading import sha256
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -34,37 +33,6 @@ def saved(tmp_path_factory):
     return folder
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-
-
-def swap(a, b):
-    first = a.read_bytes()
-    a.write_bytes(b.read_bytes())
-    b.write_bytes(first)
-
-
-def edit(path, change):
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(change(content) or content))
-
-
-def config(folder, change):
-    edit(folder / "config.json", change)
-
-
-def format_(folder, change):
-    edit(folder / "config.json", lambda c: change(c["quantization_config"]))
-
-
-def weights(folder, change, file=ONE):
-    tensors = load_file(folder / file)
-    change(tensors)
-    save_file(tensors, folder / file, metadata={"format": "pt"})
-
-
 def twice_in_index(folder):
     text = (folder / INDEX).read_text()
     first = json.loads(text)["weight_map"]
@@ -78,31 +46,32 @@ def other_vocabulary(folder):
     PreTrainedTokenizerFast(tokenizer_object=other, eos_token="token 1").save_pretrained(folder)
 
 
-def sign(folder):
-    """Record the hashes anew: damage by whoever writes checkpoints, which no hash can find."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != SIDECAR]
-    files = {p.relative_to(folder).as_posix(): sha256(p) for p in paths}
-    (folder / SIDECAR).write_text(json.dumps({"sha256": files}))
+def config(change):
+    return at("config.json", edit, change)
 
 
-def hashes(folder, change):
-    edit(folder / SIDECAR, lambda c: change(c["sha256"]))
+def format_(change):
+    return config(lambda c: change(c["quantization_config"]))
+
+
+def hashes(change):
+    return at(SIDECAR, edit, lambda c: change(c["sha256"]))
 
 
 FOUND_BY_HASH = {
-    "one byte flipped": ("whole", lambda f: flip(f / ONE), f"{ONE} is not the file that was saved"),
-    "one byte flipped in a shard": ("shards", lambda f: flip(f / SECOND), f"{SECOND} is not the file"),
+    "one byte flipped": ("whole", at(ONE, flip), f"{ONE} is not the file that was saved"),
+    "one byte flipped in a shard": ("shards", at(SECOND, flip), f"{SECOND} is not the file"),
     "shards swapped": ("shards", lambda f: swap(f / FIRST, f / SECOND), f"{FIRST} is not the file"),
     "config edited": (
         "whole",
-        lambda f: config(f, lambda c: c.update(rms_norm_eps=1.0)),
+        config(lambda c: c.update(rms_norm_eps=1.0)),
         "config.json is not the file",
     ),
-    "a hash edited": ("whole", lambda f: hashes(f, lambda h: h.update({ONE: "0" * 64})), f"{ONE} is not the file"),
+    "a hash edited": ("whole", hashes(lambda h: h.update({ONE: "0" * 64})), f"{ONE} is not the file"),
     "tokenizer of another model": ("whole", other_vocabulary, "tokenizer.json is not the file that was saved"),
     "weights of another model": (
         "whole",
-        lambda f: weights(f, lambda t: t.update({f"{Q}.u.weight": torch.zeros_like(t[f"{Q}.u.weight"])})),
+        tensors(lambda t: t.update({f"{Q}.u.weight": torch.zeros_like(t[f"{Q}.u.weight"])})),
         f"{ONE} is not the file",
     ),
 }
@@ -124,124 +93,124 @@ FOUND_BEFORE = {
     "hashes empty": ("whole", lambda f: (f / SIDECAR).write_text("{}"), f"{SIDECAR} lists no hashes"),
     "hash of a file elsewhere": (
         "whole",
-        lambda f: hashes(f, lambda h: h.update({"../secret": "0" * 64})),
+        hashes(lambda h: h.update({"../secret": "0" * 64})),
         f"{SIDECAR} names '../secret'",
     ),
-    "weights without a hash": ("whole", lambda f: hashes(f, lambda h: h.pop(ONE) and None), f"{ONE} was not part"),
-    "future format": ("whole", lambda f: format_(f, lambda c: c.update(format_version=4)), "format version 4"),
+    "weights without a hash": ("whole", hashes(lambda h: h.pop(ONE)), f"{ONE} was not part"),
+    "future format": ("whole", format_(lambda c: c.update(format_version=4)), "format version 4"),
 }  # fmt: skip
 FOUND_BY_CONTENT = {
     "index missing": ("shards", lambda f: (f / INDEX).unlink(), f"{INDEX} is missing"),
     "index of other shards": (
         "shards",
-        lambda f: edit(f / INDEX, lambda i: i["weight_map"].update({"model.norm.weight": FIRST})),
+        at(INDEX, edit, lambda i: i["weight_map"].update({"model.norm.weight": FIRST})),
         f"{INDEX} says that model.norm.weight is in {FIRST}",
     ),
     "index lacks a tensor": (
         "shards",
-        lambda f: edit(f / INDEX, lambda i: i["weight_map"].pop(f"{Q}.u.weight") and None),
+        at(INDEX, edit, lambda i: i["weight_map"].pop(f"{Q}.u.weight")),
         f"{INDEX} says that {Q}.u.weight is in no file",
     ),
     "index names a tensor twice": ("shards", twice_in_index, f"{INDEX} is not valid JSON: it names .* twice"),
     "shards swapped": ("shards", lambda f: swap(f / FIRST, f / SECOND), f"{INDEX} says that"),
     "a tensor in two shards": (
         "shards",
-        lambda f: weights(f, lambda t: t.update({f"{Q}.u.weight": torch.ones(2)}), SECOND),
+        tensors(lambda t: t.update({f"{Q}.u.weight": torch.ones(2)}), SECOND),
         f"{Q}.u.weight is in both",
     ),
-    "rank of a layer": ("whole", lambda f: format_(f, lambda c: c["ranks"].update({Q: 3})), f"{Q}.*the ranks"),
+    "rank of a layer": ("whole", format_(lambda c: c["ranks"].update({Q: 3})), f"{Q}.*the ranks"),
     "rank of a layer without group": (
         "whole",
-        lambda f: format_(f, lambda c: c["ranks"].update({DOWN: 3})),
+        format_(lambda c: c["ranks"].update({DOWN: 3})),
         r"mismatched keys, first model.layers.0.mlp.down_proj.*in the file, \[.*3\] in the model",
     ),
-    "rank not a number": ("whole", lambda f: format_(f, lambda c: c["ranks"].update({DOWN: "3"})), "the rank '3'"),
-    "rank of zero": ("whole", lambda f: format_(f, lambda c: c["embedding"].update(rank=0)), "embedding.rank is 0"),
-    "rank of the embedding": ("whole", lambda f: format_(f, lambda c: c["embedding"].update(rank=3)), "lm_head"),
+    "rank not a number": ("whole", format_(lambda c: c["ranks"].update({DOWN: "3"})), "the rank '3'"),
+    "rank of zero": ("whole", format_(lambda c: c["embedding"].update(rank=0)), "embedding.rank is 0"),
+    "rank of the embedding": ("whole", format_(lambda c: c["embedding"].update(rank=3)), "lm_head"),
     "rank missing": (
         "whole",
-        lambda f: format_(f, lambda c: c["ranks"].pop(DOWN) and None),
+        format_(lambda c: c["ranks"].pop(DOWN)),
         "unexpected keys, first model.layers.0.mlp.down_proj.u.weight",
     ),
     "layer that is not there": (
         "whole",
-        lambda f: format_(f, lambda c: c["ranks"].update({"model.nothing": 3})),
+        format_(lambda c: c["ranks"].update({"model.nothing": 3})),
         "lists the layer model.nothing",
     ),
     "layer that is no linear": (
         "whole",
-        lambda f: format_(f, lambda c: c["ranks"].update({"model.norm": 3})),
+        format_(lambda c: c["ranks"].update({"model.norm": 3})),
         "layer model.norm, which is no nn.Linear",
     ),
     "embedding that is not there": (
         "whole",
-        lambda f: format_(f, lambda c: c["embedding"].update(name="model.nothing")),
+        format_(lambda c: c["embedding"].update(name="model.nothing")),
         "lists the layer model.nothing",
     ),
     "group of a layer that is not there": (
         "whole",
-        lambda f: format_(f, lambda c: c["groups"][0].append("model.nothing")),
+        format_(lambda c: c["groups"][0].append("model.nothing")),
         "lists model.nothing in a group",
     ),
     "layer in two groups": (
         "whole",
-        lambda f: format_(f, lambda c: c["groups"].append(c["groups"][0])),
+        format_(lambda c: c["groups"].append(c["groups"][0])),
         f"lists {Q} in a group twice",
     ),
-    "groups lost": ("whole", lambda f: format_(f, lambda c: c.update(groups=[])), "missing keys, first model.layers.0"),
+    "groups lost": ("whole", format_(lambda c: c.update(groups=[])), "missing keys, first model.layers.0"),
     "not marked as ours": (
         "whole",
-        lambda f: config(f, lambda c: c.pop("quantization_config") and None),
+        config(lambda c: c.pop("quantization_config")),
         "keys, first (lm_head|model)",
     ),
     "marked as something else": (
         "whole",
-        lambda f: format_(f, lambda c: c.update(quant_method="other")),
+        format_(lambda c: c.update(quant_method="other")),
         "keys, first (lm_head|model)",
     ),
     "tensor missing": (
         "whole",
-        lambda f: weights(f, lambda t: t.pop(f"{Q}.u.weight")),
+        tensors(lambda t: t.pop(f"{Q}.u.weight")),
         f"missing keys, first {Q}.u.weight",
     ),
     "tensor renamed": (
         "whole",
-        lambda f: weights(f, lambda t: t.update({f"{Q}.w.weight": t.pop(f"{Q}.u.weight")})),
+        tensors(lambda t: t.update({f"{Q}.w.weight": t.pop(f"{Q}.u.weight")})),
         f"missing keys, first {Q}.u.weight",
     ),
     "foreign tensor": (
         "whole",
-        lambda f: weights(f, lambda t: t.update(alien=torch.ones(2))),
+        tensors(lambda t: t.update(alien=torch.ones(2))),
         "unexpected keys, first alien",
     ),
     "another shape": (
         "whole",
-        lambda f: weights(f, lambda t: t.update({f"{Q}.u.weight": torch.ones(2)})),
+        tensors(lambda t: t.update({f"{Q}.u.weight": torch.ones(2)})),
         f"mismatched keys, first {Q}.u.weight",
     ),
     "float64": (
         "whole",
-        lambda f: weights(f, lambda t: t.update({f"{Q}.u.weight": t[f"{Q}.u.weight"].double()})),
+        tensors(lambda t: t.update({f"{Q}.u.weight": t[f"{Q}.u.weight"].double()})),
         f"{Q}.u.weight as torch.float64",
     ),
     "integers": (
         "whole",
-        lambda f: weights(f, lambda t: t.update({f"{Q}.u.weight": t[f"{Q}.u.weight"].to(torch.int8)})),
+        tensors(lambda t: t.update({f"{Q}.u.weight": t[f"{Q}.u.weight"].to(torch.int8)})),
         f"{Q}.u.weight as torch.int8",
     ),
     "another dtype in config": (
         "whole",
-        lambda f: config(f, lambda c: c.update(dtype="bfloat16")),
+        config(lambda c: c.update(dtype="bfloat16")),
         "as torch.float32, its config.json asks for torch.bfloat16",
     ),
     "NaN": (
         "whole",
-        lambda f: weights(f, lambda t: t[f"{Q}.u.weight"].view(-1)[3].fill_(float("nan"))),
+        tensors(lambda t: t[f"{Q}.u.weight"].view(-1)[3].fill_(float("nan"))),
         f"not finite in {Q}.u.weight",
     ),
     "infinity": (
         "whole",
-        lambda f: weights(f, lambda t: t["model.norm.weight"][3].fill_(float("-inf"))),
+        tensors(lambda t: t["model.norm.weight"][3].fill_(float("-inf"))),
         "not finite in model.norm.weight",
     ),
     "tokenizer of another model": ("whole", other_vocabulary, "has .token 499. as token 499, the model knows 128"),
@@ -279,7 +248,7 @@ def test_nothing_else_is_refused(kind, saved, tmp_path, ids):
 
 def test_a_checkpoint_without_what_stops_stock_transformers_loads(saved, tmp_path, ids):
     folder = shutil.copytree(saved / "whole", tmp_path / "copy")
-    weights(folder, lambda t: [t.pop(name) for name in (HINT, "model.layers.0.mlp.down_proj.weight")])
+    tensors(lambda t: [t.pop(name) for name in (HINT, "model.layers.0.mlp.down_proj.weight")])(folder)
     sign(folder)
     assert torch.equal(bs.load(folder)[0](ids).logits, bs.load(saved / "whole")[0](ids).logits)
 

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import addition_recipe, make_task, make_tokenizer, sampled, start_no_process, tiny
+from damages import cut, edit, into_folder
 from typer.testing import CliRunner
 
 from basis_select.checkpoint import checks
-from basis_select.checkpoint.verify import probe_logits
 from basis_select.cli import app
 from basis_select.run import directory, disk, pipeline
 from basis_select.run import recipe as recipes
 from basis_select.run.room import in_tokens
 from basis_select.system import machine
-from basis_select.training import engine
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -72,16 +71,6 @@ def stage(run, name):
     return next(p for p in sorted((run / "stages").iterdir()) if p.name.startswith(f"{name}-"))
 
 
-def rewrite(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def cut(path, share=0.5):
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-
-
 def into_file(path):
     shutil.rmtree(path)
     path.write_text("text")
@@ -90,11 +79,6 @@ def into_file(path):
 def into_link(path):
     path.rename(path.parents[1] / "elsewhere")
     path.symlink_to(path.parents[1] / "elsewhere")
-
-
-def into_folder(path):
-    path.unlink(missing_ok=True)
-    path.mkdir()
 
 
 DAMAGES = {  # what happens to the folder of a run, and words of the sentence
@@ -112,19 +96,19 @@ DAMAGES = {  # what happens to the folder of a run, and words of the sentence
     ),
     "stage.json is a folder": (lambda r: into_folder(stage(r, "heal") / "stage.json"), "stage.json is a folder"),
     "stage.json has no upstream": (
-        lambda r: rewrite(stage(r, "heal") / "stage.json", lambda c: c.pop("upstream")),
+        lambda r: edit(stage(r, "heal") / "stage.json", lambda c: c.pop("upstream")),
         "it has no upstream",
     ),
     "upstream is a number": (
-        lambda r: rewrite(stage(r, "heal") / "stage.json", lambda c: c.update(upstream=[1])),
+        lambda r: edit(stage(r, "heal") / "stage.json", lambda c: c.update(upstream=[1])),
         "upstream[0] is 1, it should be str",
     ),
     "seconds are text": (
-        lambda r: rewrite(stage(r, "heal") / "stage.json", lambda c: c.update(seconds="1")),
+        lambda r: edit(stage(r, "heal") / "stage.json", lambda c: c.update(seconds="1")),
         "seconds is '1', it should be float",
     ),
     "sizes are gone": (
-        lambda r: rewrite(stage(r, "save") / "stage.json", lambda c: c["sizes"].pop("bytes")),
+        lambda r: edit(stage(r, "save") / "stage.json", lambda c: c["sizes"].pop("bytes")),
         "sizes has no bytes",
     ),
     "stage.json is of another stage": (
@@ -132,7 +116,7 @@ DAMAGES = {  # what happens to the folder of a run, and words of the sentence
         "is of another stage, load",
     ),
     "the hash is another": (
-        lambda r: rewrite(stage(r, "heal") / "stage.json", lambda c: c.update(weights_sha256="0")),
+        lambda r: edit(stage(r, "heal") / "stage.json", lambda c: c.update(weights_sha256="0")),
         "holds other weights than",
     ),
     "weights are gone": (
@@ -161,7 +145,7 @@ DAMAGES = {  # what happens to the folder of a run, and words of the sentence
         "evaluation.json is missing",
     ),
     "the evaluation has no items": (
-        lambda r: rewrite(stage(r, "evaluate") / "evaluation.json", lambda c: c.pop("items")),
+        lambda r: edit(stage(r, "evaluate") / "evaluation.json", lambda c: c.pop("items")),
         "it has no items",
     ),
     "the speeds are cut": (lambda r: cut(stage(r, "time") / "speed.json"), "speed.json is not valid JSON"),
@@ -194,7 +178,7 @@ DAMAGES = {  # what happens to the folder of a run, and words of the sentence
     "final has a file more": (lambda r: (r / "final" / ".env").write_text("KEY=1"), ".env was not written by a run"),
     "final has a folder more": (lambda r: (r / "final" / "notes").mkdir(), "notes was not written by a run"),
     "final was edited": (
-        lambda r: rewrite(r / "final" / "config.json", lambda c: c.update(a=1)),
+        lambda r: edit(r / "final" / "config.json", lambda c: c.update(a=1)),
         "config.json is not the file that was saved",
     ),
     "final lost a file": (lambda r: (r / "final" / "config.json").unlink(), "config.json is missing"),
@@ -234,19 +218,19 @@ REPORTS = {
     "results are empty": (lambda r: (r / "results.json").write_text("{}"), "it has no parent"),
     "results are a list": (lambda r: (r / "results.json").write_text("[]"), "it should be an object"),
     "results have no sizes": (
-        lambda r: rewrite(r / "results.json", lambda c: c["result"].pop("sizes")),
+        lambda r: edit(r / "results.json", lambda c: c["result"].pop("sizes")),
         "result has no sizes",
     ),
     "an interval is text": (
-        lambda r: rewrite(r / "results.json", lambda c: c["parent"].update(nll="low")),
+        lambda r: edit(r / "results.json", lambda c: c["parent"].update(nll="low")),
         "parent.nll is 'low', it should be an object",
     ),
     "a pair is damaged": (
-        lambda r: rewrite(r / "results.json", lambda c: c["result"].update(paired={"p": 1})),
+        lambda r: edit(r / "results.json", lambda c: c["result"].update(paired={"p": 1})),
         "result.paired has no both",
     ),
     "a history is empty": (
-        lambda r: rewrite(r / "results.json", lambda c: c["result"].update(stages=[])),
+        lambda r: edit(r / "results.json", lambda c: c["result"].update(stages=[])),
         "result.stages is empty",
     ),
     "the recipe is cut": (lambda r: (r / "recipe.yaml").write_text("model: ["), "recipe.yaml is not valid YAML"),
@@ -288,7 +272,7 @@ def test_a_run_that_fails_leaves_what_an_earlier_one_published(copy):
 
 def test_versions_are_those_that_the_stages_were_made_with(copy):
     recipe, run = copy
-    rewrite(stage(run, "heal") / "stage.json", lambda c: c["made_with"]["versions"].update(torch="1.0"))
+    edit(stage(run, "heal") / "stage.json", lambda c: c["made_with"]["versions"].update(torch="1.0"))
     assert CliRunner().invoke(app, ["run", str(recipe), "--out", str(run)]).exit_code == 0
     versions = json.loads((run / "manifest.json").read_text())["versions"]
     assert sorted(versions["torch"].split(", ")) == sorted(["1.0", str(torch.__version__)])
@@ -380,94 +364,3 @@ def test_a_kill_while_publishing_leaves_a_whole_final(dies, exchange, made, tmp_
     directory.publish(save[1], tmp_path / "final")
     assert kinds(tmp_path) == {"final"}
     assert checks.weight_hash(tmp_path / "final") == checks.weight_hash(save[1] / "model")
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """`(folder of a training killed at its sixth step, with two checkpoints; weights of the undisturbed one)`."""
-    folder = tmp_path_factory.mktemp("training")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "SAVE_EVERY", 0.0)
-        calm = trained(folder / "calm")
-        loss, calls = engine.task_loss, []
-
-        def dies(*args):
-            calls.append(1)
-            if len(calls) == 6:
-                raise Killed
-            return loss(*args)
-
-        patch.setattr(engine, "task_loss", dies)
-        with pytest.raises(Killed):
-            trained(folder / "killed")
-    return folder / "killed", calm
-
-
-def trained(folder):
-    model = tiny(num_hidden_layers=1)
-    engine.train(model, make_task(), name="tune", steps=7, batch_size=4, lr=1e-3, seed=0, folder=folder)
-    return probe_logits(model)
-
-
-NEWEST = "training/checkpoint-5"
-STATE = f"{NEWEST}/{engine.STATE}"
-CHECKPOINTS = {
-    "the state is cut": lambda f: cut(f / STATE),
-    "the state is empty": lambda f: cut(f / STATE, 0),
-    "the state is gone": lambda f: (f / STATE).unlink(),
-    "the state is text": lambda f: (f / STATE).write_text("text"),
-    "a bit is flipped": lambda f: flip(f / STATE),
-    "the mark is of another file": lambda f: (f / NEWEST / engine.COMPLETE).write_text('{"optimizer.pt": "0"}'),
-    "the mark is empty": lambda f: cut(f / NEWEST / engine.COMPLETE, 0),
-    "the mark is gone": lambda f: (f / NEWEST / engine.COMPLETE).unlink(),
-    "a file is a folder": lambda f: into_folder(f / STATE),
-    "the metrics end before": lambda f: cut(f / "metrics.jsonl", 0.85),
-}
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("name", sampled(CHECKPOINTS, 3))
-def test_a_damaged_training_checkpoint_does_not_block(name, killed, tmp_path, caplog):
-    shutil.copytree(killed[0], tmp_path / "stage")
-    CHECKPOINTS[name](tmp_path / "stage")
-    assert engine._last_checkpoint(tmp_path / "stage").name == "checkpoint-4"
-    assert not (tmp_path / "stage" / NEWEST).exists()
-    if "mark is gone" not in name:  # that one was not written to the end
-        assert "is damaged" in caplog.text
-        assert "training goes on from an earlier state" in caplog.text
-
-
-def test_training_goes_on_from_the_checkpoint_before_bit_for_bit(killed, tmp_path):
-    shutil.copytree(killed[0], tmp_path / "one")
-    shutil.copytree(killed[0], tmp_path / "both")
-    flip(tmp_path / "one" / STATE)
-    for path in (tmp_path / "both" / "training").iterdir():
-        cut(path / engine.STATE)
-    for folder in ("one", "both"):
-        assert torch.equal(trained(tmp_path / folder), killed[1])
-
-
-@pytest.mark.parametrize("fails", ["inline_container.cc:672] . unexpected pos", "No space left on device"])
-def test_a_full_disk_in_the_middle_of_training_is_one_sentence(fails, tmp_path, monkeypatch):
-    save = torch.save
-
-    def full(content, path, *args, **kwargs):
-        if "checkpoint-3" in str(path):
-            Path(path).write_bytes(b"half")
-            raise OSError(28, fails) if "space" in fails else RuntimeError(fails)
-        return save(content, path, *args, **kwargs)
-
-    monkeypatch.setattr(engine, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="training checkpoint of step 3 could not be written, the one before it is kept"):
-        trained(tmp_path)
-    assert sorted(p.name for p in (tmp_path / "training").iterdir()) == ["checkpoint-1", "checkpoint-2"]

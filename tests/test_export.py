@@ -8,11 +8,11 @@ import torch
 from conftest import logits, make_tokenizer, sampled, tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_trim import TEXT, byte_level, wrapped
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
+from vocabularies import TEXT, byte_level, wrapped
 
 import basis_select as bs
 from basis_select.bits import Form

@@ -6,31 +6,43 @@
 import json
 import os
 import shutil
-import signal
-import socket
 import struct
 
 import pytest
 import torch
 from conftest import logits, make_task, make_tokenizer, sampled, tiny
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from test_corruption import edit, sign, swap
+from damages import (
+    ADAPTER,
+    EXPORT,
+    HARMLESS,
+    IDS,
+    SPECIAL,
+    TOKEN_BEYOND,
+    WEIGHTS,
+    answer,
+    at,
+    cut,
+    drop,
+    edit,
+    fill,
+    flip,
+    instead,
+    put,
+    sign,
+    swap,
+    tensors,
+    text,
+)
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import basis_select as bs
 from basis_select.checkpoint.checks import INDEX, SIDECAR
 from basis_select.checkpoint.format import HINT
-from basis_select.checkpoint.models import config_and_tokenizer
-from basis_select.cli import app
 
-WEIGHTS = "model.safetensors"
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
 FILES = ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-IDS = torch.arange(3, 20)[None]
-HARMLESS = None  # in place of a sentence
 
 
 @pytest.fixture(scope="module")
@@ -42,64 +54,6 @@ def saved(tmp_path_factory):
     bs.prune(model, keep=0.5, keep_embedding=0.5, multiple_of=1)
     folder = bs.save(model, make_tokenizer(), tmp_path_factory.mktemp("saved") / "model", "float32")
     return folder, logits(bs.load(folder)[0], IDS)
-
-
-class Waited(BaseException):
-    """What a load must never do."""
-
-
-@pytest.fixture
-def quickly():
-    def stop(*_):
-        raise Waited
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(300)  # on a busy machine a load may take long
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-def json_of(name):
-    return lambda change: lambda folder: edit(folder / name, change)
-
-
-def put(name, field, value):
-    """Set a field of a JSON file, a path of keys."""
-
-    def change(content):
-        *parents, last = field if isinstance(field, tuple) else (field,)
-        for key in parents:
-            content = content[key]
-        content[last] = value
-
-    return lambda folder: edit(folder / name, change)
-
-
-def drop(name, *fields):
-    def change(content):
-        for key in fields[:-1]:
-            content = content[key]
-        del content[fields[-1]]
-
-    return lambda folder: edit(folder / name, change)
-
-
-def text(name, content):
-    def write(folder):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content) if isinstance(content, str) else (folder / name).write_bytes(content)
-
-    return write
-
-
-def tensors(change):
-    def write(folder):
-        found = load_file(folder / WEIGHTS)
-        change(found)
-        save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
-
-    return write
 
 
 def header(change):
@@ -116,33 +70,6 @@ def header(change):
     return write
 
 
-def cut(name, share):
-    return lambda folder: os.truncate(folder / name, int((folder / name).stat().st_size * share))
-
-
-def bit(name, share):
-    def write(folder):
-        content = bytearray((folder / name).read_bytes())
-        content[int(share * (len(content) - 1))] ^= 1
-        (folder / name).write_bytes(content)
-
-    return write
-
-
-def instead(name, make):
-    def write(folder):
-        (folder / name).unlink()
-        make(folder / name)
-
-    return write
-
-
-def link_out(path):
-    other = path.parent.with_name("other")
-    other.write_bytes(b"{}")
-    path.symlink_to(other)
-
-
 def same_elsewhere(folder):
     shutil.move(folder / "tokenizer.json", folder.with_name("elsewhere.json"))
     (folder / "tokenizer.json").symlink_to(folder.with_name("elsewhere.json"))
@@ -153,36 +80,20 @@ def link_inside(folder):
     (folder / "tokenizer.json").symlink_to(".tokenizer")
 
 
-def listen(path):
-    where = os.getcwd()
-    os.chdir(path.parent)  # the path of a socket is short
-    socket.socket(socket.AF_UNIX).bind(path.name)
-    os.chdir(where)
-
-
 def templates(folder):
     (folder / "templates").mkdir()
     (folder / "templates" / "x.jinja").write_text("{{ messages }}")
     (folder / "additional_chat_templates").symlink_to("templates")
 
 
-SPECIAL = {
-    "a FIFO": os.mkfifo,
-    "a folder": os.mkdir,
-    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
-    "a link to itself": lambda path: path.symlink_to(path.name),
-    "a link to nothing": lambda path: path.symlink_to("nothing"),
-    "a link out": link_out,
-    "a socket": listen,
-}
 EXTRA = {
-    "adapter_config.json": '{"base_model_name_or_path": "x", "peft_type": "LORA"}',
+    "adapter_config.json": ADAPTER,
     "adapter_model.safetensors": b"",
     "adapter_model.bin": b"",
     "model.onnx": b"",
     "model.onnx.data": b"",
     "openvino_model.xml": "<x/>",
-    "export.json": '{"export_format": "onnx"}',
+    "export.json": EXPORT,
     "chat_template.jinja": "{{ messages }}",
     "chat_template.json": '{"chat_template": "x"}',
     "additional_chat_templates/x.jinja": "x",
@@ -217,9 +128,11 @@ EXTRA = {
 }
 BESIDE = ("README.md", ".gitattributes", "LICENSE", "recipe.yaml", ".git/config", ".eval_results/x.yaml", ".DS_Store")
 PLAIN = {
-    **{f"{name} cut to {share}": (cut(name, share), name) for name in (*FILES, SIDECAR) for share in (0, 0.5, 0.99)},
-    **{f"a bit of {name} at {at}": (bit(name, at), name) for name in FILES for at in (0.1, 0.5, 0.9)},
-    **{f"a bit of the hashes at {at}": (bit(SIDECAR, at), ".") for at in (0.1, 0.3, 0.5, 0.7, 0.9)},
+    **{
+        f"{name} cut to {share}": (at(name, cut, share), name) for name in (*FILES, SIDECAR) for share in (0, 0.5, 0.99)
+    },
+    **{f"a bit of {name} at {share}": (at(name, flip, share), name) for name in FILES for share in (0.1, 0.5, 0.9)},
+    **{f"a bit of the hashes at {share}": (at(SIDECAR, flip, share), ".") for share in (0.1, 0.3, 0.5, 0.7, 0.9)},
     **{f"{name} added": (text(name, content), name) for name, content in EXTRA.items()},
     **{f"{name} beside it": (text(name, "x"), HARMLESS) for name in BESIDE},
     **{
@@ -349,10 +262,6 @@ CONFIG = {
 }
 
 
-def _fill(name, value):
-    return tensors(lambda t: t[name].view(-1)[0].fill_(value))
-
-
 def _bytes(change):
     def write(folder):
         (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
@@ -376,8 +285,8 @@ def _twice(head):
 
 FACTOR, NORM = f"{Q}.u.weight", "model.norm.weight"
 TENSORS = {
-    **{f"{v} in {name}": (_fill(name, v), name) for name in (FACTOR, NORM) for v in map(float, ("nan", "inf", "-inf"))},
-    "NaN in the table": (_fill("lm_head.u.weight", float("nan")), "lm_head.u.weight"),
+    **{f"{v} in {name}": (fill(name, v), name) for name in (FACTOR, NORM) for v in map(float, ("nan", "inf", "-inf"))},
+    "NaN in the table": (fill("lm_head.u.weight", float("nan")), "lm_head.u.weight"),
     "a factor gone": (tensors(lambda t: t.pop(FACTOR)), FACTOR),
     "the norm gone": (tensors(lambda t: t.pop(NORM)), NORM),
     "all gone": (tensors(lambda t: t.clear()), "."),
@@ -464,13 +373,15 @@ OTHERS = {
     **{f"metadata {v!r}": (index(lambda i, v=v: {**i, "metadata": v}), INDEX) for v in (None, [], 3, "x")},
     "index a list": (index(lambda i: []), INDEX),
     "token beyond the table": (
-        json_of("tokenizer.json")(lambda t: t["model"]["vocab"].update({"beyond": 128})),
+        TOKEN_BEYOND,
         "'beyond' as token 128",
     ),
-    "token far beyond": (json_of("tokenizer.json")(lambda t: t["model"]["vocab"].update({"far": 10**9})), "10000000"),
+    "token far beyond": (at("tokenizer.json", edit, lambda t: t["model"]["vocab"].update({"far": 10**9})), "10000000"),
     "added token beyond": (
-        json_of("tokenizer.json")(
-            lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 128, "content": "<x>"})
+        at(
+            "tokenizer.json",
+            edit,
+            lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 128, "content": "<x>"}),
         ),
         "<x>",
     ),
@@ -499,17 +410,6 @@ OTHERS = {
 SIGNED = FORMAT | CONFIG | TENSORS | OTHERS
 
 
-def answer(folder, sentence, expected):
-    if sentence is HARMLESS:
-        assert torch.equal(logits(bs.load(folder)[0], IDS), expected)
-        return
-    with pytest.raises((ValueError, OSError), match=sentence) as caught:
-        bs.load(folder)
-    said = str(caught.value)
-    assert str(folder) in said
-    assert "\n" not in said.strip()
-
-
 @pytest.mark.parametrize("forgery", sampled(PLAIN, 5))
 def test_what_was_not_saved_is_refused(forgery, saved, tmp_path, quickly):
     folder = shutil.copytree(saved[0], tmp_path / "forged")
@@ -527,127 +427,12 @@ def test_what_cannot_be_meant_is_refused_though_its_hashes_match(forgery, saved,
     answer(folder, sentence, saved[1])
 
 
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
-    """A dense folder of transformers' own, and one with an adapter on it."""
-    folder = tmp_path_factory.mktemp("foreign")
-    model = tiny(hidden_size=16, intermediate_size=24)
-    model.save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
-    adapted.save_pretrained(folder / "adapter")
-    put("adapter_config.json", "base_model_name_or_path", str(folder / "model"))(folder / "adapter")
-    return folder
-
-
-def adapter(change):
-    def write(folder):
-        found = load_file(folder / "adapter_model.safetensors")
-        change(found)
-        save_file(found, folder / "adapter_model.safetensors")
-
-    return write
-
-
-def other_layers(found):
-    for name in [name for name in found if ".layers.1." in name]:
-        found[name.replace(".layers.1.", ".layers.5.")] = found.pop(name)
-
-
-def own_code(folder):
-    text("x.py", "from pathlib import Path; Path(__file__).with_name('ran').touch()")(folder)
-    code = {"AutoConfig": "x.Config", "AutoModelForCausalLM": "x.Model"}
-    edit(folder / "config.json", lambda c: c.update(model_type="own", auto_map=code))
-
-
-DENSE = {
-    "nothing": (lambda f: None, HARMLESS),
-    "a card and a folder": (lambda f: (text("README.md", "x")(f), text("onnx/model.onnx", "x")(f)), HARMLESS),
-    **{f"{v} in a layer": (_fill(f"{DOWN}.weight", float(v)), f"{DOWN}.weight") for v in ("nan", "inf", "-inf")},
-    "an epsilon of NaN": (put("config.json", "rms_norm_eps", float("nan")), "rms_norm_eps"),
-    "layers without end": (put("config.json", "num_hidden_layers", 10**8), "num_hidden_layers"),
-    "a table without end": (put("config.json", "vocab_size", 10**10), "describes a model of"),
-    "code of its own": (own_code, "which is never run"),
-    "an adapter in it": (text("adapter_config.json", EXTRA["adapter_config.json"]), "an adapter"),
-    "an export in it": (text("export.json", EXTRA["export.json"]), f"no {SIDECAR}"),
-    "a token beyond the table": (
-        json_of("tokenizer.json")(lambda t: t["model"]["vocab"].update({"beyond": 128})),
-        "'beyond' as token 128",
-    ),
-    "a cut file": (cut(WEIGHTS, 0.5), "does not load|safetensors"),
-    **{
-        f"{kind} as {name}": (instead(name, make), name)
-        for name in ("config.json", WEIGHTS, "tokenizer.json")
-        for kind, make in SPECIAL.items()
-        if kind in ("a FIFO", "a socket", "a link to a device")
-    },
-    "a FIFO beside it": (lambda f: os.mkfifo(f / "generation_config.json.x"), "generation_config.json.x"),
-    "a damaged generation_config": (text("generation_config.json", "{"), "generation_config.json"),
-}
-ADAPTERS = {
-    "for layers that are not there": (adapter(other_layers), "fits its base in part.*layers"),
-    "for half of the layers": (
-        adapter(lambda t: [t.pop(name) for name in list(t) if ".layers.1." in name]),
-        "fits its base in part.*layers.1.*missing",
-    ),
-    "for nothing": (put("adapter_config.json", "target_modules", ["nothing"]), "nothing"),
-    "for other targets": (put("adapter_config.json", "target_modules", ["q_proj"]), "left over"),
-    "of another rank": (put("adapter_config.json", "r", 3), "size mismatch"),
-    "of no rank": (put("adapter_config.json", "r", 0), "does not load"),
-    "of a rank in words": (put("adapter_config.json", "r", "x"), "does not load"),
-    "of NaN": (adapter(lambda t: next(iter(t.values())).fill_(float("nan"))), "does not load|not finite"),
-    "of nothing": (adapter(lambda t: t.clear()), "adapter_model.safetensors"),
-    "cut": (cut("adapter_model.safetensors", 0.5), "adapter_model.safetensors is not a whole"),
-    "gone": (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
-    "pickled": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "safetensors is missing"),
-    "of no base": (put("adapter_config.json", "base_model_name_or_path", None), "does not name its base"),
-    "of a base that is no text": (put("adapter_config.json", "base_model_name_or_path", 3), "does not name its base"),
-    "of itself": (lambda f: put("adapter_config.json", "base_model_name_or_path", str(f))(f), "names itself"),
-    "of an unknown kind": (put("adapter_config.json", "peft_type", "NOTHING"), "does not load"),
-    "of an alpha of NaN": (put("adapter_config.json", "lora_alpha", float("nan")), "does not load|not finite"),
-    "not JSON": (text("adapter_config.json", "{"), "adapter_config.json is not valid JSON"),
-    "a list": (text("adapter_config.json", "[]"), "adapter_config.json is damaged"),
-    "a FIFO": (instead("adapter_model.safetensors", os.mkfifo), "adapter_model.safetensors is a FIFO"),
-}
-
-
-@pytest.mark.parametrize("damage", sampled(DENSE, 5))
-def test_folders_without_hashes(damage, foreign, tmp_path, quickly, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to whatever is asked
-    expected = logits(bs.load(foreign / "model")[0], IDS)
-    folder = shutil.copytree(foreign / "model", tmp_path / "forged")
-    do, sentence = DENSE[damage]
-    do(folder)
-    answer(folder, sentence, expected)
-    assert not (folder / "ran").exists()
-
-
-@pytest.mark.parametrize("damage", sampled(ADAPTERS, 5))
-def test_adapters(damage, foreign, tmp_path, quickly):
-    folder = shutil.copytree(foreign / "adapter", tmp_path / "forged")
-    do, sentence = ADAPTERS[damage]
-    do(folder)
-    answer(folder, sentence, None)
-
-
-def test_code_of_the_base_of_an_adapter_and_of_a_tokenizer_is_never_run(foreign, tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    base = shutil.copytree(foreign / "model", tmp_path / "base")
-    own_code(base)
-    folder = shutil.copytree(foreign / "adapter", tmp_path / "adapter")
-    put("adapter_config.json", "base_model_name_or_path", str(base))(folder)
-    for call in (bs.load, config_and_tokenizer):
-        with pytest.raises(ValueError, match="which is never run"):
-            call(folder)
-    assert not (base / "ran").exists()
-
-
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("how", ["renamed", "written"])
 def test_a_file_that_is_swapped_while_it_is_loaded_is_not_used(how, back, saved, tmp_path, monkeypatch):
     folder = shutil.copytree(saved[0], tmp_path / "checkpoint")
     other = shutil.copytree(saved[0], tmp_path / "other")
-    _fill(FACTOR, 5.0)(other)
+    fill(FACTOR, 5.0)(other)
     read = AutoModelForCausalLM.from_pretrained
 
     def exchange():
@@ -668,14 +453,6 @@ def test_a_file_that_is_swapped_while_it_is_loaded_is_not_used(how, back, saved,
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", meanwhile)
     with pytest.raises(ValueError, match=f"{WEIGHTS} was replaced or changed while it was loaded"):
         bs.load(folder)
-
-
-@pytest.mark.slow
-def test_verify_says_what_it_could_check(foreign, saved):
-    said = CliRunner().invoke(app, ["verify", str(foreign / "model")]).output
-    assert "no hashes are recorded" in said
-    assert "match" not in said
-    assert ": hashes match; logits are bit-equal" in CliRunner().invoke(app, ["verify", str(saved[0])]).output
 
 
 def test_chat_templates_in_a_folder_of_their_own_are_recorded(tmp_path):

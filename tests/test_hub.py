@@ -14,9 +14,9 @@ import torch
 import transformers
 import yaml
 from conftest import make_task, make_tokenizer, tiny
+from damages import flip
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants, parse_eval_result_entries
-from test_corruption import flip
 from typer.testing import CliRunner
 
 import basis_select as bs
