@@ -195,10 +195,11 @@ def series(rows):
 
 
 def plot(results, path):
-    found = comparisons(results)
+    found = {title: series(rows) for title, rows in comparisons(results).items()}
+    names = list(dict.fromkeys(name for drawn in found.values() for name in drawn))
     figure = Figure(figsize=(5.2 * len(found), 5.2), layout="constrained")
-    for ax, (title, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        quality(ax, series(rows), LABEL, strong=DEFAULT)
+    for ax, (title, drawn) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        quality(ax, drawn, LABEL, strong=DEFAULT, names=names)
         ax.set_title(title)
         ax.grid(alpha=0.3, which="both")
     legend(figure)

@@ -5,7 +5,7 @@ python eval/sizes_speed.py GRID.yaml FOLDER OUT.json [--tokens N] [--rounds N]
 The grid is one of compare.py with `trained: [0]` and one task: what is healed has the same form, and so the same speed.
 FOLDER keeps parents and decompositions, as there. All models are in one process, with its threads, and take turns at
 answering a prompt of 16 tokens with `generate`. Tokens a second are those of the answer; reading the prompt is timed
-alone and taken off.
+alone and taken off. OUT.png, drawn beside OUT.json, has speed against bytes, with the lowest and highest round.
 """
 
 import argparse
@@ -17,9 +17,12 @@ from pathlib import Path
 
 import torch
 from compare import behind, bench_of, read_grid, rows, stored
+from compare_report import DEFAULT
 from compare_rows import plain, started
+from matplotlib.figure import Figure
 
 import basis_select as bs
+from basis_select.evaluation.figures import legend, quality
 from basis_select.evaluation.speed import spread, take_turns, timed_on
 from basis_select.system.writing import replace_text
 
@@ -50,6 +53,21 @@ def measure(models, tokens, rounds):
     return {name: spread([tokens / (all_ - first) for first, all_ in found]) for name, found in pairs.items()}
 
 
+def plot(rows, path):
+    """Speed against bytes, methods that have several sizes joined."""
+    series = {}
+    for name, row in rows.items():
+        speed = row["tokens_per_second"]
+        point = (row["bytes"], speed["median"], speed["low"], speed["high"])
+        series.setdefault(name.partition(", ")[0], []).append(point)
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    ax = figure.subplots()
+    quality(ax, series, "decode, tokens/s", strong=DEFAULT)
+    ax.grid(alpha=0.3, which="both")
+    legend(figure)
+    figure.savefig(path, dpi=130)
+
+
 def main():
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,6 +90,7 @@ def main():
     found = {name: {"bytes": size, "tokens_per_second": speeds[name]} for name, size in facts.items()}
     options = {"grid": a.grid.name, "task": task, "tokens": a.tokens, "rounds": a.rounds}
     replace_text(a.out, json.dumps({**device, **options, "rows": found}, indent=1))
+    plot(found, a.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

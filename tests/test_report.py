@@ -13,6 +13,7 @@ from compare import read
 from compare_report import comparisons
 from compare_report import report as compared
 from conftest import make_tokenizer, start_no_process, tiny
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 import basis_select as bs
@@ -186,6 +187,22 @@ def test_no_text_becomes_a_tag_or_an_attribute(block):
         value or "" for _, attrs in page.tags for value in attrs.values()
     )
     assert odd in shown
+
+
+def test_a_name_looks_alike_on_all_axes_of_a_figure():
+    axes, point = Figure().subplots(1, 2), [(1e6, 1.0, 0.9, 1.1)]
+    names = ["parent", "int4", "default"]
+    figures.quality(axes[0], dict.fromkeys(names, point), "NLL", names=names)
+    figures.quality(axes[1], dict.fromkeys(["default", "parent"], point), "NLL", names=names)
+    first, second = (
+        {
+            name: (bar[0].get_color(), bar[0].get_marker())
+            for bar, name in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        for ax in axes
+    )
+    assert len(set(first.values())) == 3
+    assert second == {name: first[name] for name in ("default", "parent")}
 
 
 @pytest.mark.slow

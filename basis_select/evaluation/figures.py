@@ -76,13 +76,22 @@ def svg(title: str, paint: Callable, *data: Any, size: tuple[float, float] = (4.
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def quality(ax: Axes, series: Mapping[str, Sequence[tuple]], label: str, strong: str | None = None) -> None:
+def quality(
+    ax: Axes,
+    series: Mapping[str, Sequence[tuple]],
+    label: str,
+    strong: str | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
     """Quality against bytes: `series` is `{name: [(bytes, value, low, high), ...]}`, joined where it has several.
 
     Logarithmic upwards where values differ much; `label` "Accuracy" is in percent. `strong` names the thicker line.
+    `names` are those of all axes of a figure, so that a name looks alike on each; None where there is one axis.
     """
     values = [value for points in series.values() for _, value, _, _ in points]
-    for i, (name, points) in enumerate(series.items()):
+    names = list(series) if names is None else names
+    for name, points in series.items():
+        i = names.index(name)
         bounded = [(x, y, y if low is None else low, y if high is None else high) for x, y, low, high in points]
         x, y, low, high = zip(*sorted(bounded), strict=True)
         error = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
