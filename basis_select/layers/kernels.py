@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "cpp"
 ROWS = 8  # of a block of weights of 4 bits
 ALIGNED = 64  # bytes of which everything begins at a multiple
+LAYOUT = [f"-DBASIS_SELECT_{name}={n}" for name, n in (("GROUP", GROUP), ("ROWS", ROWS), ("ALIGNED", ALIGNED))]
 
 
 def load(folder: Path | None = None) -> None:
@@ -41,7 +42,7 @@ def load(folder: Path | None = None) -> None:
     if _are_loaded():
         return
     compiler = os.environ.get("CXX", "c++")
-    options = ["-std=c++20", "-O3", "-shared", "-fPIC", *_of_processor()]
+    options = ["-std=c++20", "-O3", "-shared", "-fPIC", *LAYOUT, *_of_processor()]
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     key = hashlib.sha256(repr((sources, compiler, options, torch.__version__)).encode()).hexdigest()[:16]
     library = (folder or cache() / "kernels") / f"kernels-{key}.so"

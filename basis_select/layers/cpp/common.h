@@ -1,7 +1,11 @@
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
 
 #include <algorithm>
 #include <bit>
@@ -22,7 +26,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t GROUP = 32;       // weights of few bits that share a scale
-constexpr int64_t GRAIN = 1 << 16;  // products of two numbers below which a second thread does not pay
+constexpr int64_t GROUP = BASIS_SELECT_GROUP;  // weights of few bits that share a scale
+constexpr int64_t GRAIN = 1 << 16;             // products of two numbers below which a second thread does not pay
 
 }  // namespace

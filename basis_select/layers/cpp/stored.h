@@ -10,9 +10,9 @@
 
 namespace {
 
-constexpr int64_t ROWS = 8;                  // of a block
-constexpr int64_t BYTES = GROUP * ROWS / 2;  // of a group of a block of 4 bits
-constexpr int64_t ALIGNED = 64;              // bytes of which everything begins at a multiple
+constexpr int64_t ROWS = BASIS_SELECT_ROWS;        // of a block
+constexpr int64_t BYTES = GROUP * ROWS / 2;        // of a group of a block of 4 bits
+constexpr int64_t ALIGNED = BASIS_SELECT_ALIGNED;  // bytes of which everything begins at a multiple
 
 int64_t groups_of(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
 
