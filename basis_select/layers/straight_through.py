@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import kernels
 from .rounded import RoundedLinear, replace, tables
@@ -63,9 +64,11 @@ def _has_kernel(weight: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _pieces(weight: torch.Tensor) -> Iterator[slice]:
-    """Slices of the rows of a weight (out, in), those that are rounded at once."""
+    """Slices of the rows of a weight (out, in), those that are rounded at once; of one without values, in a plan, the
+    first alone: each takes as much memory, and none has products."""
     rows = rows_at_once(weight)
-    return (slice(start, start + rows) for start in range(0, len(weight), rows))
+    end = rows if isinstance(weight, FakeTensor) else len(weight)
+    return (slice(start, start + rows) for start in range(0, end, rows))
 
 
 def _by_row(scale: torch.Tensor) -> torch.Tensor:
