@@ -146,6 +146,12 @@ def tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture
+def dense_folder(tmp_path):
+    """A checkpoint of a tiny dense model that reads long prompts."""
+    return save(tiny(max_position_embeddings=2048), make_tokenizer(), tmp_path / "model")
+
+
 def make_task():
     """Random token sequences of varying lengths: enough to run every stage."""
     generator = torch.Generator().manual_seed(0)

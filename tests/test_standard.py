@@ -64,13 +64,6 @@ def data(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A checkpoint of a tiny dense model."""
-    bs.save(tiny(max_position_embeddings=2048), make_tokenizer(), tmp_path / "model")
-    return tmp_path / "model"
-
-
 def test_likelihood_is_that_of_training(data, tokenizer):
     model = tiny(dtype="bfloat16", max_position_embeddings=512)  # in fp32 training's products may be bfloat16
     items = bs.evaluate_on(model, tokenizer, ["gsm8k_zeroshot_nll"], batch_size=4)["gsm8k_zeroshot_nll"]["items"]
@@ -239,12 +232,12 @@ def call(*arguments):
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
 
 
-def test_a_model_is_paired_with_its_parent_or_with_its_parents_results(data, folder, task, tmp_path):
+def test_a_model_is_paired_with_its_parent_or_with_its_parents_results(data, dense_folder, task, tmp_path):
     smaller = bs.decompose(tiny(max_position_embeddings=2048, tied=True), task, metric="plain", embedding=True)
     bs.prune(smaller, keep=0.5, keep_embedding=0.5, multiple_of=1)
     bs.save(smaller, make_tokenizer(), tmp_path / "other")
     how = ["--tasks", "svamp_nll,piqa", "--limit", 4]
-    done = call(tmp_path / "other", *how, "--against", folder, "--out", tmp_path / "both.json")
+    done = call(tmp_path / "other", *how, "--against", dense_folder, "--out", tmp_path / "both.json")
     assert done.exit_code == 0, done.output
     assert "paired: nll" in done.output
     both = json.loads((tmp_path / "both.json").read_text())
@@ -256,7 +249,7 @@ def test_a_model_is_paired_with_its_parent_or_with_its_parents_results(data, fol
     assert difference["value"] == pytest.approx(after - before, abs=1e-9)
     assert difference["low"] <= difference["value"] <= difference["high"]
 
-    assert call(folder, *how, "--out", tmp_path / "parent.json").exit_code == 0
+    assert call(dense_folder, *how, "--out", tmp_path / "parent.json").exit_code == 0
     again = call(tmp_path / "other", *how, "--against", tmp_path / "parent.json", "--out", tmp_path / "again.json")
     assert again.exit_code == 0, again.output
     assert json.loads((tmp_path / "again.json").read_text())["paired"] == both["paired"]
@@ -280,17 +273,17 @@ def test_a_model_is_paired_with_its_parent_or_with_its_parents_results(data, fol
         (["--tasks", "svamp_nll", "--against", "./nowhere"], "there is no model folder at ./nowhere"),
     ],
 )
-def test_refusals_are_one_sentence(arguments, message, data, folder):
-    done = call(folder, *arguments)
+def test_refusals_are_one_sentence(arguments, message, data, dense_folder):
+    done = call(dense_folder, *arguments)
     assert done.exit_code == 1
     assert message in done.output
     assert done.output.count("error:") == 1
 
 
-def test_data_of_ones_own_is_measured_by_the_same_command(folder, tmp_path):
+def test_data_of_ones_own_is_measured_by_the_same_command(dense_folder, tmp_path):
     rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(9) for b in range(9)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = call(folder, "--tasks", tmp_path / "sums.jsonl", "--limit", 5, "--out", tmp_path / "out.json")
+    done = call(dense_folder, "--tasks", tmp_path / "sums.jsonl", "--limit", 5, "--out", tmp_path / "out.json")
     assert done.exit_code == 0, done.output
     (result,) = json.loads((tmp_path / "out.json").read_text())["tasks"].values()
     assert result["n"] == 5
@@ -304,12 +297,12 @@ def lm_evals_own_command(rank, data, arguments):
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_lm_evals_own_command(data, folder, tmp_path):
+def test_the_numbers_are_those_of_lm_evals_own_command(data, dense_folder, tmp_path):
     """Bit for bit, on a dense checkpoint: metrics, and every generation and likelihood."""
     tasks = ["gsm8k", "svamp_nll", "piqa", "wikitext2"]
     options = {
         "model": "hf",
-        "model_args": f"pretrained={folder},softmax_dtype=float32",
+        "model_args": f"pretrained={dense_folder},softmax_dtype=float32",
         "tasks": ",".join(tasks),
         "include_path": standard.FOLDER,
         "limit": 4,
@@ -320,7 +313,7 @@ def test_the_numbers_are_those_of_lm_evals_own_command(data, folder, tmp_path):
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     in_processes(lm_evals_own_command, data, [*arguments, "--log_samples"], count=1)
     theirs = json.loads(next((tmp_path / "theirs").rglob("results_*.json")).read_text())["results"]
-    model, tokenizer = bs.load(folder)
+    model, tokenizer = bs.load(dense_folder)
     ours = bs.evaluate_on(model, tokenizer, tasks, limit=4, batch_size=2)
     for name in tasks:
         assert ours[name]["metrics"] == {k: theirs[name][k] for k in ours[name]["metrics"]}

@@ -30,13 +30,6 @@ def data(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A checkpoint of a tiny dense model."""
-    bs.save(tiny(max_position_embeddings=2048), make_tokenizer(), tmp_path / "model")
-    return tmp_path / "model"
-
-
 def call(*arguments):
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
 
@@ -71,14 +64,14 @@ def test_a_row_that_was_tuned_on_is_never_tested(how, tmp_path):
         bs.evaluate_on(model, tokenizer, [str(tmp_path / "all.jsonl")])
 
 
-def test_benchmark_rows_that_were_tuned_on_are_left_out_on_the_parent_too(data, folder, tmp_path):
+def test_benchmark_rows_that_were_tuned_on_are_left_out_on_the_parent_too(data, dense_folder, tmp_path):
     test = [json.loads(line) for line in (data / "math/gsm8k/test.jsonl").read_text().splitlines()]
     rows = [{"prompt": f"Question: {r['question']}\nAnswer:", "response": " " + r["answer"]} for r in test[:3]]
     rows += [{"prompt": f"q{i}", "response": "#### 1"} for i in range(20)]
     (tmp_path / "mine.jsonl").write_text(lines(*rows, good=0))
     task = tuned(tiny(max_position_embeddings=2048), tmp_path / "mine.jsonl", tmp_path / "tuned", test=1, validation=1)
     known = {e.prompt for e in (*task.train, *task.validation)} & {r["prompt"] for r in rows[:3]}
-    done = call(tmp_path / "tuned", "--tasks", "gsm8k_nll", "--against", folder, "--out", tmp_path / "out.json")
+    done = call(tmp_path / "tuned", "--tasks", "gsm8k_nll", "--against", dense_folder, "--out", tmp_path / "out.json")
     assert done.exit_code == 0, done.output
     assert f"gsm8k_nll ({6 - len(known)} of 6, 5 shots, {len(known)} that it was tuned on left out)" in done.output
     out = json.loads((tmp_path / "out.json").read_text())
@@ -87,8 +80,8 @@ def test_benchmark_rows_that_were_tuned_on_are_left_out_on_the_parent_too(data, 
         assert [item["id"] for item in measured["tasks"]["gsm8k_nll"]["items"]] == list(range(len(known), 6))
 
 
-def test_what_is_not_known_of_a_model_is_said(data, folder):
-    done = call(folder, "--tasks", "gsm8k_nll", "--limit", 2)
+def test_what_is_not_known_of_a_model_is_said(data, dense_folder):
+    done = call(dense_folder, "--tasks", "gsm8k_nll", "--limit", 2)
     assert "what the model was tuned on is not recorded" in done.output
 
 
@@ -114,11 +107,11 @@ def test_rows_made_from_a_test_question_are_found_whatever_their_numbers(data, t
     )
 
 
-def test_a_record_that_is_none_is_named(folder):
-    model, _ = bs.load(folder)
-    (folder / tuned_on.FILE).write_text('{"prompts": "x"}')
+def test_a_record_that_is_none_is_named(dense_folder):
+    model, _ = bs.load(dense_folder)
+    (dense_folder / tuned_on.FILE).write_text('{"prompts": "x"}')
     with pytest.raises(ValueError, match=r"tuned_on.json does not hold hashes of rows"):
-        tuned_on.read(model, folder)
+        tuned_on.read(model, dense_folder)
 
 
 @pytest.mark.slow
