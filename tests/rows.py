@@ -40,9 +40,6 @@ def chatting(template=TURNS):
     return tokenizer
 
 
-SPLIT = ("train", "validation", "test")
-
-
 def loaded(source, tokenizer, **how):
     task = load_task(str(source), tokenizer, **how)
     return sum(len(getattr(task, split)) for split in SPLIT)

@@ -18,6 +18,7 @@ from basis_select.training.data import require_fit
 
 HERE = r"^\S*a\.jsonl"  # the sentence begins with the file
 FIVE = lines(good=5)
+
 # what the file a.jsonl holds: the rows that are read, or the sentence
 CONTENTS = [
     # encodings

@@ -139,9 +139,7 @@ def test_code_of_the_base_of_an_adapter_and_of_a_tokenizer_is_never_run(foreign,
 
 
 @pytest.mark.slow
-def test_verify_says_what_it_could_check(foreign, tmp_path):
-    ours = bs.save(tiny(hidden_size=16, intermediate_size=24), make_tokenizer(), tmp_path / "ours")
+def test_verify_says_that_no_hashes_are_recorded(foreign):
     said = CliRunner().invoke(app, ["verify", str(foreign / "model")]).output
     assert "no hashes are recorded" in said
     assert "match" not in said
-    assert ": hashes match; logits are bit-equal" in CliRunner().invoke(app, ["verify", str(ours)]).output

@@ -35,10 +35,12 @@ from damages import (
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import basis_select as bs
 from basis_select.checkpoint.checks import INDEX, SIDECAR
 from basis_select.checkpoint.format import HINT
+from basis_select.cli import app
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -453,6 +455,11 @@ def test_a_file_that_is_swapped_while_it_is_loaded_is_not_used(how, back, saved,
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", meanwhile)
     with pytest.raises(ValueError, match=f"{WEIGHTS} was replaced or changed while it was loaded"):
         bs.load(folder)
+
+
+@pytest.mark.slow
+def test_verify_says_what_it_has_checked(saved):
+    assert ": hashes match; logits are bit-equal" in CliRunner().invoke(app, ["verify", str(saved[0])]).output
 
 
 def test_chat_templates_in_a_folder_of_their_own_are_recorded(tmp_path):
