@@ -1,6 +1,7 @@
 """Models made ready to answer: what they compute is what they computed, whoever calls them, and they are not saved."""
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 
 import basis_select as bs
-from basis_select.checkpoint.fast import ATTENTION, ready
+from basis_select.checkpoint.fast import ATTENTION, _prepared, ready
 from basis_select.checkpoint.files import save
 from basis_select.layers import kernels
 from basis_select.layers.embedding import round_table
@@ -302,6 +303,37 @@ def test_masks_are_those_of_transformers(tokens, known):
     inputs |= {"kv_offset": 0, "mask_function": causal_mask_function, "attention_mask": given}
     wanted = sdpa_mask(**inputs, allow_is_causal_skip=False)
     assert torch.equal(ALL_MASK_ATTENTION_FUNCTIONS[ATTENTION](**inputs, dtype=torch.float32), wanted)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("mistral", {"sliding_window": 8}), ("gpt2", {})])
+def test_tokens_are_prepared_as_transformers_prepares_them(kind, options, padding, ids):
+    """All of them, though it is asked only for the first two, or for all where layers forget."""
+    model = ready(tiny(kind, **options), compiled=False)
+    stock, asked = model.prepare_inputs_for_generation, []
+
+    @functools.wraps(stock)
+    def noted(*args, **given):
+        asked.append(given)
+        return stock(*args, **given)
+
+    ours = _prepared(noted)
+
+    @functools.wraps(stock)
+    def compared(*args, **given):
+        expected, found = stock(*args, **given), ours(*args, **given)
+        assert list(found) == list(expected)
+        assert found.pop("cache") is expected.pop("cache")
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        return found | {"cache": given["cache"]}
+
+    model.prepare_inputs_for_generation = compared
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    for cache in (None, "static"):
+        asked.clear()
+        model.generate(ids, attention_mask=mask, cache_implementation=cache, disable_compile=True, **GREEDY)
+        assert len(asked) == (2 if cache and not options else 6)
 
 
 def test_threads_get_the_same_answers(task, ids):

@@ -3,6 +3,7 @@
 import functools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +76,8 @@ def _compile(model: PreTrainedModel) -> None:
         return prompt(cache, inputs)
 
     model.forward = forward
+    if model.device.type == "cpu":  # elsewhere how many tokens there are is known later than they are asked for
+        model.prepare_inputs_for_generation = _prepared(model.prepare_inputs_for_generation)
     model.generation_config.update(cache_implementation="static", disable_compile=True)
     began = time.perf_counter()
     _answer(model, 4, 3)  # shows what a cache holds
@@ -112,6 +115,52 @@ class _Graph:
             self.names = inputs.keys()
             _of_any_length(cache, inputs)
         return self.compiled(cache, **inputs) if inputs.keys() == self.names else self.plain(**inputs)
+
+
+def _prepared(stock: Callable) -> Callable:
+    """`stock`, a model's `prepare_inputs_for_generation`, in a fraction of its time for one token after others.
+
+    It still prepares the first such token in every cache. Where all that it gives is what is made here, those after it
+    are made here: layers that keep every token let each see all before it, however many they are.
+    """
+    forms = weakref.WeakKeyDictionary()  # by cache: names of what is given, of what is made, and of its mask
+
+    def made(ids: torch.Tensor, given: dict[str, Any], names: Sequence[str], kind: Sequence[str]) -> dict | None:
+        cache, seen = given["cache"], given.get("attention_mask")
+        used = _used(len(ids), cache.get_seq_length(), attention_mask=None if seen is None else seen.bool())
+        if used is None:
+            return None
+        mask = _padded(used, cache.layers[0].keys.shape[2])
+        own = {"input_ids": ids[:, -1:].clone(), "position_ids": given["position_ids"][:, -1:].clone()}
+        own["attention_mask"] = {kind[0]: mask} if kind else mask
+        return {name: own[name] if name in own else given.get(name) for name in names}
+
+    @functools.wraps(stock)
+    def prepare(input_ids: torch.Tensor, **given: Any) -> dict[str, Any]:
+        cache, one = given.get("cache"), 1 in (given.get("next_sequence_length"), input_ids.shape[1])
+        if not one or given.get("is_first_iteration") or not isinstance(cache, StaticCache):
+            return stock(input_ids, **given)
+        form = forms.get(cache)
+        if form and form[0] == given.keys() and (inputs := made(input_ids, given, *form[1:])):
+            return inputs
+        inputs = stock(input_ids, **given)
+        if form is None:
+            mask = inputs.get("attention_mask")
+            form = given.keys(), list(inputs), list(mask)[:1] if isinstance(mask, dict) else []
+            plain = "position_ids" in given and all(type(layer) is StaticLayer for layer in cache.layers)
+            forms[cache] = form if plain and _same(inputs, made(input_ids, given, *form[1:])) else ()
+        return inputs
+
+    return prepare
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two inputs of a model are the same: dicts of the same, equal tensors, or one object."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one) == list(other) and all(_same(x, other[name]) for name, x in one.items())
+    if torch.is_tensor(one) and torch.is_tensor(other):
+        return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
+    return one is other
 
 
 def _compare_sizes(cache: StaticCache) -> None:
@@ -175,7 +224,7 @@ def _attention(
 def _mask(*, batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
     """transformers' mask and, in float32, one for a prompt in a larger cache, too: graphs take it as an input."""
     if q_length == 1 and not torch.compiler.is_compiling() and (used := _used(batch_size, **kwargs)) is not None:
-        return F.pad(used[:, None, None], (0, kv_length - used.shape[1]))
+        return _padded(used, kv_length)
     if kwargs.get("dtype") == torch.float32 and q_length != kv_length:
         kwargs["allow_is_causal_skip"] = False
     mask = sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **kwargs)
@@ -197,6 +246,11 @@ def _used(
     if attention_mask is None:
         return torch.ones(batch_size, keys, dtype=torch.bool)
     return attention_mask if attention_mask.shape[1] == keys else None
+
+
+def _padded(used: torch.Tensor, length: int) -> torch.Tensor:
+    """(batch, 1, 1, length): the mask of one token that sees what is `used`, in a cache of this length."""
+    return F.pad(used[:, None, None], (0, length - used.shape[1]))
 
 
 AttentionInterface.register(ATTENTION, _attention)
