@@ -108,7 +108,7 @@ class Fast:
         inputs = self.model.prepare_inputs_for_generation(
             input_ids,
             cache=cache,
-            attention_mask=torch.ones(rows, end, dtype=torch.long),
+            attention_mask=None,
             position_ids=torch.arange(past, end)[None].repeat(rows, 1),
             use_cache=True,
             logits_to_keep=0 if past == 0 else 1,
