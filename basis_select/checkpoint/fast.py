@@ -131,7 +131,8 @@ def _prepared(stock: Callable) -> Callable:
         if used is None:
             return None
         mask = _padded(used, cache.layers[0].keys.shape[2])
-        own = {"input_ids": ids[:, -1:].clone(), "position_ids": given["position_ids"][:, -1:].clone()}
+        last = {"input_ids": ids[:, -1:], "position_ids": given["position_ids"][:, -1:]}
+        own = {name: x.clone(memory_format=torch.contiguous_format) for name, x in last.items()}
         own["attention_mask"] = {kind[0]: mask} if kind else mask
         return {name: own[name] if name in own else given.get(name) for name in names}
 
@@ -155,11 +156,12 @@ def _prepared(stock: Callable) -> Callable:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two inputs of a model are the same: dicts of the same, equal tensors, or one object."""
+    """Whether two inputs of a model are the same to a graph: dicts of the same, equal tensors, or one object."""
     if isinstance(one, dict) and isinstance(other, dict):
         return list(one) == list(other) and all(_same(x, other[name]) for name, x in one.items())
     if torch.is_tensor(one) and torch.is_tensor(other):
-        return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
+        kinds = [(x.dtype, x.device, x.stride()) for x in (one, other)]
+        return kinds[0] == kinds[1] and torch.equal(one, other)
     return one is other
 
 
