@@ -139,7 +139,8 @@ def _prepared(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def prepare(input_ids: torch.Tensor, **given: Any) -> dict[str, Any]:
         cache, one = given.get("cache"), 1 in (given.get("next_sequence_length"), input_ids.shape[1])
-        if not one or given.get("is_first_iteration") or not isinstance(cache, StaticCache):
+        known = isinstance(cache, StaticCache) and given.get("position_ids") is not None
+        if not (known and one) or given.get("is_first_iteration"):
             return stock(input_ids, **given)
         form = forms.get(cache)
         if form and form[0] == given.keys() and (inputs := made(input_ids, given, *form[1:])):
@@ -148,8 +149,8 @@ def _prepared(stock: Callable) -> Callable:
         if form is None:
             mask = inputs.get("attention_mask")
             form = given.keys(), list(inputs), list(mask)[:1] if isinstance(mask, dict) else []
-            plain = "position_ids" in given and all(type(layer) is StaticLayer for layer in cache.layers)
-            forms[cache] = form if plain and _same(inputs, made(input_ids, given, *form[1:])) else ()
+            keeps_all = all(type(layer) is StaticLayer for layer in cache.layers)
+            forms[cache] = form if keeps_all and _same(inputs, made(input_ids, given, *form[1:])) else ()
         return inputs
 
     return prepare
